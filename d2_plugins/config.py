@@ -1,0 +1,98 @@
+"""Config nodes of the plugins, and config files based on Detectron2's model zoo."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import posixpath
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode as CN
+
+
+def add_plugin_config(cfg: CN) -> None:
+    """Add the plugins' nodes to ``cfg``, as ``get_cfg()`` made it, before a file is merged in."""
+    # ---------------------------------------------------------------------------- #
+    # Triplet attention in a ResNet's blocks, after the last norm of the residual branch.
+    # Read by the build_*resnet_plugin*_backbone builders.
+    # ---------------------------------------------------------------------------- #
+    cfg.MODEL.RESNETS.TRIPLET_ATTENTION = CN()
+    # Stages whose blocks get it, for example ("res2", "res3", "res4", "res5"); empty for none
+    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = ()
+    # Side of the gates' convolution, odd
+    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.KERNEL_SIZE = 7
+    # Whether to leave the gate over (H, W) out
+    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.NO_SPATIAL = False
+    # Whether to start as the identity, which keeps the features of a ResNet that was pretrained
+    # without attention. Checkpoints that hold attention load the same with and without it.
+    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = False
+
+
+def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) -> None:
+    """Merge a config file and then command-line options into ``cfg``.
+
+    The file may be based on one of Detectron2's own configs, wherever Detectron2 is installed:
+    ``_BASE_: "model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"``. Otherwise this is
+    ``cfg.merge_from_file`` and ``cfg.merge_from_list`` with errors that help.
+
+    Args:
+        cfg: with every node that the file and the options set.
+        config_file: path of a yaml file; empty for none.
+        options: keys and values in turn, such as ``["SOLVER.BASE_LR", "0.01"]``.
+
+    Raises:
+        ValueError: if the file or a base of it is missing, a key does not exist (it names the
+            likely one), or a value is of the wrong type.
+    """
+    if len(options) % 2:
+        raise ValueError(f"options come in pairs KEY VALUE, got an odd number: {' '.join(options)}")
+    try:
+        if config_file:
+            cfg.merge_from_other_cfg(CN(_ModelZooBases.load_yaml_with_base(config_file, True)))
+    except OSError as error:
+        raise ValueError(f"config file {config_file!r}: {error}") from error
+    except (KeyError, AssertionError) as error:
+        raise _explain(error, cfg, f"config file {config_file!r}") from error
+    try:
+        cfg.merge_from_list(list(options))
+    except (KeyError, AssertionError) as error:
+        raise _explain(error, cfg, "the command line") from error
+
+
+class _ModelZooBases(CN):
+    """Loads yaml files whose bases may be Detectron2's own."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[str]:
+        # A base arrives joined to the folder of the file that names it. For a base in the model zoo
+        # that folder is of no matter; for the base of such a base it is one of the model zoo.
+        _, in_model_zoo, name = filename.rpartition("model_zoo://")
+        if in_model_zoo:
+            try:
+                filename = model_zoo.get_config_file(posixpath.normpath(name))
+            except RuntimeError as error:
+                raise FileNotFoundError(f"Detectron2's model zoo has no config {name!r}") from error
+        elif not os.path.isfile(filename):
+            raise FileNotFoundError(f"there is no file {filename!r}")
+        return super()._open_cfg(filename)
+
+
+def _explain(error: Exception, cfg: CN, source: str) -> ValueError:
+    """What yacs says of a wrong key, with the key that was probably meant."""
+    reason = str(error.args[0])
+    if not reason.startswith("Non-existent"):
+        return ValueError(f"{source}: {reason}")
+    key = reason.rsplit(" ", 1)[-1]
+    known = list(_keys(cfg))
+    likely = [k for k in known if k.endswith("." + key)] or difflib.get_close_matches(key, known)
+    hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
+    return ValueError(f"{source}: there is no config key {key}{hint}")
+
+
+def _keys(node: CN, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + key
+        if isinstance(value, CN):
+            yield from _keys(value, f"{prefix}{key}.")

@@ -1,0 +1,173 @@
+"""Datasets and loaders: COCO-format data without code, and resuming in the middle of an epoch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetFromList,
+    DatasetMapper,
+    MapDataset,
+    build_detection_train_loader,
+)
+from detectron2.data.datasets import register_coco_instances
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch.utils.data import Dataset, Sampler
+
+from plugin_core.preflight import check_coco_json
+
+
+def register_coco(name: str, json_file: str, image_root: str) -> None:
+    """Register a COCO-format dataset of boxes, and of masks and keypoints where it has them.
+
+    Args:
+        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
+        json_file: annotations, as ``instances_*.json`` or ``person_keypoints_*.json`` of COCO.
+        image_root: folder that the annotations' file names are relative to.
+
+    Raises:
+        ValueError: if the name is taken, or the annotations cannot be read.
+    """
+    setting = f"--register-coco {name}"
+    if name in DatasetCatalog:
+        raise ValueError(f"{setting}: a dataset of this name exists; choose another name")
+    check_coco_json(json_file, setting)
+    try:
+        with open(json_file, encoding="utf-8") as file:
+            categories = json.load(file)["categories"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{setting}: {json_file!r} is no COCO-format JSON: {error!r}") from error
+    register_coco_instances(name, _keypoint_metadata(categories), json_file, image_root)
+
+
+def _keypoint_metadata(categories: list[dict[str, Any]]) -> dict[str, Any]:
+    """What Detectron2 has to know of keypoints: their names, and which ones a flip exchanges."""
+    names = next((c["keypoints"] for c in categories if c.get("keypoints")), None)
+    if names is None:
+        return {}
+    flips = [(n, n.replace("left", "right")) for n in names if "left" in n]
+    return {
+        "keypoint_names": names,
+        "keypoint_flip_map": [(left, right) for left, right in flips if right in names],
+    }
+
+
+class PluginDatasetMapper(DatasetMapper):
+    """Detectron2's mapper, naming the image that does not decode."""
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return super().__call__(dataset_dict)
+        except (OSError, SyntaxError) as error:  # what Pillow raises for a broken image
+            raise ValueError(
+                f"image {dataset_dict['file_name']!r} cannot be read ({error}); restore the file, "
+                "or take the image out of the dataset's annotations"
+            ) from error
+
+
+class ResumableTrainLoader:
+    """Detectron2's train loader, able to go on where a training stopped.
+
+    Detectron2 begins its stream of samples anew when a training is resumed, and random numbers
+    depend on what ran before. With a seed in the config, this loader goes on with the batches that
+    the training would have had next, each image augmented as it would have been, whatever the
+    number of workers, and seeds PyTorch anew for each batch, as proposals are sampled at random.
+    The samples that are left out are not loaded. Without a seed (``cfg.SEED`` negative) it is
+    Detectron2's loader.
+
+    Args:
+        cfg: the whole config.
+
+    Attributes:
+        start_iter: batches to leave out; may be set until the first batch is taken.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self.start_iter = 0
+        self._seed = cfg.SEED
+        parts = build_detection_train_loader.from_config(cfg, mapper=PluginDatasetMapper(cfg, True))
+        self._stream: _SampleStream | None = None
+        if cfg.SEED >= 0:
+            samples, mapper, sampler = (parts.pop(k) for k in ("dataset", "mapper", "sampler"))
+            self._stream = _SampleStream(
+                sampler,
+                [s.get("width", 0) > s.get("height", 0) for s in samples]
+                if parts["aspect_ratio_grouping"]
+                else [False] * len(samples),
+                parts["total_batch_size"] // comm.get_world_size(),
+            )
+            mapped = MapDataset(DatasetFromList(samples, copy=False), mapper)
+            dataset = _SeededDataset(mapped, cfg.SEED, comm.get_rank())
+            parts.update(dataset=dataset, mapper=None, sampler=self._stream)
+        self._loader = build_detection_train_loader(**parts)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        # A generator: workers start at the first batch, when `start_iter` is known.
+        if self._stream is None:
+            yield from self._loader
+            return
+        self._stream.batches_done = self.start_iter
+        for iteration, batch in enumerate(self._loader, self.start_iter):
+            torch.manual_seed(derive_seed(self._seed, comm.get_rank(), iteration, 1))
+            yield batch
+
+
+class _SampleStream(Sampler):
+    """The samples of a process in turn, as (place in the stream, index into the dataset).
+
+    Args:
+        sampler: gives an endless stream of indices, the same each time that it is iterated over.
+        groups: of each sample of the dataset; a batch holds samples of one group.
+        batch_size: samples in a batch of this process.
+    """
+
+    def __init__(self, sampler: Sampler[int], groups: list[bool], batch_size: int) -> None:
+        self.sampler = sampler
+        self.groups = groups
+        self.batch_size = batch_size
+        self.batches_done = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        stream = enumerate(iter(self.sampler))
+        # Batches are filled group by group, so a training that stopped after some batches also held
+        # samples that wait for their group's next one: these come first now.
+        waiting: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
+        batches = 0
+        while batches < self.batches_done:
+            place, index = next(stream)
+            group = waiting[self.groups[index]]
+            group.append((place, index))
+            if len(group) == self.batch_size:
+                group.clear()
+                batches += 1
+        return itertools.chain(sorted(waiting[False] + waiting[True]), stream)
+
+
+class _SeededDataset(Dataset):
+    """Loads a sample with random numbers that depend on its place in the stream only."""
+
+    def __init__(self, dataset: MapDataset, seed: int, rank: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.rank = rank
+
+    def __getitem__(self, sample: tuple[int, int]) -> dict[str, Any]:
+        place, index = sample
+        seed_all_rng(derive_seed(self.seed, self.rank, place))
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def derive_seed(*numbers: int) -> int:
+    """A 31-bit seed that depends on all of ``numbers``, which must not be negative."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)

@@ -1,0 +1,59 @@
+"""The evaluator that belongs to a dataset, as its metadata tells."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    COCOEvaluator,
+    COCOPanopticEvaluator,
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
+    SemSegEvaluator,
+)
+
+
+def build_evaluator(
+    cfg: CfgNode, dataset_name: str, output_dir: str | None = None
+) -> DatasetEvaluator:
+    """Build the evaluator of a registered dataset.
+
+    Args:
+        cfg: the whole config; says which tasks the model has and the keypoints' sigmas.
+        dataset_name: a registered dataset with ``evaluator_type`` in its metadata.
+        output_dir: for predictions in the dataset's format; ``OUTPUT_DIR/inference`` by default.
+
+    Raises:
+        ValueError: if the dataset's ``evaluator_type`` is missing or unknown.
+    """
+    output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
+    coco = partial(COCOEvaluator, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    builders: dict[str, tuple[Callable[..., DatasetEvaluator], ...]] = {
+        "coco": (coco,),
+        "coco_panoptic_seg": (SemSegEvaluator, coco, COCOPanopticEvaluator),
+        "sem_seg": (SemSegEvaluator,),
+        "lvis": (LVISEvaluator,),
+    }
+    without_output: dict[str, type[DatasetEvaluator]] = {
+        "pascal_voc": PascalVOCDetectionEvaluator,
+        "cityscapes_instance": CityscapesInstanceEvaluator,
+        "cityscapes_sem_seg": CityscapesSemSegEvaluator,
+    }
+    kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
+    if kind in without_output:
+        return without_output[kind](dataset_name)
+    if kind not in builders:
+        raise ValueError(
+            f"dataset {dataset_name!r}: no evaluator for evaluator_type {kind!r} of its metadata; "
+            f"there are {', '.join(sorted([*builders, *without_output]))}"
+        )
+    evaluators = [build(dataset_name, output_dir=output_dir) for build in builders[kind]]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)

@@ -1,0 +1,82 @@
+"""Checks of a config and of the files that it names, before a run writes anything."""
+
+from __future__ import annotations
+
+import difflib
+import os
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from d2_plugins.backbone import check_resnet_plugins
+from plugin_core.preflight import check_coco_json, check_resnet_checkpoint
+
+
+def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
+    """Check what can be known to be wrong before the model is built.
+
+    Args:
+        cfg: the whole config.
+        eval_only: whether only the test sets and the weights will be used.
+        resume: whether weights come from ``cfg.OUTPUT_DIR`` where it has a checkpoint.
+
+    Raises:
+        ValueError: names the setting, its value and what would be right.
+    """
+    _check_backbone(cfg)
+    _check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
+    if not eval_only:
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError("DATASETS.TRAIN: names no dataset to train on")
+        _check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+    resumed = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if not resumed:
+        _check_weights(cfg, eval_only)
+
+
+def _check_backbone(cfg: CfgNode) -> None:
+    if "resnet" not in cfg.MODEL.BACKBONE.NAME:
+        return
+    check_resnet_plugins(cfg)
+    stages = cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES
+    if stages and "plugin" not in cfg.MODEL.BACKBONE.NAME:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME: {cfg.MODEL.BACKBONE.NAME!r} takes no plugins, but "
+            f"MODEL.RESNETS.TRIPLET_ATTENTION.STAGES is {stages}; use "
+            f"{cfg.MODEL.BACKBONE.NAME.replace('resnet', 'resnet_plugin')!r}"
+        )
+
+
+def _check_datasets(setting: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in DatasetCatalog:
+            likely = difflib.get_close_matches(name, DatasetCatalog.list())
+            hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
+            raise ValueError(
+                f"{setting}: no dataset is registered as {name!r}{hint} A COCO-format dataset is "
+                f"registered by --register-coco {name} ANNOTATIONS.json IMAGES"
+            )
+        metadata = MetadataCatalog.get(name)
+        json_file = metadata.get("json_file")
+        if json_file is not None and metadata.get("evaluator_type") in (
+            "coco",
+            "coco_panoptic_seg",
+        ):
+            check_coco_json(json_file, f"{setting} {name!r}")
+        image_root = metadata.get("image_root")
+        if image_root is not None and not os.path.isdir(image_root):
+            raise ValueError(f"{setting} {name!r}: there is no image folder {image_root!r}")
+
+
+def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
+    weights = cfg.MODEL.WEIGHTS
+    if not weights and eval_only:
+        raise ValueError("MODEL.WEIGHTS: --eval-only needs the checkpoint that is to be evaluated")
+    if not weights or "://" in weights:
+        return  # random weights, or a download that Detectron2 reports on
+    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+        check_resnet_checkpoint(
+            weights, cfg.MODEL.RESNETS.DEPTH, "MODEL.WEIGHTS", "MODEL.RESNETS.DEPTH"
+        )
+    elif not os.path.isfile(weights):
+        raise ValueError(f"MODEL.WEIGHTS: there is no checkpoint {weights!r}")

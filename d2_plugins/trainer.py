@@ -1,0 +1,75 @@
+"""Detectron2's ``DefaultTrainer`` with the dataset's evaluator and exact resuming."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import OrderedDict
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, hooks
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.modeling import GeneralizedRCNNWithTTA
+from torch import nn
+from torch.utils.data import DataLoader
+
+from d2_plugins.data import PluginDatasetMapper, ResumableTrainLoader
+from d2_plugins.evaluation import build_evaluator
+
+logger = logging.getLogger(__name__)
+
+
+class PluginTrainer(DefaultTrainer):
+    """``DefaultTrainer`` that evaluates every dataset that Detectron2 has an evaluator for.
+
+    With a ``SEED``, a training that was stopped and resumed ends with the weights of one that was
+    not. Evaluation with test-time augmentation follows the training where ``TEST.AUG`` asks for it.
+    """
+
+    def train(self) -> Any:
+        self._trainer.data_loader.start_iter = self.start_iter
+        return super().train()
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        # Detectron2 v0.6 leaves the optimizer out, and with it momentum and learning rate.
+        state["_trainer"] = self._trainer.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
+
+    def build_hooks(self) -> list[HookBase | None]:
+        all_hooks = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            all_hooks.insert(
+                -1, hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
+            )
+        return all_hooks
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> ResumableTrainLoader:
+        return ResumableTrainLoader(cfg)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        return build_detection_test_loader(
+            cfg, dataset_name, mapper=PluginDatasetMapper(cfg, is_train=False)
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name)
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict[str, Any]:
+        """Evaluate with test-time augmentation; the results' names end in ``_TTA``."""
+        logger.info("Evaluating with test-time augmentation")
+        output_dir = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        evaluators = [build_evaluator(cfg, name, output_dir) for name in cfg.DATASETS.TEST]
+        results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
+        return OrderedDict((f"{task}_TTA", result) for task, result in results.items())

@@ -1,0 +1,18 @@
+"""The plugins in MMDetection. Importing this package registers them.
+
+In a config: ``custom_imports = dict(imports=['mm_plugins'])``.
+"""
+
+try:
+    import mmdet  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "mm_plugins needs MMDetection 3.3 with mmengine and mmcv 2.1 (built with its operators): "
+        "`pip install -e .[mmdet]` in a checkout of this project"
+    ) from error
+
+from mm_plugins import resume  # noqa: F401  # only for registration
+from mm_plugins.backbones import PluginResNet
+from mm_plugins.layers import TripletAttention
+
+__all__ = ["PluginResNet", "TripletAttention"]

@@ -1,0 +1,86 @@
+"""Resuming: reading mmengine's checkpoints on PyTorch 2.6 and newer, and doing it exactly."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from mmdet.registry import HOOKS
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch.torch_version import TorchVersion
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let ``torch.load`` read what mmengine puts into a checkpoint, and no more than that.
+
+    Since PyTorch 2.6 it refuses all but tensors and plain containers by default, while mmengine
+    0.10 saves its history of scalars, a class of its own around numpy arrays. What is allowed here
+    makes numbers and runs nothing else; a checkpoint with anything more is still refused.
+    """
+    if TorchVersion(torch.__version__) < "2.6":
+        return  # nothing is refused
+    array = np.zeros(1)
+    make_array, make_number = array.__reduce__()[0], array[0].__reduce__()[0]
+    kinds = (np.float64, np.float32, np.int64, np.int32, np.bool_)
+    harmless: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
+    harmless += {type(np.dtype(kind)) for kind in kinds}
+    harmless.append((_statistic_of_history_buffer, "builtins.getattr"))
+    for core in ("core", "_core"):  # numpy 2 renamed the module that these functions are in
+        harmless.append((make_array, f"numpy.{core}.multiarray._reconstruct"))
+        harmless.append((make_number, f"numpy.{core}.multiarray.scalar"))
+    torch.serialization.add_safe_globals(harmless)
+
+
+def _statistic_of_history_buffer(owner: Any, name: str) -> Any:
+    """Stands in for ``getattr``, which could reach anything, in checkpoints that are being read.
+
+    A :class:`HistoryBuffer` is saved with references to four of its methods.
+    """
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise pickle.UnpicklingError(f"refused: attribute {name!r} of {owner!r}")
+    return getattr(owner, name)
+
+
+allow_mmengine_checkpoints()
+
+
+@HOOKS.register_module()
+class ExactResumeHook(Hook):
+    """Makes a resumed training end with the weights of one that was not interrupted.
+
+    What a checkpoint does not hold is the state of the random numbers from which proposals are
+    sampled and images augmented, so they are seeded anew for each iteration and, for data that is
+    loaded in the main process, for each epoch. It needs ``randomness = dict(seed=…)``.
+
+    It is exact with an iteration-based loop, which mmengine takes to the place in the data where it
+    stopped, and with an epoch-based loop unless ``persistent_workers`` carry their random numbers
+    from epoch to epoch.
+    """
+
+    priority = "VERY_HIGH"
+
+    def before_train(self, runner: Runner) -> None:
+        if runner._randomness_cfg.get("seed") is None:
+            runner.logger.warning("ExactResumeHook has no effect without randomness = dict(seed=…)")
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        # An iteration-based loop calls this once, before it skips the data that it has had.
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            seed = _derive_seed(runner.seed, get_rank(), runner.epoch, 0)
+            random.seed(seed)
+            np.random.seed(seed)
+
+    def before_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: dict | None = None
+    ) -> None:
+        torch.manual_seed(_derive_seed(runner.seed, get_rank(), runner.iter, 1))
+
+
+def _derive_seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

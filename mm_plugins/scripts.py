@@ -1,0 +1,45 @@
+"""Hands over to the scripts that MMDetection installs, after the plugins are registered."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import mmdet
+from mmengine.config import Config
+
+from mm_plugins.preflight import check_config
+
+
+def run(name: str) -> None:
+    """Run MMDetection's script ``tools/<name>.py`` with the arguments of this process.
+
+    The config is checked before, with the script's own arguments, so that a mistake in it is one
+    clear line and no work folder is touched.
+
+    Args:
+        name: "train" or "test".
+
+    Raises:
+        SystemExit: if the config is wrong, with what is wrong.
+    """
+    path = Path(mmdet.__file__).parent / ".mim" / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"mmdet_tools_{name}", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        sys.exit(f"error: this MMDetection has no {path}; install it with pip or mim")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    args = script.parse_args()
+    try:
+        if not Path(args.config).is_file():
+            raise ValueError(f"there is no config file {args.config!r}")
+        cfg = Config.fromfile(args.config)
+        cfg.merge_from_dict(args.cfg_options or {})
+        if name == "test":
+            cfg.load_from = args.checkpoint
+        resumes = getattr(args, "resume", None) is not None or cfg.get("resume", False)
+        check_config(cfg, train=name == "train", resumes=resumes)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    script.main()

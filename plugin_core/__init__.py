@@ -1,0 +1,5 @@
+"""The methods themselves: PyTorch only, one file a method, no framework import."""
+
+from plugin_core.triplet_attention import TripletAttention
+
+__all__ = ["TripletAttention"]

@@ -1,0 +1,147 @@
+"""Triplet attention (Misra et al., WACV 2021, arXiv:2010.03045, section 3.3).
+
+For x of shape (B, C, H, W) three gates look at x along one axis each and see how the other two
+interact. A gate Z-pools its axis, that is stacks maximum and mean, and turns the two maps into one
+by convolution, normalization and sigmoid:
+
+    g_cw(x): pools H, map of rows C and columns W
+    g_hc(x): pools W, map of rows H and columns C
+    g_hw(x): pools C, map of rows H and columns W
+
+    y = x * g(x),   g = (g_hw + g_cw + g_hc) / 3,   or (g_cw + g_hc) / 2 with ``no_spatial``.
+
+The paper rotates a copy of x for each gate. A gate only scales x, so it is enough to lay out the
+three small maps along the axes of x and to let them broadcast.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Checkpoints of the paper exist in two spellings. Ours is the first one, so that what is saved
+# here loads there; the second one, used by the published detectors, is renamed on loading.
+_PUBLISHED_SPELLING = {
+    "ChannelGateH.spatial.": "cw.conv.",
+    "ChannelGateW.spatial.": "hc.conv.",
+    "SpatialGate.spatial.": "hw.conv.",
+}
+
+
+class TripletAttention(nn.Module):
+    """Scales its input by the mean of three cross-dimension gates (paper, eq. 4).
+
+    It belongs after the last norm of a residual branch, before the shortcut is added. It has
+    ``3 * (2 * kernel_size**2 + 2)`` parameters, whatever the number of channels.
+
+    A fresh gate is about 1/2 everywhere, so it halves the features of a network that was trained
+    without it. With ``warm_start`` the output is ``x * (1 + alpha * (g - 1))`` with a learnable
+    scalar ``alpha`` that starts at 0: a pretrained network is unchanged at first and lets the gates
+    in as it learns. ``alpha = 1`` is the published function; a state dict with gates but without
+    ``alpha`` therefore loads with ``alpha = 1``.
+
+    Args:
+        kernel_size: side of the gates' convolution, odd; 7 in the paper, 3 in its ablation.
+        no_spatial: leave ``g_hw`` out.
+        warm_start: start as the exact identity.
+
+    Shape: (B, C, H, W) → (B, C, H, W), same dtype and memory format; B may be 0.
+
+    Raises:
+        ValueError: if ``kernel_size`` is not a positive odd number, or the input is not 4-D.
+    """
+
+    def __init__(
+        self, kernel_size: int = 7, no_spatial: bool = False, warm_start: bool = False
+    ) -> None:
+        super().__init__()
+        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel_size must be a positive odd number (3 or 7 in the paper), "
+                f"got {kernel_size!r}"
+            )
+        self.kernel_size = kernel_size
+        self.cw = _Gate(kernel_size)
+        self.hc = _Gate(kernel_size)
+        self.hw = None if no_spatial else _Gate(kernel_size)
+        self.alpha = nn.Parameter(torch.zeros(())) if warm_start else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError(
+                f"TripletAttention takes a 4-D input (B, C, H, W), got {x.dim()}-D of shape "
+                f"{tuple(x.shape)}"
+            )
+        g_cw = self.cw(_z_pool(x, 2)).transpose(1, 2)  # (B, 1, C, W) → (B, C, 1, W)
+        g_hc = self.hc(_z_pool(x, 3)).permute(0, 3, 2, 1)  # (B, 1, H, C) → (B, C, H, 1)
+        if self.hw is None:
+            g = (g_cw + g_hc) / 2
+        else:
+            g = (self.hw(_z_pool(x, 1)) + g_cw + g_hc) / 3
+        if self.alpha is not None:
+            g = 1 + self.alpha * (g - 1)
+        # Under autocast the gates are in lower precision than a float32 x.
+        return x * g.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"kernel_size={self.kernel_size}, no_spatial={self.hw is None}, "
+            f"warm_start={self.alpha is not None}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for published, ours in _PUBLISHED_SPELLING.items():
+            for key in [k for k in state_dict if k.startswith(prefix + published)]:
+                renamed = prefix + ours + key.removeprefix(prefix + published)
+                state_dict[renamed] = state_dict.pop(key)
+        has_gates = f"{prefix}cw.conv.conv.weight" in state_dict
+        if self.alpha is not None and has_gates:
+            state_dict.setdefault(f"{prefix}alpha", torch.ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class _Gate(nn.Module):
+    """Sigmoid gate of a Z-pooled map: (B, 2, rows, columns) → (B, 1, rows, columns)."""
+
+    def __init__(self, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            OrderedDict(
+                conv=nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False),
+                bn=_GateNorm(1, eps=1e-5, momentum=0.01),
+            )
+        )
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return torch.sigmoid(self.conv(pooled))
+
+
+class _GateNorm(nn.BatchNorm2d):
+    """BatchNorm2d that falls back to its running statistics where a batch has none.
+
+    One channel makes this real: for one image of 1×1 features the map of ``g_hw`` is one value,
+    which ``BatchNorm2d`` refuses in training, and an empty batch would make the statistics NaN.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() <= 1:
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+            )
+        return super().forward(x)
+
+
+def _z_pool(x: Tensor, dim: int) -> Tensor:
+    """Maximum and mean of x (B, C, H, W) along ``dim``, as channels, the rest in order.
+
+    ``dim`` 2 gives (B, 2, C, W), 3 gives (B, 2, H, C) and 1 gives (B, 2, H, W).
+    """
+    # max and not amax: of several equal maxima one takes the whole gradient, as in the paper's code
+    pooled = torch.stack((x.max(dim).values, x.mean(dim)), dim=1)
+    return pooled.transpose(2, 3) if dim == 3 else pooled

@@ -1,0 +1,27 @@
+"""Where the tests find real images, and what keeps them quick on a small machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+torch.set_num_threads(1)  # tests run side by side
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def coco_sample() -> Path:
+    """A folder of 33 real images in the layout of COCO 2017."""
+    folder = Path(os.environ.get("COCO_SAMPLE_DIR", ROOT.parent / "shared" / "coco_sample"))
+    if not (folder / "annotations").is_dir():
+        pytest.skip(f"no COCO sample in {folder}; set COCO_SAMPLE_DIR to a folder that has one")
+    return folder

@@ -1,0 +1,10 @@
+#!/usr/bin/env python
+"""MMDetection's own tools/test.py, with the plugins registered and the config checked first.
+
+tools/test_mmdet.py CONFIG CHECKPOINT
+"""
+
+from mm_plugins.scripts import run
+
+if __name__ == "__main__":
+    run("test")
