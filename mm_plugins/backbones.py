@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.registry import MODELS
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class PluginBasicBlock(BasicBlock):
@@ -39,11 +39,16 @@ class PluginBasicBlock(BasicBlock):
             planes, [plugin["cfg"] for plugin in plugins]
         )
 
-    @property
-    def norm2(self) -> Callable[[Tensor], Tensor]:
-        """The second norm, followed by the plugins: all that comes before the sum."""
-        norm: nn.Module = super().norm2
-        return lambda x: self.forward_plugin(norm(x), self.after_conv2_plugin_names)
+    def forward(self, x: Tensor) -> Tensor:
+        def residual_sum(x: Tensor) -> Tensor:
+            out = self.relu(self.norm1(self.conv1(x)))
+            out = self.norm2(self.conv2(out))
+            out = self.forward_plugin(out, self.after_conv2_plugin_names)
+            return out + (x if self.downsample is None else self.downsample(x))
+
+        if self.with_cp and x.requires_grad:
+            return self.relu(checkpoint(residual_sum, x, use_reentrant=False))
+        return self.relu(residual_sum(x))
 
 
 @MODELS.register_module()
