@@ -51,21 +51,21 @@ def _check_datasets(setting: str, names: tuple[str, ...]) -> None:
     for name in names:
         if name not in DatasetCatalog:
             likely = difflib.get_close_matches(name, DatasetCatalog.list())
-            hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
+            hint = f"did you mean {' or '.join(likely)}? " if likely else ""
             raise ValueError(
-                f"{setting}: no dataset is registered as {name!r}{hint} A COCO-format dataset is "
+                f"{setting}: no dataset is registered as {name!r}; {hint}A COCO-format dataset is "
                 f"registered by --register-coco {name} ANNOTATIONS.json IMAGES"
             )
         metadata = MetadataCatalog.get(name)
-        json_file = metadata.get("json_file")
-        if json_file is not None and metadata.get("evaluator_type") in (
-            "coco",
-            "coco_panoptic_seg",
-        ):
-            check_coco_json(json_file, f"{setting} {name!r}")
-        image_root = metadata.get("image_root")
-        if image_root is not None and not os.path.isdir(image_root):
-            raise ValueError(f"{setting} {name!r}: there is no image folder {image_root!r}")
+        json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+        root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+        where = f"{setting} {name!r}"
+        if str(json_file).startswith(root):
+            where += f" (below {root!r}, which DETECTRON2_DATASETS sets)"
+        if json_file and metadata.get("evaluator_type") in ("coco", "coco_panoptic_seg"):
+            check_coco_json(json_file, where)
+        if image_root and not os.path.isdir(image_root):
+            raise ValueError(f"{where}: there is no image folder {image_root!r}")
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool) -> None:

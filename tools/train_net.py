@@ -47,6 +47,10 @@ def parse_args() -> argparse.Namespace:
 
 def setup(args: argparse.Namespace) -> CfgNode:
     """Register the datasets, make the config and check both; raises ValueError."""
+    if args.num_gpus > max(1, torch.cuda.device_count()):
+        raise ValueError(
+            f"--num-gpus {args.num_gpus}: PyTorch finds {torch.cuda.device_count()} GPUs here"
+        )
     for name, json_file, image_root in args.register_coco:
         register_coco(name, json_file, image_root)
     cfg = get_cfg()
