@@ -1,0 +1,36 @@
+# One environment, .venv, for everything. PYTHON (3.10 to 3.12) makes it.
+PYTHON ?= python3
+# More arguments for pytest, for example `make test PYTEST_ARGS="-k triplet -x"`.
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+# One process per core, each with one thread: more threads than cores only slow the tests down.
+# A file's tests stay together, as they share trainings.
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n auto --dist loadfile
+
+.PHONY: help setup demo test lint clean
+
+help:
+	@echo "make setup  set up .venv, or bring it up to date (first time: about 15 minutes)"
+	@echo "make demo   run the demo"
+	@echo "make test   lint, types and tests"
+	@echo "make lint   lint and types"
+	@echo "make clean  remove .venv, caches and the demo's output; other work_dirs stay"
+
+setup:
+	@$(PYTHON) tools/setup_environment.py
+
+demo: setup
+	$(BIN)/python tools/demo.py
+
+test: lint
+	$(PYTEST) $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info work_dirs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

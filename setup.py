@@ -1,0 +1,90 @@
+"""Package `detection-plugins`: metadata, requirements and extras.
+
+Requirements are ranges: an environment that already works keeps its versions. The exact
+versions that the tests run with are in constraints.txt.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# tools/setup_environment.py reads this dictionary without running the file: literals only.
+EXTRAS = {
+    # Detectron2 itself is not named. It is not on the package index, so pip would look there for
+    # whatever else goes by that name. Install it first, as its own guide says, or without
+    # compiled ops by `pip install ./packaging/detectron2`; one that is there already is kept.
+    "detectron2": [
+        "torchvision>=0.16",
+        "fvcore>=0.1.5",
+        "pycocotools>=2.0.6",
+        "Pillow>=9.0",
+        "tqdm>=4.60",
+    ],
+    "mmdet": [
+        "torchvision>=0.16",
+        "mmdet>=3.3,<3.4",
+        "mmengine>=0.10.4",
+        "mmcv>=2.0.0rc4,<2.2.0",  # with its ops; mmdet 3.3 refuses 2.2.0
+        "pycocotools>=2.0.6",
+        "Pillow>=9.0",
+        "tqdm>=4.60",
+        "six",  # mmdet needs it
+        "setuptools<81",  # mmengine imports pkg_resources
+    ],
+    # Grounding DINO and GLIP read their prompts with it; mmdet 3.3 does not work with 5.
+    "grounding": [
+        "transformers>=4.35,<5",
+    ],
+    "dev": [
+        "hypothesis>=6",
+        "mypy>=1.8",
+        "onnx>=1.16",
+        "onnxruntime>=1.17",
+        "onnxscript>=0.1",  # torch.onnx.export needs it
+        "pytest>=8",
+        "pytest-xdist>=3.5",
+        "ruff>=0.6",
+    ],
+}
+
+
+def long_description() -> str:
+    """Return the README's text, or nothing where the README was not shipped along."""
+    readme = Path(__file__).with_name("README.md")
+    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+setup(
+    name="detection-plugins",
+    version="0.1.0",
+    description="Published attention, batch and multimodal methods as plugins for Detectron2 "
+    "and MMDetection",
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(
+        include=[
+            "plugin_core",
+            "plugin_core.*",
+            "d2_plugins",
+            "d2_plugins.*",
+            "mm_plugins",
+            "mm_plugins.*",
+        ]
+    ),
+    package_data={
+        "plugin_core": ["py.typed"],
+        "d2_plugins": ["py.typed"],
+        "mm_plugins": ["py.typed"],
+    },
+    zip_safe=False,
+    install_requires=["torch>=2.1", "numpy"],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
