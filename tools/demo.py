@@ -36,6 +36,8 @@ MM_CONFIG = "configs/mm/synthetic/faster-rcnn_r18-triplet_fpn_synthetic.py"
 IMAGE_SIZE = 128  # pixels of a side, of the image that FLOPs are counted for
 PROPOSALS = 100  # for the same image: as many in every model, so that FLOPs can be compared
 PICTURES = 8
+ENLARGE = 4  # pictures, as the images are small
+SCORE = 0.4  # detections of less are not drawn
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -183,9 +185,9 @@ def draw_detectron2() -> None:
         image = read_image(sample["file_name"], "RGB")
         instances = predict(image[:, :, ::-1])["instances"].to("cpu")
         sides = [
-            Visualizer(image, metadata, scale=4).draw_dataset_dict(sample),
-            Visualizer(image, metadata, scale=4).draw_instance_predictions(
-                instances[instances.scores > 0.5]
+            Visualizer(image, metadata, scale=ENLARGE).draw_dataset_dict(sample),
+            Visualizer(image, metadata, scale=ENLARGE).draw_instance_predictions(
+                instances[instances.scores > SCORE]
             ),
         ]
         both = np.concatenate([side.get_image() for side in sides], axis=1)
@@ -266,6 +268,7 @@ def measure_mmdetection() -> list[Row]:
 def draw_mmdetection() -> None:
     import mmcv
     from mmdet.apis import inference_detector, init_detector
+    from mmdet.models.utils import samplelist_boxtype2tensor
     from mmdet.registry import DATASETS, VISUALIZERS
 
     cfg = mmdetection_config()
@@ -276,17 +279,15 @@ def draw_mmdetection() -> None:
     visualizer.dataset_meta = dataset.metainfo
     folder = fresh(OUT / "pictures_mmdetection")
     for i in range(PICTURES):
-        info = dataset.get_data_info(i)
-        image = mmcv.imread(info["img_path"], channel_order="rgb")
-        result = inference_detector(model, info["img_path"])
-        result.gt_instances = dataset[i]["data_samples"].gt_instances
-        visualizer.add_datasample(
-            "val",
-            image,
-            result,
-            pred_score_thr=0.5,
-            out_file=str(folder / f"{Path(info['img_path']).stem}.png"),
-        )
+        path = dataset.get_data_info(i)["img_path"]
+        sample = inference_detector(model, path)
+        sample.gt_instances = dataset[i]["data_samples"].gt_instances
+        samplelist_boxtype2tensor([sample])
+        for boxes in (sample.gt_instances.bboxes, sample.pred_instances.bboxes):
+            boxes *= ENLARGE
+        image = mmcv.imrescale(mmcv.imread(path, channel_order="rgb"), ENLARGE)
+        out_file = str(folder / f"{Path(path).stem}.png")
+        visualizer.add_datasample("val", image, sample, pred_score_thr=SCORE, out_file=out_file)
 
 
 # --- both ------------------------------------------------------------------------------------- #
