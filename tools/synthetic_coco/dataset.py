@@ -1,0 +1,247 @@
+"""Writes a whole dataset, or nothing.
+
+Everything is drawn into a temporary sibling of the output directory, which takes its name
+when it is complete. A directory is replaced only if this tool wrote everything in it.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from . import annotations
+from .captions import captions
+from .draw import render
+from .scene import SPLITS, Settings, image_generator, sample_scene
+from .vocabulary import THINGS, companions
+
+MIN_SIZE, MAX_SIZE = 64, 2048
+# Val ids start here, whatever the number of train images: a val image keeps its name.
+VAL_ID_OFFSET = 500_000
+MARKER = "annotations/synthetic_coco.json"
+_OWN_FILES = re.compile(
+    r"(train|val)2017/\d{12}\.jpg"
+    r"|annotations/panoptic_(train|val)2017/\d{12}\.png"
+    r"|annotations/(instances|person_keypoints|panoptic|captions)_(train|val)2017\.json"
+    r"|annotations/(synthetic_coco|context_bias)\.json"
+)
+
+
+class ArgumentError(ValueError):
+    """An argument of :func:`make_dataset` that cannot be used; the text says which and why."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written: the numbers of images and objects, and where."""
+
+    train: int
+    val: int
+    objects: int
+    out: Path
+
+
+def make_dataset(
+    out: str | Path,
+    train: int,
+    val: int,
+    size: int = 256,
+    seed: int = 0,
+    *,
+    classes: int = len(THINGS),
+    context_bias: float | None = None,
+    imbalance: float = 1.0,
+    force: bool = False,
+    progress: bool = True,
+) -> Summary:
+    """Draws a dataset in the layout of COCO 2017.
+
+    Args:
+        out: directory to write; must not exist unless ``force``.
+        train: number of train images, 0…500000.
+        val: number of val images, 0…500000.
+        size: long side of the images in pixels, 64…2048; the short side is 0.75…1 of it.
+        seed: ≥ 0; the same seed gives the same bytes.
+        classes: number of object classes, 2…7: person, disk, square, triangle, star, ring, cross.
+        context_bias: 0.5…1; a class's companion is in P of the train images that hold the
+            class and in 1 - P of the val images. None: no correlation.
+        imbalance: ≥ 1; object counts of the classes fall geometrically to 1/R in train. Val
+            stays balanced, so that the rare classes' AP can be measured.
+        force: replace a dataset that this tool wrote, once the new one is complete.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        the numbers of images and objects written.
+
+    Raises:
+        ArgumentError: an argument is out of range, or ``out`` may not be written.
+    """
+    settings = Settings(classes, context_bias, imbalance)
+    _check_arguments(train, val, size, seed, settings)
+    target = Path(os.path.abspath(out))
+    _check_target(target, force)
+    counts = {"train": train, "val": val}
+    with _complete_or_nothing(target, force) as root:
+        with tqdm(total=train + val, unit="image", disable=not progress) as bar:
+            objects = sum(
+                _write_split(root, split, counts[split], size, seed, settings, bar)
+                for split in SPLITS
+            )
+        options = {"size": size, "seed": seed, **counts, **asdict(settings)}
+        _write_json(root / MARKER, {"description": annotations.DESCRIPTION, "options": options})
+        if context_bias is not None:
+            _write_json(root / "annotations/context_bias.json", _bias(classes, context_bias))
+    return Summary(train, val, objects, Path(out))
+
+
+def _check_arguments(train: int, val: int, size: int, seed: int, settings: Settings) -> None:
+    for name, count in (("--train", train), ("--val", val)):
+        if not 0 <= count <= VAL_ID_OFFSET:
+            raise ArgumentError(f"{name}: {count} images; give a number from 0 to {VAL_ID_OFFSET}")
+    if train + val == 0:
+        raise ArgumentError("--train and --val: both are 0; give at least one image")
+    if not MIN_SIZE <= size <= MAX_SIZE:
+        raise ArgumentError(f"--size: {size} pixels; give a long side of {MIN_SIZE} to {MAX_SIZE}")
+    if seed < 0:
+        raise ArgumentError(f"--seed: {seed}; give a number of at least 0")
+    if not 2 <= settings.classes <= len(THINGS):
+        raise ArgumentError(
+            f"--classes: {settings.classes}; give a number from 2 to {len(THINGS)}, person included"
+        )
+    bias, ratio = settings.context_bias, settings.imbalance
+    if bias is not None and not 0.5 <= bias <= 1:
+        raise ArgumentError(f"--context-bias: {bias}; give a probability from 0.5 to 1")
+    if not 1 <= ratio < float("inf"):
+        raise ArgumentError(f"--imbalance: {ratio}; give a ratio of at least 1")
+    if bias is not None and ratio != 1:
+        raise ArgumentError(
+            f"--imbalance: {ratio} together with --context-bias {bias}; give only one of them, "
+            "since companions that are always seen together cannot differ in frequency"
+        )
+
+
+def _check_target(target: Path, force: bool) -> None:
+    """Refuses a target that may not be created or replaced."""
+    if not os.path.lexists(target):
+        return _check_parent(target)
+    if not force:
+        raise ArgumentError(f"OUT: '{target}' already exists; give another name, or --force")
+    if target.is_symlink() or not target.is_dir():
+        raise ArgumentError(f"OUT: '{target}' is not a directory; --force replaces only datasets")
+    homes = (Path.home(), Path.cwd())
+    if any(target.samefile(place) for home in homes for place in (home, *home.parents)):
+        raise ArgumentError(
+            f"OUT: '{target}' is or holds the home or the current directory; give another name"
+        )
+    files = [path.relative_to(target).as_posix() for path in target.rglob("*") if _is_leaf(path)]
+    foreign = [name for name in files if not _OWN_FILES.fullmatch(name)]
+    if foreign or (files and MARKER not in files):
+        reason = f"holds '{min(foreign)}'" if foreign else f"lacks '{MARKER}'"
+        raise ArgumentError(
+            f"OUT: '{target}' {reason}, so this tool did not write all of it; "
+            "--force replaces only this tool's datasets: give another name"
+        )
+    _check_parent(target)
+
+
+def _is_leaf(path: Path) -> bool:
+    return path.is_symlink() or not path.is_dir()
+
+
+def _check_parent(target: Path) -> None:
+    """Refuses a target whose nearest existing ancestor is no directory that can be written."""
+    parent = next(place for place in target.parents if os.path.lexists(place))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ArgumentError(f"OUT: cannot write in '{parent}'; give a place that can be written")
+
+
+@contextmanager
+def _complete_or_nothing(target: Path, force: bool) -> Iterator[Path]:
+    """Gives a temporary sibling that becomes ``target``, or is removed after any exception."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        # Again, since drawing takes time: someone may have put something there.
+        _check_target(target, force)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+    finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_split(
+    root: Path, split: str, count: int, size: int, seed: int, settings: Settings, bar: Any
+) -> int:
+    """Writes the images and annotation files of a split; returns the number of objects."""
+    images, panoptic_pngs = root / f"{split}2017", root / f"annotations/panoptic_{split}2017"
+    images.mkdir()
+    panoptic_pngs.mkdir(parents=True)
+    records: dict[str, list[annotations.Record]] = {
+        name: [] for name in ("images", "instances", "person_keypoints", "panoptic", "captions")
+    }
+    for index in range(count):
+        image_id = index + 1 + (VAL_ID_OFFSET if split == "val" else 0)
+        rng = image_generator(seed, split, index)
+        scene = sample_scene(rng, split, settings)
+        rendering = render(scene, size, rng)
+        # Quality and subsampling are fixed here: Pillow's defaults may change.
+        Image.fromarray(rendering.image).save(
+            images / f"{image_id:012d}.jpg", quality=92, subsampling="4:4:4"
+        )
+        segments, png = annotations.panoptic_record(scene, rendering, image_id)
+        Image.fromarray(png).save(panoptic_pngs / segments["file_name"], compress_level=6)
+        instances = annotations.instance_records(scene, rendering, image_id)
+        records["images"].append(annotations.image_record(image_id, *scene.pixels(size)))
+        records["instances"] += instances
+        records["person_keypoints"] += annotations.keypoint_records(
+            scene, rendering, instances, size
+        )
+        records["panoptic"].append(segments)
+        records["captions"] += annotations.caption_records(captions(scene), image_id)
+        bar.update()
+    _write_annotations(root / "annotations", split, records, settings.classes)
+    return len(records["instances"])
+
+
+def _write_annotations(
+    folder: Path, split: str, records: dict[str, list[annotations.Record]], classes: int
+) -> None:
+    categories = {
+        "instances": {"categories": annotations.thing_categories(classes)},
+        "person_keypoints": {"categories": annotations.person_categories()},
+        "panoptic": {"categories": annotations.panoptic_categories(classes)},
+        "captions": {},  # COCO's captions have no categories
+    }
+    for name, section in categories.items():
+        content = {"images": records["images"], "annotations": records[name], **section}
+        _write_json(folder / f"{name}_{split}2017.json", annotations.file_head() | content)
+
+
+def _bias(classes: int, probability: float) -> annotations.Record:
+    pairs = companions(classes).items()
+    return {
+        "companions": [
+            {"category_id": category_id, "companion_id": other} for category_id, other in pairs
+        ],
+        "probability": {"train": probability, "val": 1 - probability},
+    }
+
+
+def _write_json(path: Path, content: annotations.Record) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, sort_keys=True, separators=(",", ":")), encoding="utf-8")
