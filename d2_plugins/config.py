@@ -10,6 +10,7 @@ from typing import IO
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
+from yaml import YAMLError
 
 
 def add_plugin_config(cfg: CN) -> None:
@@ -48,17 +49,21 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
     """
     if len(options) % 2:
         raise ValueError(f"options come in pairs KEY VALUE, got an odd number: {' '.join(options)}")
-    try:
-        if config_file:
+    if config_file:
+        source = f"config file {config_file!r}"
+        try:
             cfg.merge_from_other_cfg(CN(_ModelZooBases.load_yaml_with_base(config_file, True)))
-    except OSError as error:
-        raise ValueError(f"config file {config_file!r}: {error}") from error
-    except (KeyError, AssertionError) as error:
-        raise _explain(error, cfg, f"config file {config_file!r}") from error
-    try:
-        cfg.merge_from_list(list(options))
-    except (KeyError, AssertionError) as error:
-        raise _explain(error, cfg, "the command line") from error
+        except (OSError, YAMLError) as error:
+            raise ValueError(f"{source}: {error}") from error
+        except (KeyError, AssertionError, AttributeError) as error:
+            raise _explain(error, cfg, source) from error
+    for key, value in zip(options[::2], options[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, value])
+        except (KeyError, AssertionError) as error:
+            raise _explain(error, cfg, "the command line") from error
+        except TypeError as error:  # a key below a value
+            raise ValueError(f"the command line: there is no config key {key}") from error
 
 
 class _ModelZooBases(CN):
@@ -82,6 +87,8 @@ class _ModelZooBases(CN):
 def _explain(error: Exception, cfg: CN, source: str) -> ValueError:
     """What yacs says of a wrong key, with the key that was probably meant."""
     reason = str(error.args[0])
+    if isinstance(error, AttributeError):
+        return ValueError(f"{source}: not a yaml file of keys and values ({reason})")
     if not reason.startswith("Non-existent"):
         return ValueError(f"{source}: {reason}")
     key = reason.rsplit(" ", 1)[-1]

@@ -93,21 +93,31 @@ class ResumableTrainLoader:
     def __init__(self, cfg: CfgNode) -> None:
         self.start_iter = 0
         self._seed = cfg.SEED
-        parts = build_detection_train_loader.from_config(cfg, mapper=PluginDatasetMapper(cfg, True))
         self._stream: _SampleStream | None = None
-        if cfg.SEED >= 0:
-            samples, mapper, sampler = (parts.pop(k) for k in ("dataset", "mapper", "sampler"))
-            self._stream = _SampleStream(
-                sampler,
-                [s.get("width", 0) > s.get("height", 0) for s in samples]
-                if parts["aspect_ratio_grouping"]
-                else [False] * len(samples),
-                parts["total_batch_size"] // comm.get_world_size(),
-            )
-            mapped = MapDataset(DatasetFromList(samples, copy=False), mapper)
-            dataset = _SeededDataset(mapped, cfg.SEED, comm.get_rank())
-            parts.update(dataset=dataset, mapper=None, sampler=self._stream)
-        self._loader = build_detection_train_loader(**parts)
+        mapper = PluginDatasetMapper(cfg, is_train=True)
+        if self._seed < 0:
+            self._loader = build_detection_train_loader(cfg, mapper=mapper)
+            return
+        random_state = np.random.get_state()
+        np.random.seed(derive_seed(self._seed))  # from which the sampler takes its own seed
+        parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
+        np.random.set_state(random_state)
+        samples, mapper, sampler = (parts.pop(k) for k in ("dataset", "mapper", "sampler"))
+        self._batch_size = parts["total_batch_size"] // comm.get_world_size()
+        self._grouped = parts["aspect_ratio_grouping"]
+        if self._grouped:
+            groups = [s.get("width", 0) > s.get("height", 0) for s in samples]
+        else:
+            groups = [False] * len(samples)
+            # Workers would each fill batches of their own, so that these depended on how many
+            # workers there are; one by one the samples come in the stream's order.
+            parts["total_batch_size"] = comm.get_world_size()
+        self._stream = _SampleStream(sampler, groups, self._batch_size)
+        mapped = MapDataset(DatasetFromList(samples, copy=False), mapper)
+        dataset = _SeededDataset(mapped, self._seed, comm.get_rank())
+        self._loader = build_detection_train_loader(
+            dataset=dataset, mapper=None, sampler=self._stream, **parts
+        )
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         # A generator: workers start at the first batch, when `start_iter` is known.
@@ -115,7 +125,12 @@ class ResumableTrainLoader:
             yield from self._loader
             return
         self._stream.batches_done = self.start_iter
-        for iteration, batch in enumerate(self._loader, self.start_iter):
+        if self._grouped:
+            batches = iter(self._loader)
+        else:
+            samples = itertools.chain.from_iterable(self._loader)
+            batches = iter(lambda: list(itertools.islice(samples, self._batch_size)), [])
+        for iteration, batch in enumerate(batches, self.start_iter):
             torch.manual_seed(derive_seed(self._seed, comm.get_rank(), iteration, 1))
             yield batch
 

@@ -60,7 +60,7 @@ def _check_datasets(setting: str, names: tuple[str, ...]) -> None:
         json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
         root = os.environ.get("DETECTRON2_DATASETS", "datasets")
         where = f"{setting} {name!r}"
-        if str(json_file).startswith(root):
+        if str(json_file).startswith(os.path.join(root, "")):
             where += f" (below {root!r}, which DETECTRON2_DATASETS sets)"
         if json_file and metadata.get("evaluator_type") in ("coco", "coco_panoptic_seg"):
             check_coco_json(json_file, where)

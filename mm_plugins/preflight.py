@@ -65,7 +65,7 @@ def _check_datasets(dataset: Any, setting: str) -> None:
     if isinstance(ann_file, str) and ann_file.endswith(".json") and "://" not in root + ann_file:
         check_coco_json(os.path.join(root, ann_file), f"{setting}.ann_file")
         images = os.path.join(root, dataset.get("data_prefix", {}).get("img", ""))
-        if not os.path.isdir(images):
+        if images and not os.path.isdir(images):
             raise ValueError(f"{setting}.data_prefix.img: there is no image folder {images!r}")
 
 
@@ -107,6 +107,11 @@ def _check_plugins(backbone: ConfigDict, setting: str) -> None:
             raise ValueError(
                 f"{where}.stages: expected {num_stages} times True or False, one for each stage "
                 f"of {setting}, got {stages!r}"
+            )
+        if backbone.get("depth") in (18, 34) and plugin["position"] == "after_conv3":
+            raise ValueError(
+                f"{where}.position: 'after_conv3', but the blocks of a ResNet-{backbone['depth']} "
+                "end in conv2; use 'after_conv2'"
             )
         unknown = set(plugin) - {"cfg", "position", "stages"}
         if unknown:

@@ -62,13 +62,13 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
-train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=400, val_interval=400)
+train_cfg = dict(_delete_=True, type="IterBasedTrainLoop", max_iters=500, val_interval=500)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=50),
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=400, milestones=[300, 370], gamma=0.1),
+    dict(type="MultiStepLR", by_epoch=False, begin=0, end=500, milestones=[380, 460], gamma=0.1),
 ]
 optim_wrapper = dict(optimizer=dict(lr=0.04), clip_grad=dict(max_norm=10.0))
-default_hooks = dict(checkpoint=dict(by_epoch=False, interval=200), logger=dict(interval=20))
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=250), logger=dict(interval=20))
 log_processor = dict(by_epoch=False)
 custom_hooks = [dict(type="ExactResumeHook")]
 randomness = dict(seed=0)

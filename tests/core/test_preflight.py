@@ -1,0 +1,240 @@
+"""Checks of annotation files and checkpoints that both frameworks' sides make."""
+
+from __future__ import annotations
+
+import collections
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, find_resnet_depth
+
+WHOLE = '{"images": [{"id": 1}], "annotations": [{"id": 1}], "categories": [{"id": 1}]}'
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "annotations.json"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# -------------------------------------------------------------------------------------- annotations
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        WHOLE,
+        f"\n  {WHOLE}\n\n",
+        '{"images": [{"id": 1}], "categories": [{"id": 1}]}',  # a test set has no annotations
+        WHOLE.replace('"annotations": [', '"licenses": [], "annotations": ['),
+    ],
+    ids=["whole", "padded", "test set", "empty licenses"],
+)
+def test_whole_annotation_file_is_accepted(tmp_path, text):
+    check_coco_json(write(tmp_path, text), "DATASETS.TRAIN")
+
+
+def test_missing_annotation_file_names_setting_and_path(tmp_path):
+    path = str(tmp_path / "nowhere.json")
+    with pytest.raises(ValueError, match="there is no annotation file") as error:
+        check_coco_json(path, "DATASETS.TRAIN 'mine'")
+    assert str(error.value).startswith("DATASETS.TRAIN 'mine': ") and path in str(error.value)
+
+
+def test_folder_in_place_of_an_annotation_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="there is no annotation file"):
+        check_coco_json(str(tmp_path), "DATASETS.TRAIN")
+
+
+def test_empty_annotation_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is empty; expected COCO-format JSON"):
+        check_coco_json(write(tmp_path, ""), "DATASETS.TRAIN")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [WHOLE[:-1], WHOLE[: len(WHOLE) // 2], WHOLE[1:], f"[{WHOLE}]", "version https://git-lfs", " "],
+    ids=["end cut off", "half", "start cut off", "a list", "no JSON", "a blank"],
+)
+def test_annotation_file_that_is_no_whole_object_is_refused(tmp_path, text):
+    with pytest.raises(ValueError, match="is no whole COCO-format JSON object"):
+        check_coco_json(write(tmp_path, text), "DATASETS.TRAIN")
+
+
+@pytest.mark.parametrize("key", ["images", "annotations"])
+@pytest.mark.parametrize("empty", ["[]", "[ \n ]"])
+def test_empty_list_is_named(tmp_path, key, empty):
+    lists = {"images": '[{"id": 1}]', "annotations": '[{"id": 1}]'} | {key: empty}
+    text = f'{{"images" : {lists["images"]}, "annotations":{lists["annotations"]}}}'
+    with pytest.raises(ValueError, match=f"has an empty list of {key}$"):
+        check_coco_json(write(tmp_path, text), "DATASETS.TRAIN")
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+BLOCKS[152] = (3, 8, 36, 3)
+PREFIXES = {"torchvision": "", "detectron2": "backbone.bottom_up.", "caffe2": ""}
+
+
+def resnet_names(depth: int, naming: str) -> list[str]:
+    """Names of a ResNet's convolutions and their norms."""
+    convolutions = 2 if depth < 50 else 3
+    names = []
+    for stage, count in enumerate(BLOCKS[depth], start=1):
+        for block in range(count):
+            for i in range(convolutions):
+                if naming == "torchvision":
+                    at = f"layer{stage}.{block}"
+                    names += [f"{at}.conv{i + 1}.weight", f"{at}.bn{i + 1}.weight"]
+                elif naming == "detectron2":
+                    at = f"res{stage + 1}.{block}.conv{i + 1}"
+                    names += [f"{at}.weight", f"{at}.norm.weight"]
+                else:
+                    at = f"res{stage + 1}_{block}_branch2{'abc'[i]}"
+                    names += [f"{at}_w", f"{at}_bn_s"]
+    return [PREFIXES[naming] + name for name in names]
+
+
+def checkpoint(depth: int, naming: str, kind: type = torch.Tensor) -> dict[str, Any]:
+    weight = torch.zeros(1) if kind is torch.Tensor else torch.zeros(1).numpy()
+    state = dict.fromkeys(["stem.conv1.weight", *resnet_names(depth, naming), "fc.weight"], weight)
+    return {"model": collections.OrderedDict(state), "iteration": 7}
+
+
+def save_zip(content: Any, path: Path) -> None:
+    torch.save(content, path)
+
+
+def save_legacy(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def save_pickle(content: Any, path: Path) -> None:
+    with open(path, "wb") as file:
+        pickle.dump(content, file)
+
+
+def save_pickle_of_python_2(content: Any, path: Path) -> None:
+    with open(path, "wb") as file:
+        pickle.dump(content, file, protocol=2)
+
+
+FORMATS = pytest.mark.parametrize(
+    "save", [save_zip, save_legacy, save_pickle, save_pickle_of_python_2]
+)
+
+
+@FORMATS
+@pytest.mark.parametrize("naming", ["torchvision", "detectron2", "caffe2"])
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_depth_is_found_in_a_checkpoint(tmp_path, depth, naming, save):
+    save(checkpoint(depth, naming), tmp_path / "weights")
+    assert find_resnet_depth(str(tmp_path / "weights")) == depth
+
+
+def test_depth_is_found_in_a_pickle_of_arrays(tmp_path):
+    save_pickle(checkpoint(50, "caffe2", kind=object), tmp_path / "R-50.pkl")
+    assert find_resnet_depth(str(tmp_path / "R-50.pkl")) == 50
+
+
+def test_depth_is_found_in_a_file_of_safetensors(tmp_path):
+    header = ",".join(f'"{n}":{{"dtype":"F32"}}' for n in resnet_names(101, "torchvision"))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + f"{{{header}}}".encode() + bytes(64))
+    assert find_resnet_depth(str(path)) == 101
+
+
+def test_attention_in_the_blocks_does_not_hide_the_depth(tmp_path):
+    content = checkpoint(50, "detectron2")
+    for stage, count in enumerate(BLOCKS[50], start=2):
+        for block in range(count):
+            at = f"backbone.bottom_up.res{stage}.{block}.triplet_attention"
+            content["model"][f"{at}.cw.conv.conv.weight"] = torch.zeros(1)
+    save_zip(content, tmp_path / "weights")
+    assert find_resnet_depth(str(tmp_path / "weights")) == 50
+
+
+def test_depth_is_found_where_only_parts_of_a_detector_are_a_resnet(tmp_path):
+    # A C4 detector: res5 is in its RoI heads.
+    names = [
+        name.replace("backbone.bottom_up.", "roi_heads." if "res5" in name else "backbone.")
+        for name in resnet_names(101, "detectron2")
+    ]
+    save_zip(dict.fromkeys(names, torch.zeros(1)), tmp_path / "weights")
+    assert find_resnet_depth(str(tmp_path / "weights")) == 101
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["conv1.weight"],
+        ["layers.0.blocks.1.attn.qkv.weight"],  # a Swin transformer
+        ["layer1.0.conv1.weight", "layer1.1.conv1.weight"],  # one stage only
+        [n for n in resnet_names(50, "torchvision") if "layer4" not in n],
+    ],
+)
+def test_depth_of_another_network_is_unclear(tmp_path, names):
+    save_zip(dict.fromkeys(names, torch.zeros(1)), tmp_path / "weights")
+    assert find_resnet_depth(str(tmp_path / "weights")) is None
+
+
+def test_nothing_of_a_checkpoint_is_executed(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    content = checkpoint(50, "torchvision") | {"trap": Trap()}
+    save_pickle(content, tmp_path / "weights")
+    assert find_resnet_depth(str(tmp_path / "weights")) == 50
+    assert not (tmp_path / "executed").exists()
+
+
+def check(path: Any, depth: int) -> None:
+    check_resnet_checkpoint(str(path), depth, "MODEL.WEIGHTS", "MODEL.RESNETS.DEPTH")
+
+
+@pytest.mark.parametrize("naming", ["torchvision", "detectron2", "caffe2"])
+def test_checkpoint_of_the_models_depth_is_accepted(tmp_path, naming):
+    save_zip(checkpoint(50, naming), tmp_path / "weights")
+    check(tmp_path / "weights", 50)
+
+
+def test_checkpoint_without_a_resnet_is_accepted(tmp_path):
+    save_zip({"linear.weight": torch.zeros(1)}, tmp_path / "weights")
+    check(tmp_path / "weights", 50)
+
+
+@FORMATS
+@pytest.mark.parametrize("naming", ["torchvision", "detectron2", "caffe2"])
+def test_checkpoint_of_another_depth_is_refused_by_name(tmp_path, naming, save):
+    path = tmp_path / "R-101.pth"
+    save(checkpoint(101, naming), path)
+    with pytest.raises(ValueError) as error:
+        check(path, 50)
+    assert str(error.value) == (
+        f"MODEL.WEIGHTS: {str(path)!r} holds a ResNet-101, but MODEL.RESNETS.DEPTH is 50; "
+        "use a checkpoint of a ResNet-50 or set MODEL.RESNETS.DEPTH to 101"
+    )
+
+
+@pytest.mark.parametrize(("depth", "other"), [(34, 50), (50, 34)])
+def test_depths_with_equally_many_blocks_are_told_apart(tmp_path, depth, other):
+    save_zip(checkpoint(depth, "torchvision"), tmp_path / "weights")
+    with pytest.raises(ValueError, match=f"holds a ResNet-{depth}, but .* is {other}"):
+        check(tmp_path / "weights", other)
+
+
+def test_missing_checkpoint_names_setting_and_path(tmp_path):
+    with pytest.raises(ValueError, match="^MODEL.WEIGHTS: there is no checkpoint '.*/none.pth'"):
+        check(tmp_path / "none.pth", 50)
+
+
+def test_empty_checkpoint_is_refused(tmp_path):
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(ValueError, match="^MODEL.WEIGHTS: checkpoint '.*/empty.pth' is empty"):
+        check(tmp_path / "empty.pth", 50)

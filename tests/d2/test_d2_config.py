@@ -1,0 +1,221 @@
+"""Config files on Detectron2's own, command-line options, and errors that help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2 import model_zoo
+from detectron2.config import CfgNode, get_cfg
+
+from d2_plugins import add_plugin_config, merge_config
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs" / "d2").rglob("*.yaml"))
+FASTER_RCNN = "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+
+
+def write(folder: Path, text: str, name: str = "config.yaml") -> str:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def as_detectron2_merges_it(name: str) -> CfgNode:
+    cfg = get_cfg()
+    cfg.merge_from_file(model_zoo.get_config_file(name))
+    return cfg
+
+
+def test_plugins_are_off_by_default():
+    cfg = get_cfg()
+    add_plugin_config(cfg)
+    node = cfg.MODEL.RESNETS.TRIPLET_ATTENTION
+    assert dict(node) == {
+        "STAGES": (),
+        "KERNEL_SIZE": 7,
+        "NO_SPATIAL": False,
+        "WARM_START": False,
+    }
+    del cfg.MODEL.RESNETS["TRIPLET_ATTENTION"]
+    assert cfg == get_cfg()
+
+
+# -------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        FASTER_RCNN,
+        "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
+        "COCO-Keypoints/keypoint_rcnn_R_50_FPN_1x.yaml",  # has a base with a base
+    ],
+)
+def test_base_in_the_model_zoo_and_its_own_bases_are_merged(tmp_path, name):
+    cfg = get_cfg()
+    merge_config(cfg, write(tmp_path, f'_BASE_: "model_zoo://{name}"\n'))
+    assert cfg == as_detectron2_merges_it(name)
+
+
+def test_file_overrides_its_base_and_options_override_the_file(tmp_path, cfg):
+    text = f'_BASE_: "model_zoo://{FASTER_RCNN}"\nSOLVER: {{BASE_LR: 0.5, MAX_ITER: 7}}\n'
+    assert as_detectron2_merges_it(FASTER_RCNN).SOLVER.MAX_ITER == 90000
+    merge_config(cfg, write(tmp_path, text), ["SOLVER.MAX_ITER", "8"])
+    assert cfg.SOLVER.BASE_LR == 0.5 and cfg.SOLVER.MAX_ITER == 8
+    assert cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
+
+
+def test_local_base_in_another_folder_may_be_on_the_model_zoo(tmp_path, cfg):
+    write(tmp_path, f'_BASE_: "model_zoo://{FASTER_RCNN}"\nSEED: 3\n', "bases/base.yaml")
+    merge_config(cfg, write(tmp_path, "_BASE_: ../bases/base.yaml\n", "runs/run.yaml"))
+    assert cfg.SEED == 3
+    assert cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
+
+
+def test_config_of_the_model_zoo_may_be_named_directly(cfg):
+    merge_config(cfg, f"model_zoo://{FASTER_RCNN}")
+    assert cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
+
+
+def test_no_file_and_no_options_change_nothing(cfg):
+    before = cfg.clone()
+    merge_config(cfg)
+    assert cfg == before
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs" / "d2")))
+def test_shipped_config_loads(cfg, path):
+    merge_config(cfg, str(path))
+    assert "plugin" in cfg.MODEL.BACKBONE.NAME
+    assert cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES
+
+
+def test_there_are_shipped_configs():
+    assert SHIPPED
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def test_every_setting_of_the_plugin_can_be_set_from_the_command_line(cfg):
+    node = "MODEL.RESNETS.TRIPLET_ATTENTION"
+    options = {"STAGES": "('res4','res5')", "KERNEL_SIZE": "3", "NO_SPATIAL": "True"}
+    options["WARM_START"] = "True"
+    merge_config(cfg, "", [part for k, v in options.items() for part in (f"{node}.{k}", v)])
+    assert dict(cfg.MODEL.RESNETS.TRIPLET_ATTENTION) == {
+        "STAGES": ("res4", "res5"),
+        "KERNEL_SIZE": 3,
+        "NO_SPATIAL": True,
+        "WARM_START": True,
+    }
+
+
+@pytest.mark.parametrize("options", [["SOLVER.BASE_LR"], ["SEED", "1", "SOLVER.BASE_LR"]])
+def test_odd_number_of_options_is_refused(cfg, options):
+    with pytest.raises(ValueError) as error:
+        merge_config(cfg, "", options)
+    assert "KEY VALUE, got an odd number" in str(error.value)
+    assert str(error.value).endswith(" ".join(options))
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def error_of(cfg: CfgNode, file: str = "", options: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ValueError) as error:
+        merge_config(cfg, file, options)
+    return str(error.value)
+
+
+def test_missing_file_is_named(tmp_path, cfg):
+    path = str(tmp_path / "nowhere.yaml")
+    assert error_of(cfg, path) == f"config file {path!r}: there is no file {path!r}"
+
+
+def test_missing_base_is_named_with_the_file(tmp_path, cfg):
+    path = write(tmp_path, "_BASE_: nowhere.yaml\n")
+    message = error_of(cfg, path)
+    assert message.startswith(f"config file {path!r}: ")
+    assert repr(str(tmp_path / "nowhere.yaml")) in message
+
+
+def test_base_that_the_model_zoo_lacks_is_named(tmp_path, cfg):
+    path = write(tmp_path, '_BASE_: "model_zoo://COCO-Detection/faster_rcnn_R_5_FPN_1x.yaml"\n')
+    assert error_of(cfg, path) == (
+        f"config file {path!r}: Detectron2's model zoo has no config "
+        "'COCO-Detection/faster_rcnn_R_5_FPN_1x.yaml'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong", "likely"),
+    [
+        ("SOLVER: {BASE_RL: 0.1}", "SOLVER.BASE_RL", "SOLVER.BASE_LR"),
+        (
+            "MODEL: {RESNETS: {TRIPLET_ATENTION: {STAGES: [res2]}}}",
+            "MODEL.RESNETS.TRIPLET_ATENTION",
+            "MODEL.RESNETS.TRIPLET_ATTENTION",
+        ),
+        ("MODEL: {TRIPLET_ATTENTION: {}}", "MODEL.TRIPLET_ATTENTION", "TRIPLET_ATTENTION"),
+    ],
+)
+def test_typo_in_a_file_names_the_file_and_the_likely_key(tmp_path, cfg, text, wrong, likely):
+    path = write(tmp_path, text)
+    message = error_of(cfg, path)
+    assert message.startswith(f"config file {path!r}: there is no config key {wrong}; did you mean")
+    assert likely in message.split("did you mean")[1]
+
+
+@pytest.mark.parametrize(
+    ("key", "likely"),
+    [
+        ("SOLVER.BASE_RL", "SOLVER.BASE_LR"),
+        ("MODEL.RESNETS.TRIPLET_ATENTION.STAGES", "MODEL.RESNETS.TRIPLET_ATTENTION.STAGES"),
+        ("WARM_START", "MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START"),
+        ("IMS_PER_BATCH", "SOLVER.IMS_PER_BATCH"),
+    ],
+)
+def test_typo_on_the_command_line_names_the_likely_key(cfg, key, likely):
+    message = error_of(cfg, options=(key, "1"))
+    assert message.startswith(f"the command line: there is no config key {key}; did you mean ")
+    assert likely in message.split("did you mean ")[1].rstrip("?").split(" or ")
+
+
+def test_key_that_resembles_none_is_named_without_a_guess(cfg):
+    message = error_of(cfg, options=("zzzzzzzz", "1"))
+    assert message == "the command line: there is no config key zzzzzzzz"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SOLVER.BASE_LR", "fast"),
+        ("MODEL.RESNETS.DEPTH", "[50]"),
+        ("MODEL.RESNETS.TRIPLET_ATTENTION.STAGES", "res4"),
+        ("MODEL.RESNETS.TRIPLET_ATTENTION.KERNEL_SIZE", "7.0"),
+    ],
+)
+def test_wrong_type_names_key_and_value(tmp_path, cfg, key, value):
+    message = error_of(cfg, options=(key, value))
+    assert key in message and value.strip("[]") in message
+    *nodes, last = key.split(".")
+    text = "".join(f"{'  ' * i}{n}:\n" for i, n in enumerate(nodes))
+    path = write(tmp_path, f"{text}{'  ' * len(nodes)}{last}: {value}\n")
+    message = error_of(cfg, path)
+    assert key in message and value.strip("[]") in message
+
+
+def test_option_below_a_value_is_named(cfg):
+    message = error_of(cfg, options=("MODEL.RESNETS.DEPTH.STAGES", "1"))
+    assert "MODEL.RESNETS.DEPTH.STAGES" in message
+
+
+@pytest.mark.parametrize("text", ["MODEL: {MASK_ON: True\n", "SEED: 1\n\tVERSION: 2\n", "- SEED\n"])
+def test_file_that_is_no_yaml_mapping_is_named(tmp_path, cfg, text):
+    path = write(tmp_path, text)
+    assert path in error_of(cfg, path)

@@ -1,0 +1,328 @@
+"""What tools/train_net.py finds out before it builds or writes anything."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from d2_plugins.data import register_coco
+from d2_plugins.preflight import check_config
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = ROOT / "configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml"
+
+pytestmark = pytest.mark.usefixtures("registered")
+
+
+@pytest.fixture
+def good_cfg(resnet_cfg: CfgNode, tiny_coco: tuple[str, str], tmp_path: Path) -> CfgNode:
+    """A config that passes every check; its folder of results does not exist yet."""
+    register_coco("preflight_train", *tiny_coco)
+    register_coco("preflight_val", *tiny_coco)
+    resnet_cfg.DATASETS.TRAIN = ("preflight_train",)
+    resnet_cfg.DATASETS.TEST = ("preflight_val",)
+    resnet_cfg.MODEL.WEIGHTS = ""
+    resnet_cfg.OUTPUT_DIR = str(tmp_path / "output")
+    return resnet_cfg
+
+
+def error_of(cfg: CfgNode, *, eval_only: bool = False, resume: bool = False) -> str:
+    with pytest.raises(ValueError) as error:
+        check_config(cfg, eval_only=eval_only, resume=resume)
+    return str(error.value)
+
+
+def resnet_checkpoint(path: Path, blocks: tuple[int, ...]) -> str:
+    names = [
+        f"res{stage}.{block}.conv{i}.weight"
+        for stage, count in enumerate(blocks, start=2)
+        for block in range(count)
+        for i in (1, 2, 3)
+    ]
+    torch.save({"model": dict.fromkeys(names, torch.zeros(1))}, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_good_config_passes_and_nothing_is_written(good_cfg, tmp_path, resume, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = good_cfg.clone()
+    check_config(good_cfg, eval_only=False, resume=resume)
+    assert good_cfg == before
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------- backbone
+
+
+@pytest.mark.parametrize(
+    ("builder", "right"),
+    [
+        ("build_resnet_backbone", "build_resnet_plugin_backbone"),
+        ("build_resnet_fpn_backbone", "build_resnet_plugin_fpn_backbone"),
+        (
+            "build_retinanet_resnet_fpn_backbone",
+            "build_retinanet_resnet_plugin_fpn_backbone",
+        ),
+    ],
+)
+def test_builder_that_takes_no_plugins_is_named_with_the_one_that_does(good_cfg, builder, right):
+    good_cfg.MODEL.BACKBONE.NAME = builder
+    message = error_of(good_cfg)
+    assert message.startswith(f"MODEL.BACKBONE.NAME: {builder!r} takes no plugins")
+    assert "MODEL.RESNETS.TRIPLET_ATTENTION.STAGES is" in message
+    assert message.endswith(f"use {right!r}")
+
+
+def test_builder_without_plugins_passes_where_none_are_set(good_cfg):
+    good_cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    good_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = ()
+    check_config(good_cfg, eval_only=False, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("STAGES", ("res7",)), ("KERNEL_SIZE", 4)],
+)
+def test_wrong_setting_of_a_plugin_is_found(good_cfg, setting, value):
+    good_cfg.MODEL.RESNETS.TRIPLET_ATTENTION[setting] = value
+    assert error_of(good_cfg).startswith(f"MODEL.RESNETS.TRIPLET_ATTENTION.{setting}: ")
+
+
+def test_wrong_depth_is_found(good_cfg):
+    good_cfg.MODEL.RESNETS.DEPTH = 51
+    assert error_of(good_cfg).startswith("MODEL.RESNETS.DEPTH: no ResNet of depth 51")
+
+
+def test_settings_of_resnets_do_not_matter_to_another_backbone(good_cfg):
+    good_cfg.MODEL.BACKBONE.NAME = "build_mnasnet_backbone"
+    good_cfg.MODEL.RESNETS.DEPTH = 51
+    check_config(good_cfg, eval_only=False, resume=False)
+
+
+# ----------------------------------------------------------------------------------------- datasets
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_unknown_dataset_names_the_likely_one_and_how_to_register(good_cfg, split):
+    good_cfg.DATASETS[split] = ("preflight_trian",)
+    message = error_of(good_cfg)
+    assert message.startswith(f"DATASETS.{split}: no dataset is registered as 'preflight_trian'")
+    assert "did you mean preflight_train" in message
+    assert message.endswith("--register-coco preflight_trian ANNOTATIONS.json IMAGES")
+
+
+def test_dataset_that_resembles_none_gets_no_guess(good_cfg):
+    good_cfg.DATASETS.TRAIN = ("zzzzzzzz",)
+    message = error_of(good_cfg)
+    assert "did you mean" not in message
+    assert message.endswith("--register-coco zzzzzzzz ANNOTATIONS.json IMAGES")
+
+
+def test_training_without_a_training_set_is_refused(good_cfg):
+    good_cfg.DATASETS.TRAIN = ()
+    assert error_of(good_cfg) == "DATASETS.TRAIN: names no dataset to train on"
+
+
+def test_evaluation_does_not_ask_for_the_training_set(good_cfg, tmp_path):
+    good_cfg.MODEL.WEIGHTS = resnet_checkpoint(tmp_path / "model.pth", (3, 4, 6, 3))
+    for names in ((), ("zzzzzzzz",)):
+        good_cfg.DATASETS.TRAIN = names
+        check_config(good_cfg, eval_only=True, resume=False)
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_missing_annotation_file_is_found(good_cfg, tiny_coco, tmp_path, eval_only):
+    shutil.copy(tiny_coco[0], tmp_path / "moved.json")
+    register_coco("preflight_moved", str(tmp_path / "moved.json"), tiny_coco[1])
+    (tmp_path / "moved.json").unlink()
+    good_cfg.DATASETS.TEST = ("preflight_val", "preflight_moved")
+    message = error_of(good_cfg, eval_only=eval_only)
+    assert message.startswith("DATASETS.TEST 'preflight_moved': there is no annotation file")
+
+
+@pytest.mark.parametrize("evaluator_type", ["coco", "coco_panoptic_seg"])
+def test_broken_coco_annotations_are_found(good_cfg, tmp_path, evaluator_type):
+    (tmp_path / "broken.json").write_text('{"images": [')
+    DatasetCatalog.register("preflight_broken", list)
+    MetadataCatalog.get("preflight_broken").set(
+        json_file=str(tmp_path / "broken.json"), evaluator_type=evaluator_type
+    )
+    good_cfg.DATASETS.TRAIN = ("preflight_broken",)
+    message = error_of(good_cfg)
+    assert message.startswith("DATASETS.TRAIN 'preflight_broken': ") and "no whole" in message
+
+
+def test_annotations_of_another_format_are_left_alone(good_cfg, tmp_path):
+    (tmp_path / "lines.json").write_text('{"a": 1}\n["b"]\n')
+    DatasetCatalog.register("preflight_other", list)
+    MetadataCatalog.get("preflight_other").set(
+        json_file=str(tmp_path / "lines.json"), evaluator_type="lvis"
+    )
+    good_cfg.DATASETS.TRAIN = ("preflight_other",)
+    check_config(good_cfg, eval_only=False, resume=False)
+
+
+def test_dataset_without_any_metadata_passes(good_cfg):
+    DatasetCatalog.register("preflight_bare", list)
+    good_cfg.DATASETS.TRAIN = ("preflight_bare",)
+    check_config(good_cfg, eval_only=False, resume=False)
+
+
+def test_missing_image_folder_is_found(good_cfg, tiny_coco, tmp_path):
+    register_coco("preflight_images", tiny_coco[0], str(tmp_path / "images"))
+    good_cfg.DATASETS.TRAIN = ("preflight_images",)
+    assert error_of(good_cfg) == (
+        f"DATASETS.TRAIN 'preflight_images': there is no image folder {str(tmp_path / 'images')!r}"
+    )
+
+
+def test_missing_files_of_detectron2s_own_datasets_say_where_it_looks(good_cfg, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    DatasetCatalog.register("preflight_builtin", list)
+    metadata = MetadataCatalog.get("preflight_builtin")
+    metadata.set(json_file="datasets/none/annotations/none.json", evaluator_type="coco")
+    good_cfg.DATASETS.TEST = ("preflight_builtin",)
+    assert "(below 'datasets', which DETECTRON2_DATASETS sets)" in error_of(good_cfg)
+    monkeypatch.setenv("DETECTRON2_DATASETS", "/data/sets")
+    assert "DETECTRON2_DATASETS" not in error_of(good_cfg)
+
+
+def test_missing_files_elsewhere_do_not_mention_detectron2s_folder(good_cfg, monkeypatch):
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    DatasetCatalog.register("preflight_own", list)
+    metadata = MetadataCatalog.get("preflight_own")
+    metadata.set(json_file="datasets_of_mine/none.json", evaluator_type="coco")
+    good_cfg.DATASETS.TEST = ("preflight_own",)
+    assert "DETECTRON2_DATASETS" not in error_of(good_cfg)
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+def test_evaluation_without_weights_is_refused(good_cfg):
+    assert error_of(good_cfg, eval_only=True).startswith("MODEL.WEIGHTS: --eval-only needs")
+
+
+@pytest.mark.parametrize(
+    "weights", ["detectron2://ImageNetPretrained/MSRA/R-50.pkl", "https://example.com/none.pkl"]
+)
+def test_weights_to_download_are_left_to_detectron2(good_cfg, weights):
+    good_cfg.MODEL.WEIGHTS = weights
+    check_config(good_cfg, eval_only=False, resume=False)
+    check_config(good_cfg, eval_only=True, resume=False)
+
+
+def test_weights_of_the_models_depth_pass(good_cfg, tmp_path):
+    good_cfg.MODEL.WEIGHTS = resnet_checkpoint(tmp_path / "R-50.pth", (3, 4, 6, 3))
+    check_config(good_cfg, eval_only=False, resume=False)
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_weights_of_another_depth_are_refused(good_cfg, tmp_path, eval_only):
+    good_cfg.MODEL.WEIGHTS = resnet_checkpoint(tmp_path / "R-101.pth", (3, 4, 23, 3))
+    message = error_of(good_cfg, eval_only=eval_only)
+    assert message.startswith("MODEL.WEIGHTS: ")
+    assert "holds a ResNet-101, but MODEL.RESNETS.DEPTH is 50" in message
+
+
+@pytest.mark.parametrize("backbone", ["build_resnet_plugin_backbone", "build_mnasnet_backbone"])
+def test_missing_weights_are_refused(good_cfg, backbone):
+    good_cfg.MODEL.BACKBONE.NAME = backbone
+    good_cfg.MODEL.WEIGHTS = "none.pth"
+    assert error_of(good_cfg) == "MODEL.WEIGHTS: there is no checkpoint 'none.pth'"
+
+
+def test_weights_of_another_backbone_are_not_searched_for_a_resnet(good_cfg, tmp_path):
+    good_cfg.MODEL.BACKBONE.NAME = "build_mnasnet_backbone"
+    good_cfg.MODEL.WEIGHTS = resnet_checkpoint(tmp_path / "R-101.pth", (3, 4, 23, 3))
+    check_config(good_cfg, eval_only=False, resume=False)
+
+
+def test_weights_do_not_matter_where_a_training_is_resumed(good_cfg, tmp_path):
+    good_cfg.MODEL.WEIGHTS = "none.pth"
+    (tmp_path / "output").mkdir()
+    assert "there is no checkpoint" in error_of(good_cfg, resume=True)
+    (tmp_path / "output" / "last_checkpoint").write_text("model_0000009.pth")
+    check_config(good_cfg, eval_only=False, resume=True)
+    assert "there is no checkpoint" in error_of(good_cfg, resume=False)
+
+
+# ------------------------------------------------------------------------------- tools/train_net.py
+
+
+@pytest.fixture
+def setup(
+    train_net: ModuleType, tiny_coco: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., CfgNode]:
+    """Call the script's ``setup`` with a command line that is right but for the words given."""
+
+    def call(*words: str) -> CfgNode:
+        options = [
+            *("DATASETS.TRAIN", "('train_net_set',)"),
+            *("DATASETS.TEST", "('train_net_set',)"),
+            *("MODEL.WEIGHTS", ""),
+        ]
+        flags = list(takewhile(lambda word: word.startswith("-") or word.isdigit(), words))
+        line = ["train_net.py", "--config-file", str(CONFIG)]
+        line += [*flags, "--register-coco", "train_net_set", *tiny_coco]
+        monkeypatch.setattr("sys.argv", [*line, *options, *words[len(flags) :]])
+        return train_net.setup(train_net.parse_args())
+
+    return call
+
+
+def test_setup_gives_a_frozen_config_and_writes_nothing(setup, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = setup("SEED", "5")
+    assert cfg.is_frozen() and cfg.SEED == 5
+    assert cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START
+    assert "train_net_set" in DatasetCatalog
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("available", "device"), [(False, "cpu"), (True, "cuda")])
+def test_setup_falls_back_to_the_cpu_where_there_is_no_gpu(setup, available, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    chosen = setup().MODEL.DEVICE
+    assert chosen == device
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (("MODEL.RESNETS.TRIPLET_ATTENTION.STAGES", "('res6',)"), "unknown stage 'res6'"),
+        (("SOLVER.BASE_RL", "1"), "did you mean SOLVER.BASE_LR"),
+        (("MODEL.WEIGHTS", "none.pth"), "MODEL.WEIGHTS: there is no checkpoint 'none.pth'"),
+        (("DATASETS.TRAIN", "('none',)"), "DATASETS.TRAIN: no dataset is registered as 'none'"),
+        (("--eval-only",), "MODEL.WEIGHTS: --eval-only needs"),
+        (("--num-gpus", "999"), "--num-gpus 999: PyTorch finds"),
+    ],
+)
+def test_setup_refuses_what_is_wrong_and_writes_nothing(
+    setup, tmp_path, monkeypatch, words, reason
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        setup(*words)
+    assert reason in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_datasets_can_be_registered(train_net, monkeypatch):
+    line = "train_net.py --config-file c.yaml --register-coco a b c --register-coco d e f SEED 1"
+    monkeypatch.setattr("sys.argv", line.split())
+    args = train_net.parse_args()
+    assert args.config_file == "c.yaml" and args.opts == ["SEED", "1"]
+    assert args.register_coco == [["a", "b", "c"], ["d", "e", "f"]]

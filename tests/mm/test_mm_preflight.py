@@ -1,0 +1,371 @@
+"""What tools/train_mmdet.py and tools/test_mmdet.py find out before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="MMDetection is not installed")
+
+from mmengine.config import Config
+
+from mm_plugins.preflight import check_config
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> dict[str, Any]:
+    """A dataset that is there: its annotations and its folder of images."""
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "images").mkdir()
+    content = {"images": [{"id": 1}], "annotations": [{"id": 1}], "categories": [{"id": 1}]}
+    (tmp_path / "annotations" / "train.json").write_text(json.dumps(content))
+    return {
+        "type": "CocoDataset",
+        "data_root": str(tmp_path),
+        "ann_file": "annotations/train.json",
+        "data_prefix": {"img": "images/"},
+    }
+
+
+def attention(**changed: Any) -> dict[str, Any]:
+    return {"cfg": {"type": "TripletAttention"}, "position": "after_conv3"} | changed
+
+
+def config(backbone: dict[str, Any] | None = None, **top: Any) -> Config:
+    default = {"type": "ResNet", "depth": 50, "plugins": [attention()]}
+    model = {"type": "FasterRCNN", "backbone": default if backbone is None else backbone}
+    return Config({"model": model} | top)
+
+
+def resnet(**changed: Any) -> dict[str, Any]:
+    return {"type": "ResNet", "depth": 50} | changed
+
+
+def check(cfg: Config, *, train: bool = True, resumes: bool = False) -> None:
+    check_config(cfg, train=train, resumes=resumes)
+
+
+def error_of(cfg: Config, *, train: bool = True, resumes: bool = False) -> str:
+    with pytest.raises(ValueError) as error:
+        check(cfg, train=train, resumes=resumes)
+    return str(error.value)
+
+
+def resnet_checkpoint(path: Path, blocks: tuple[int, ...]) -> str:
+    names = [
+        f"backbone.layer{stage}.{block}.conv{i}.weight"
+        for stage, count in enumerate(blocks, start=1)
+        for block in range(count)
+        for i in (1, 2, 3)
+    ]
+    torch.save({"state_dict": dict.fromkeys(names, torch.zeros(1)), "meta": {}}, path)
+    return str(path)
+
+
+def test_good_config_passes_unchanged_and_nothing_is_written(dataset, tmp_path, monkeypatch):
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    cfg = config(train_dataloader={"dataset": dataset}, val_dataloader=None, work_dir="work_dirs/a")
+    before = cfg.to_dict()
+    check(cfg)
+    assert cfg.to_dict() == before
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py",
+        "gcnet/mask-rcnn_r50-syncbn-gcb-r4-c3-c5_fpn_1x_coco.py",
+        "empirical_attention/faster-rcnn_r50-attn1111_fpn_1x_coco.py",
+        "dcn/faster-rcnn_r50-dconv-c3-c5_fpn_1x_coco.py",
+        "regnet/faster-rcnn_regnetx-3.2GF_fpn_1x_coco.py",
+        "resnest/faster-rcnn_s50_fpn_syncbn-backbone+head_ms-range-1x_coco.py",
+        "detectors/detectors_htc-r50_1x_coco.py",
+        "hrnet/faster-rcnn_hrnetv2p-w18-1x_coco.py",
+        "deformable_detr/deformable-detr_r50_16xb2-50e_coco.py",
+        "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py",
+    ],
+)
+def test_models_of_mmdetections_own_configs_pass(name):
+    import mmdet
+
+    cfg = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / name)
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        cfg.pop(loader)  # COCO is not here
+    check(cfg)
+
+
+# ----------------------------------------------------------------------------------------- datasets
+
+
+@pytest.mark.parametrize(
+    ("train", "loaders"),
+    [(True, ["train_dataloader", "val_dataloader"]), (False, ["test_dataloader"])],
+)
+def test_datasets_that_will_be_used_are_checked_and_no_others(dataset, tmp_path, train, loaders):
+    wrong = dataset | {"ann_file": "none.json"}
+    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
+        cfg = config(**{loader: {"dataset": wrong}})
+        if loader in loaders:
+            assert error_of(cfg, train=train) == (
+                f"{loader}.dataset.ann_file: there is no annotation file "
+                f"{str(tmp_path / 'none.json')!r}"
+            )
+        else:
+            check(cfg, train=train)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "where"),
+    [
+        (lambda d: {"type": "RepeatDataset", "times": 2, "dataset": d}, "dataset.dataset"),
+        (lambda d: {"type": "ConcatDataset", "datasets": [d]}, "dataset.datasets[0]"),
+        (
+            lambda d: {"type": "MultiImageMixDataset", "dataset": {"datasets": [{}, d]}},
+            "dataset.dataset.datasets[1]",
+        ),
+    ],
+    ids=["repeated", "concatenated", "nested"],
+)
+def test_wrapped_datasets_are_checked(dataset, wrap, where):
+    check(config(train_dataloader={"dataset": wrap(dataset)}))
+    dataset["ann_file"] = "none.json"
+    message = error_of(config(train_dataloader={"dataset": wrap(dataset)}))
+    assert message.startswith(f"train_dataloader.{where}.ann_file: there is no annotation file")
+
+
+def test_broken_annotations_are_found(dataset, tmp_path):
+    (tmp_path / "annotations" / "train.json").write_text('{"images": [')
+    message = error_of(config(train_dataloader={"dataset": dataset}))
+    assert message.startswith("train_dataloader.dataset.ann_file: ")
+    assert "no whole COCO-format JSON" in message
+
+
+def test_missing_image_folder_is_found(dataset, tmp_path):
+    dataset["data_prefix"] = {"img": "none/"}
+    message = error_of(config(train_dataloader={"dataset": dataset}))
+    assert message.startswith("train_dataloader.dataset.data_prefix.img: there is no image folder")
+    assert str(tmp_path / "none") in message
+
+
+def test_dataset_whose_files_have_whole_paths_needs_no_root(dataset, tmp_path):
+    path = str(tmp_path / "annotations" / "train.json")
+    for changed in ({"data_prefix": {"img": ""}}, {"data_root": "", "data_prefix": {"img": ""}}):
+        own = {"type": "CocoDataset", "ann_file": path} | changed
+        check(config(train_dataloader={"dataset": own}))
+
+
+def test_whole_paths_are_not_looked_for_below_the_root(dataset, tmp_path):
+    dataset["ann_file"] = str(tmp_path / "annotations" / "train.json")
+    dataset["data_prefix"] = {"img": str(tmp_path / "images")}
+    dataset["data_root"] = "none/"
+    check(config(train_dataloader={"dataset": dataset}))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"ann_file": "none.txt"},
+        {"ann_file": ""},
+        {"ann_file": ["none.json"]},
+        {"data_root": "s3://bucket/coco"},
+        {"ann_file": "https://example.com/none.json", "data_root": None},
+    ],
+)
+def test_annotations_of_another_kind_or_place_are_left_alone(dataset, changed):
+    check(config(train_dataloader={"dataset": dataset | changed}))
+
+
+# -------------------------------------------------------------------------------- backbone, plugins
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth", "depths"),
+    [
+        ("ResNet", 42, "18, 34, 50, 101, 152"),
+        ("ResNeXt", 18, "50, 101, 152"),
+        ("PluginResNet", "50", "18, 34, 50, 101, 152"),
+        ("mmdet.ResNet", 42, "18, 34, 50, 101, 152"),
+    ],
+)
+def test_unknown_depth_is_named_with_those_that_exist(kind, depth, depths):
+    message = error_of(config({"type": kind, "depth": depth}))
+    assert message == f"model.backbone.depth: no {kind} of depth {depth!r}; there are {depths}"
+
+
+def test_resnet_anywhere_in_the_model_is_found():
+    inner = {"type": "FasterRCNN", "backbone": resnet(depth=42)}
+    cfg = Config({"model": {"type": "SoftTeacher", "detector": inner}})
+    assert error_of(cfg).startswith("model.detector.backbone.depth: ")
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        {"type": "SwinTransformer", "depth": 42, "plugins": "any"},
+        {"type": "NoSuchBackbone", "depth": 42},
+        {"type": "RegNet", "arch": "regnetx_400mf", "plugins": [attention()]},
+    ],
+)
+def test_other_backbones_are_left_alone(backbone):
+    check(config(backbone))
+
+
+def test_config_without_a_model_passes():
+    check(Config({"train_dataloader": None}))
+
+
+@pytest.mark.parametrize("entry", ["TripletAttention", {"type": "TripletAttention"}, {"cfg": "x"}])
+def test_plugin_of_another_form_is_shown_with_the_right_one(entry):
+    message = error_of(config(resnet(plugins=[attention(), entry])))
+    assert message.startswith("model.backbone.plugins[1]: expected dict(cfg=dict(type=…)")
+    assert message.endswith(f"got {entry!r}")
+
+
+def test_unknown_layer_is_named_with_the_likely_one():
+    message = error_of(config(resnet(plugins=[attention(cfg={"type": "TripletAtention"})])))
+    assert message.startswith(
+        "model.backbone.plugins[0].cfg.type: no module is registered as 'TripletAtention'; "
+        "did you mean TripletAttention"
+    )
+
+
+def test_unknown_layer_that_resembles_none_is_named():
+    message = error_of(config(resnet(plugins=[attention(cfg={"type": "zzzzzzzz"})])))
+    assert message.endswith("no module is registered as 'zzzzzzzz'")
+
+
+def test_layer_without_a_type_is_refused():
+    message = error_of(config(resnet(plugins=[attention(cfg={"kernel_size": 3})])))
+    assert message.startswith("model.backbone.plugins[0].cfg.type: ")
+
+
+def test_unknown_argument_of_a_layer_is_named_with_those_it_has():
+    layer = {"type": "TripletAttention", "kernel": 3}
+    assert error_of(config(resnet(plugins=[attention(cfg=layer)]))) == (
+        "model.backbone.plugins[0].cfg: TripletAttention has no argument 'kernel'; "
+        "it has kernel_size, no_spatial, warm_start"
+    )
+
+
+def test_wrong_value_of_a_layers_argument_is_named():
+    layer = {"type": "TripletAttention", "kernel_size": 4}
+    message = error_of(config(resnet(plugins=[attention(cfg=layer)])))
+    assert message.startswith("model.backbone.plugins[0].cfg: kernel_size must be a positive odd")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"type": "TripletAttention", "postfix": "_2", "warm_start": True},
+        {"type": "mmdet.TripletAttention"},
+        {"type": "ContextBlock", "ratio": 1 / 16},
+        {"type": "NonLocal2d"},  # takes further arguments as **kwargs
+    ],
+)
+def test_layers_of_ours_and_of_mmcv_pass(layer):
+    check(config(resnet(plugins=[attention(cfg=layer)])))
+
+
+@pytest.mark.parametrize("position", ["after_conv4", "", None])
+def test_unknown_position_is_named_with_those_that_exist(position):
+    assert error_of(config(resnet(plugins=[attention(position=position)]))) == (
+        f"model.backbone.plugins[0].position: {position!r} is none of after_conv1, after_conv2, "
+        "after_conv3"
+    )
+
+
+def test_missing_position_is_named():
+    entry = {"cfg": {"type": "TripletAttention"}}
+    assert ".plugins[0].position: None is none of" in error_of(config(resnet(plugins=[entry])))
+
+
+@pytest.mark.parametrize("stages", [(True,), (True,) * 5, (1, 0, 1, 0), ("res2", "", "", "")])
+def test_wrong_stages_are_named(stages):
+    message = error_of(config(resnet(plugins=[attention(stages=stages)])))
+    assert message == (
+        "model.backbone.plugins[0].stages: expected 4 times True or False, one for each stage of "
+        f"model.backbone, got {stages!r}"
+    )
+
+
+def test_stages_are_counted_as_the_backbone_has_them():
+    stages = (True, False, True)
+    check(config(resnet(num_stages=3, plugins=[attention(stages=stages)])))
+    assert "expected 3 times" in error_of(
+        config(resnet(num_stages=3, plugins=[attention(stages=(True,) * 4)]))
+    )
+
+
+def test_unknown_key_of_a_plugin_is_named():
+    message = error_of(config(resnet(plugins=[attention(stage=(True,) * 4)])))
+    assert message == "model.backbone.plugins[0]: unknown key stage"
+
+
+@pytest.mark.parametrize("depth", [18, 34])
+@pytest.mark.parametrize("kind", ["ResNet", "mmdet.ResNet"])
+def test_small_resnet_that_takes_no_plugins_is_named_with_the_one_that_does(kind, depth):
+    entry = attention(position="after_conv2")
+    message = error_of(config({"type": kind, "depth": depth, "plugins": [entry]}))
+    assert message == (
+        f"model.backbone.type: MMDetection's ResNet-{depth} takes no plugins; "
+        "use type='PluginResNet' and position='after_conv2'"
+    )
+    check(config({"type": "PluginResNet", "depth": depth, "plugins": [entry]}))
+    check(config({"type": kind, "depth": depth}))
+
+
+def test_position_that_a_small_plugin_resnet_lacks_is_named():
+    entry = attention(position="after_conv3")
+    message = error_of(config({"type": "PluginResNet", "depth": 18, "plugins": [entry]}))
+    assert message.startswith("model.backbone.plugins[0].position: ")
+    assert "'after_conv3'" in message and "after_conv2" in message
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+def test_weights_of_another_depth_are_refused(tmp_path):
+    path = resnet_checkpoint(tmp_path / "r101.pth", (3, 4, 23, 3))
+    message = error_of(config(load_from=path))
+    assert message.startswith(f"load_from: {path!r} holds a ResNet-101, but model.backbone.depth")
+    check(config(resnet(depth=101), load_from=path))
+
+
+def test_missing_weights_are_refused_but_where_a_training_is_resumed():
+    assert error_of(config(load_from="none.pth")) == "load_from: there is no checkpoint 'none.pth'"
+    check(config(load_from="none.pth"), resumes=True)
+
+
+@pytest.mark.parametrize("weights", ["torchvision://resnet50", "https://example.com/r.pth"])
+def test_weights_to_download_are_left_to_mmdetection(weights):
+    pretrained = {"type": "Pretrained", "checkpoint": weights}
+    check(config(resnet(init_cfg=pretrained)))
+    check(config(load_from=weights))
+
+
+def test_pretrained_backbone_of_another_depth_is_refused(tmp_path):
+    path = resnet_checkpoint(tmp_path / "r101.pth", (3, 4, 23, 3))
+    cfg = config(resnet(init_cfg={"type": "Pretrained", "checkpoint": path}))
+    message = error_of(cfg)
+    assert message.startswith(f"model.backbone.init_cfg.checkpoint: {path!r} holds a ResNet-101")
+    assert "set model.backbone.depth to 101" in message
+
+
+def test_pretrained_backbone_does_not_matter_where_the_whole_model_is_loaded(tmp_path):
+    path = resnet_checkpoint(tmp_path / "r50.pth", (3, 4, 6, 3))
+    pretrained = {"type": "Pretrained", "checkpoint": "none.pth"}
+    check(config(resnet(init_cfg=pretrained), load_from=path))
+    assert "there is no checkpoint 'none.pth'" in error_of(config(resnet(init_cfg=pretrained)))
+
+
+def test_weights_of_a_backbone_without_a_depth_are_left_alone():
+    pretrained = {"type": "Pretrained", "checkpoint": "none.pth"}
+    check(config({"type": "RegNet", "arch": "regnetx_400mf", "init_cfg": pretrained}))
+    check(config(resnet(init_cfg={"type": "Kaiming", "layer": "Conv2d"})))
+    check(config(resnet(init_cfg=None)))
