@@ -23,6 +23,7 @@ from plugin_core import TripletAttention
 logger = logging.getLogger(__name__)
 
 _DEPTHS = (18, 34, 50, 101, 152)
+_STAGES = ("res2", "res3", "res4", "res5")
 
 
 @BACKBONE_REGISTRY.register()
@@ -128,8 +129,8 @@ def check_resnet_plugins(cfg: CfgNode) -> None:
         )
     out_features = cfg.MODEL.RESNETS.OUT_FEATURES
     # Detectron2 builds the stages up to the last one that is asked for.
-    last = max((int(f[3:]) for f in out_features if f.startswith("res")), default=1)
-    built = [f"res{i}" for i in range(2, last + 1)]
+    last = max((_STAGES.index(f) for f in out_features if f in _STAGES), default=-1)
+    built = _STAGES[: last + 1]
     for stage in cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES:
         if stage not in built:
             raise ValueError(

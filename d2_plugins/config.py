@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import os
 import posixpath
 from collections.abc import Iterator, Sequence
 from typing import IO
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
+from detectron2.utils.file_io import PathManager
 from yaml import YAMLError
 
 
@@ -27,7 +27,7 @@ def add_plugin_config(cfg: CN) -> None:
     # Whether to leave the gate over (H, W) out
     cfg.MODEL.RESNETS.TRIPLET_ATTENTION.NO_SPATIAL = False
     # Whether to start as the identity, which keeps the features of a ResNet that was pretrained
-    # without attention. Checkpoints that hold attention load the same with and without it.
+    # without attention. Published checkpoints load the same with and without it.
     cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = False
 
 
@@ -52,10 +52,14 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
     if config_file:
         source = f"config file {config_file!r}"
         try:
-            cfg.merge_from_other_cfg(CN(_ModelZooBases.load_yaml_with_base(config_file, True)))
+            loaded = _ModelZooBases.load_yaml_with_base(config_file, True)
+            if loaded.get("VERSION") == cfg.VERSION:
+                cfg.merge_from_other_cfg(CN(loaded))
+            else:  # Detectron2 guesses the version and upgrades the file
+                cfg.merge_from_file(config_file)
         except (OSError, YAMLError) as error:
             raise ValueError(f"{source}: {error}") from error
-        except (KeyError, AssertionError, AttributeError) as error:
+        except (KeyError, AssertionError, AttributeError, TypeError) as error:
             raise _explain(error, cfg, source) from error
     for key, value in zip(options[::2], options[1::2], strict=True):
         try:
@@ -79,7 +83,7 @@ class _ModelZooBases(CN):
                 filename = model_zoo.get_config_file(posixpath.normpath(name))
             except RuntimeError as error:
                 raise FileNotFoundError(f"Detectron2's model zoo has no config {name!r}") from error
-        elif not os.path.isfile(filename):
+        elif not PathManager.isfile(filename):
             raise FileNotFoundError(f"there is no file {filename!r}")
         return super()._open_cfg(filename)
 
@@ -87,7 +91,7 @@ class _ModelZooBases(CN):
 def _explain(error: Exception, cfg: CN, source: str) -> ValueError:
     """What yacs says of a wrong key, with the key that was probably meant."""
     reason = str(error.args[0])
-    if isinstance(error, AttributeError):
+    if isinstance(error, (AttributeError, TypeError)):
         return ValueError(f"{source}: not a yaml file of keys and values ({reason})")
     if not reason.startswith("Non-existent"):
         return ValueError(f"{source}: {reason}")

@@ -28,7 +28,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN: names no dataset to train on")
-        _check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN)
+        _check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN, train=True)
     resumed = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if not resumed:
         _check_weights(cfg, eval_only)
@@ -47,7 +47,7 @@ def _check_backbone(cfg: CfgNode) -> None:
         )
 
 
-def _check_datasets(setting: str, names: tuple[str, ...]) -> None:
+def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -> None:
     for name in names:
         if name not in DatasetCatalog:
             likely = difflib.get_close_matches(name, DatasetCatalog.list())
@@ -63,13 +63,14 @@ def _check_datasets(setting: str, names: tuple[str, ...]) -> None:
         if str(json_file).startswith(os.path.join(root, "")):
             where += f" (below {root!r}, which DETECTRON2_DATASETS sets)"
         if json_file and metadata.get("evaluator_type") in ("coco", "coco_panoptic_seg"):
-            check_coco_json(json_file, where)
+            needs_annotations = train and len(names) == 1
+            check_coco_json(json_file, where, needs_annotations=needs_annotations)
         if image_root and not os.path.isdir(image_root):
             raise ValueError(f"{where}: there is no image folder {image_root!r}")
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
-    weights = cfg.MODEL.WEIGHTS
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # what follows are options of the loader
     if not weights and eval_only:
         raise ValueError("MODEL.WEIGHTS: --eval-only needs the checkpoint that is to be evaluated")
     if not weights or "://" in weights:

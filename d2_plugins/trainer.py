@@ -25,7 +25,8 @@ class PluginTrainer(DefaultTrainer):
     """``DefaultTrainer`` that evaluates every dataset that Detectron2 has an evaluator for.
 
     With a ``SEED``, a training that was stopped and resumed ends with the weights of one that was
-    not. Evaluation with test-time augmentation follows the training where ``TEST.AUG`` asks for it.
+    not; ``TEST.PRECISE_BN`` aside, whose own stream of data begins anew. Evaluation with test-time
+    augmentation follows the training where ``TEST.AUG`` asks for it.
     """
 
     def train(self) -> Any:
@@ -46,9 +47,10 @@ class PluginTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase | None]:
         all_hooks = super().build_hooks()
         if self.cfg.TEST.AUG.ENABLED:
-            all_hooks.insert(
-                -1, hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
-            )
+            # At the same place in every process: only the main one has a writer after it.
+            place = [isinstance(hook, hooks.EvalHook) for hook in all_hooks].index(True) + 1
+            tta = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
+            all_hooks.insert(place, tta)
         return all_hooks
 
     @classmethod

@@ -9,14 +9,16 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
+from mmdet.datasets import CocoDataset
 from mmdet.models.backbones import ResNet
-from mmdet.registry import MODELS
+from mmdet.registry import DATASETS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 
+from mm_plugins.layers import TripletAttention
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint
 
 _POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
@@ -37,7 +39,8 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
     loaders = ("train_dataloader", "val_dataloader") if train else ("test_dataloader",)
     for loader in loaders:
         if cfg.get(loader) is not None:
-            _check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset")
+            is_train = loader == "train_dataloader"
+            _check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset", is_train)
     load_from = cfg.get("load_from")
     for setting, backbone in _backbones(cfg.get("model", {}), "model"):
         _check_plugins(backbone, setting)
@@ -50,22 +53,36 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
             )
 
 
-def _check_datasets(dataset: Any, setting: str) -> None:
-    """Check a dataset, or those that it wraps, concatenates or repeats."""
+def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
+    """Check a dataset in COCO's format, or those that a dataset wraps, concatenates or repeats."""
     if isinstance(dataset, (list, tuple)):
         for i, part in enumerate(dataset):
-            _check_datasets(part, f"{setting}[{i}]")
+            _check_datasets(part, f"{setting}[{i}]", train=False)
         return
     if not isinstance(dataset, dict):
         return
     for key in ("dataset", "datasets"):
-        _check_datasets(dataset.get(key), f"{setting}.{key}")
-    ann_file = dataset.get("ann_file")
-    root = dataset.get("data_root") or ""
-    if isinstance(ann_file, str) and ann_file.endswith(".json") and "://" not in root + ann_file:
-        check_coco_json(os.path.join(root, ann_file), f"{setting}.ann_file")
-        images = os.path.join(root, dataset.get("data_prefix", {}).get("img", ""))
-        if images and not os.path.isdir(images):
+        _check_datasets(dataset.get(key), f"{setting}.{key}", train)
+    kind = dataset.get("type")
+    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    ann_file, root = dataset.get("ann_file"), dataset.get("data_root") or ""
+    if (
+        not (inspect.isclass(kind) and issubclass(kind, CocoDataset))
+        or dataset.get("backend_args")  # files are not read from the disk
+        or not isinstance(ann_file, str)
+        or not ann_file
+        or "://" in os.path.join(root, ann_file)
+    ):
+        return
+    filtered = dict(dataset.get("filter_cfg") or {}).get("filter_empty_gt", False)
+    check_coco_json(
+        os.path.join(root, ann_file), f"{setting}.ann_file", needs_annotations=train and filtered
+    )
+    prefix = dataset.get("data_prefix")
+    folder = prefix.get("img") if isinstance(prefix, dict) else None
+    if isinstance(folder, str) and folder and "://" not in folder:
+        images = os.path.join(root, folder)
+        if not os.path.isdir(images):
             raise ValueError(f"{setting}.data_prefix.img: there is no image folder {images!r}")
 
 
@@ -88,8 +105,17 @@ def _check_plugins(backbone: ConfigDict, setting: str) -> None:
             f"{setting}.depth: no {backbone['type']} of depth {backbone['depth']!r}; "
             f"there are {', '.join(map(str, depths))}"
         )
+    names = [key for key in backbone if key not in ("type", "_scope_", "_delete_")]
+    _check_arguments(MODELS.get(backbone["type"]), names, setting)
     num_stages = backbone.get("num_stages", 4)
-    for i, plugin in enumerate(backbone.get("plugins") or ()):
+    plugins = backbone.get("plugins") or ()
+    small = backbone.get("depth") in (18, 34)
+    if plugins and small and backbone["type"].rpartition(".")[2] == "ResNet":
+        raise ValueError(
+            f"{setting}.type: MMDetection's ResNet-{backbone['depth']} takes no plugins; "
+            "use type='PluginResNet' and position='after_conv2'"
+        )
+    for i, plugin in enumerate(plugins):
         where = f"{setting}.plugins[{i}]"
         if not isinstance(plugin, dict) or not isinstance(plugin.get("cfg"), dict):
             raise ValueError(
@@ -101,14 +127,12 @@ def _check_plugins(backbone: ConfigDict, setting: str) -> None:
                 f"{where}.position: {plugin.get('position')!r} is none of {', '.join(_POSITIONS)}"
             )
         stages = plugin.get("stages")
-        if stages is not None and (
-            len(stages) != num_stages or not all(isinstance(s, bool) for s in stages)
-        ):
+        if stages is not None and (not isinstance(stages, Sized) or len(stages) != num_stages):
             raise ValueError(
                 f"{where}.stages: expected {num_stages} times True or False, one for each stage "
                 f"of {setting}, got {stages!r}"
             )
-        if backbone.get("depth") in (18, 34) and plugin["position"] == "after_conv3":
+        if small and plugin["position"] == "after_conv3":
             raise ValueError(
                 f"{where}.position: 'after_conv3', but the blocks of a ResNet-{backbone['depth']} "
                 "end in conv2; use 'after_conv2'"
@@ -116,31 +140,42 @@ def _check_plugins(backbone: ConfigDict, setting: str) -> None:
         unknown = set(plugin) - {"cfg", "position", "stages"}
         if unknown:
             raise ValueError(f"{where}: unknown key {', '.join(sorted(unknown))}")
-        if backbone.get("depth") in (18, 34) and backbone["type"].rpartition(".")[2] == "ResNet":
-            raise ValueError(
-                f"{setting}.type: MMDetection's ResNet-{backbone['depth']} takes no plugins; "
-                "use type='PluginResNet' and position='after_conv2'"
-            )
 
 
 def _check_layer(layer: ConfigDict, setting: str) -> None:
-    kind = MODELS.get(str(layer.get("type")))
+    name = layer.get("type")
+    if name is None:
+        raise ValueError(f"{setting}.type: missing; expected dict(type='TripletAttention', …)")
+    if not isinstance(name, str):
+        return  # a class
+    kind = MODELS.get(name)
     if kind is None:
-        likely = difflib.get_close_matches(str(layer.get("type")), MODELS.module_dict)
+        likely = difflib.get_close_matches(name, MODELS.module_dict)
         hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
-        raise ValueError(f"{setting}.type: no module is registered as {layer.get('type')!r}{hint}")
-    arguments = inspect.signature(kind).parameters
-    if any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values()):
-        return
-    for key in set(layer) - {"type", "postfix", "_scope_"} - set(arguments):
-        raise ValueError(
-            f"{setting}: {layer['type']} has no argument {key!r}; "
-            f"it has {', '.join(a for a in arguments if a != 'in_channels')}"
-        )
+        raise ValueError(f"{setting}.type: no module is registered as {name!r}{hint}")
+    if not (inspect.isclass(kind) and issubclass(kind, TripletAttention)):
+        return  # a layer of others: its arguments are its own affair
+    arguments = {k: v for k, v in layer.items() if k not in ("type", "postfix", "_scope_")}
+    _check_arguments(kind, arguments, setting)
     try:
-        kind(in_channels=8, **{k: v for k, v in layer.items() if k in arguments})
+        kind(**arguments)
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from error
+
+
+def _check_arguments(kind: type, arguments: Iterable[str], setting: str) -> None:
+    """Check that a class takes these arguments, itself or by a base that it hands them on to."""
+    known: set[str] = set()
+    for base in kind.__mro__:
+        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+        known |= {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
+            break
+    for argument in arguments:
+        if argument not in known:
+            likely = difflib.get_close_matches(argument, known)
+            hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
+            raise ValueError(f"{setting}: {kind.__name__} has no argument {argument!r}{hint}")
 
 
 def _check_weights(path: str, setting: str, backbone: ConfigDict, backbone_setting: str) -> None:

@@ -27,9 +27,8 @@ def allow_mmengine_checkpoints() -> None:
         return  # nothing is refused
     array = np.zeros(1)
     make_array, make_number = array.__reduce__()[0], array[0].__reduce__()[0]
-    kinds = (np.float64, np.float32, np.int64, np.int32, np.bool_)
     harmless: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
-    harmless += {type(np.dtype(kind)) for kind in kinds}
+    harmless += {type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}
     harmless.append((_statistic_of_history_buffer, "builtins.getattr"))
     for core in ("core", "_core"):  # numpy 2 renamed the module that these functions are in
         harmless.append((make_array, f"numpy.{core}.multiarray._reconstruct"))
@@ -68,6 +67,12 @@ class ExactResumeHook(Hook):
     def before_train(self, runner: Runner) -> None:
         if runner._randomness_cfg.get("seed") is None:
             runner.logger.warning("ExactResumeHook has no effect without randomness = dict(seed=…)")
+        epoch_based = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        if epoch_based and runner.train_dataloader.persistent_workers:
+            runner.logger.warning(
+                "Images will be augmented with other random numbers after resuming; for an exact "
+                "resume set train_dataloader.persistent_workers to False"
+            )
 
     def before_train_epoch(self, runner: Runner) -> None:
         # An iteration-based loop calls this once, before it skips the data that it has had.
@@ -75,6 +80,7 @@ class ExactResumeHook(Hook):
             seed = _derive_seed(runner.seed, get_rank(), runner.epoch, 0)
             random.seed(seed)
             np.random.seed(seed)
+            torch.manual_seed(seed)
 
     def before_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: dict | None = None

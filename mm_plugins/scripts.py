@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import mmdet
+import torch
+from mmcv.ops import get_compiling_cuda_version
 from mmengine.config import Config
 
 from mm_plugins.preflight import check_config
@@ -18,12 +21,23 @@ def run(name: str) -> None:
     The config is checked before, with the script's own arguments, so that a mistake in it is one
     clear line and no work folder is touched.
 
+    Where there is a GPU but mmcv's operators were built without CUDA, everything runs on the CPU.
+
     Args:
         name: "train" or "test".
 
     Raises:
         SystemExit: if the config is wrong, with what is wrong.
     """
+    if torch.cuda.is_available() and not has_cuda_operators():
+        print(
+            "mmcv was built without its CUDA operators: running on the CPU. `FORCE_CUDA=1 make "
+            "setup` builds them where nvcc is installed.",
+            flush=True,
+        )
+        # mmengine looks for a GPU when it is imported, which has happened: start anew.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.execv(sys.executable, sys.orig_argv)
     path = Path(mmdet.__file__).parent / ".mim" / "tools" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"mmdet_tools_{name}", path)
     if not path.is_file() or spec is None or spec.loader is None:
@@ -43,3 +57,8 @@ def run(name: str) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     script.main()
+
+
+def has_cuda_operators() -> bool:
+    """Whether mmcv's operators run on a GPU."""
+    return get_compiling_cuda_version() != "not available"

@@ -1,11 +1,13 @@
 """Checks of a run's input files that both frameworks' sides make before anything is written.
 
-They read as little as possible, so that they cost nothing on COCO itself: a file of annotations is
-searched, not parsed, and a checkpoint's parameter names are found without loading it.
+They read as little as possible, so that they cost next to nothing on COCO itself: a file of
+annotations is searched before it is parsed, and a checkpoint's parameter names are found without
+loading it.
 """
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import re
@@ -15,8 +17,11 @@ _EMPTY_LIST = re.compile(rb'"(images|annotations)"\s*:\s*\[\s*\]')
 _BLOCK_PARAMETER = re.compile(
     rb"(?:res([2-5])|layer([1-4]))[._](\d{1,2})[._](?:conv|branch2)([1-3abc])[._]"
 )
+# The name of the network, which comes before a parameter's, after a length that pickle may write.
+_NETWORK = re.compile(rb"(?:\x8c[\s\S]|[^\w.]|^)([\w.]*)$")
+_STAGES = (1, 2, 3, 4)
 # (blocks of the four stages, whether a block has a third convolution) → depth
-_RESNET_DEPTHS = {
+_RESNET_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
     ((2, 2, 2, 2), False): 18,
     ((3, 4, 6, 3), False): 34,
     ((3, 4, 6, 3), True): 50,
@@ -25,15 +30,16 @@ _RESNET_DEPTHS = {
 }
 
 
-def check_coco_json(path: str, setting: str) -> None:
-    """Check that ``path`` is a whole COCO-format annotation file that holds something.
+def check_coco_json(path: str, setting: str, *, needs_annotations: bool = False) -> None:
+    """Check that ``path`` is a whole COCO-format annotation file that lists images.
 
     Args:
         path: of the JSON file.
         setting: what the user has to change, for the message.
+        needs_annotations: whether it must list annotations too, as to train on it alone.
 
     Raises:
-        ValueError: if the file is missing, empty, cut off, or lists no images or annotations.
+        ValueError: if the file is missing, empty or cut off, or one of its lists is empty.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{setting}: there is no annotation file {path!r}")
@@ -45,10 +51,19 @@ def check_coco_json(path: str, setting: str) -> None:
                 f"{setting}: annotation file {path!r} is no whole COCO-format JSON object "
                 "(it must begin with '{' and end with '}')"
             )
-        empty = _EMPTY_LIST.search(data)
-        if empty:
+        if not _EMPTY_LIST.search(data):
+            return
+    # Somewhere a list is empty. Only parsing tells whether it is one of the file's own.
+    try:
+        with open(path, encoding="utf-8") as text:
+            content = json.load(text)
+    except ValueError as error:
+        raise ValueError(f"{setting}: annotation file {path!r} is no JSON: {error}") from error
+    for key in ("images", "annotations") if needs_annotations else ("images",):
+        if content.get(key) == []:
             raise ValueError(
-                f"{setting}: annotation file {path!r} has an empty list of {empty[1].decode()}"
+                f"{setting}: annotation file {path!r} has an empty list of {key}; "
+                "expected at least one entry"
             )
 
 
@@ -71,30 +86,43 @@ def check_resnet_checkpoint(path: str, depth: int, setting: str, depth_setting: 
         raise ValueError(f"{setting}: there is no checkpoint {path!r}")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{setting}: checkpoint {path!r} is empty")
-    found = find_resnet_depth(path)
-    if found is not None and found != depth:
+    found = find_resnet_depths(path)
+    if found and depth not in found:
+        names = " and a ".join(f"ResNet-{d}" for d in sorted(found))
         raise ValueError(
-            f"{setting}: {path!r} holds a ResNet-{found}, but {depth_setting} is {depth}; "
-            f"use a checkpoint of a ResNet-{depth} or set {depth_setting} to {found}"
+            f"{setting}: {path!r} holds a {names}, but {depth_setting} is {depth}; "
+            f"use a checkpoint of a ResNet-{depth} or set {depth_setting} to {min(found)}"
         )
 
 
-def find_resnet_depth(path: str) -> int | None:
-    """Depth of the ResNet whose parameters a checkpoint file holds, or None if that is unclear.
+def find_resnet_depths(path: str) -> set[int]:
+    """Depths of the ResNets whose parameters a checkpoint file holds; empty if that is unclear.
 
     The names of the parameters stand in the file as they are, whether PyTorch, pickle or
     safetensors wrote it, so they are searched for and nothing of the file is executed.
 
     Args:
         path: of a non-empty file with parameters named as torchvision (``layer1.0.conv1``),
-            Detectron2 (``res2.0.conv1``) or Caffe2 (``res2_0_branch2a``) names them.
+            Detectron2 (``res2.0.conv1``) or Caffe2 (``res2_0_branch2a``) names them. Networks
+            beside one another, such as teacher and student, differ in what comes before.
     """
-    blocks: defaultdict[int, set[int]] = defaultdict(set)
-    has_third_convolution = False
+    blocks: defaultdict[bytes, set[tuple[int, int]]] = defaultdict(set)
+    deep: set[bytes] = set()  # networks whose blocks have a third convolution
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for res, layer, block, convolution in _BLOCK_PARAMETER.findall(data):
-            stage = int(res) - 1 if res else int(layer)
-            blocks[stage].add(int(block))
-            has_third_convolution |= convolution in (b"3", b"c")
-    counts = tuple(max(blocks[stage], default=-1) + 1 for stage in (1, 2, 3, 4))
-    return _RESNET_DEPTHS.get((counts, has_third_convolution))  # type: ignore[arg-type]
+        for match in _BLOCK_PARAMETER.finditer(data):
+            res, layer, block, convolution = match.groups()
+            before = _NETWORK.search(data[max(0, match.start() - 128) : match.start()])
+            network = before[1] if before else b""
+            blocks[network].add((int(res) - 1 if res else int(layer), int(block)))
+            if convolution in (b"3", b"c"):
+                deep.add(network)
+    depths = set()
+    for network, found in blocks.items():
+        counts = tuple(
+            max((b for s, b in found if s == stage), default=-1) + 1 for stage in _STAGES
+        )
+        for (known, has_third), depth in _RESNET_DEPTHS.items():
+            # The last stage may stand elsewhere: a C4 detector has it in its RoI head.
+            if has_third == (network in deep) and counts in (known, (*known[:3], 0)):
+                depths.add(depth)
+    return depths

@@ -42,7 +42,8 @@ class TripletAttention(nn.Module):
     without it. With ``warm_start`` the output is ``x * (1 + alpha * (g - 1))`` with a learnable
     scalar ``alpha`` that starts at 0: a pretrained network is unchanged at first and lets the gates
     in as it learns. ``alpha = 1`` is the published function; a state dict with gates but without
-    ``alpha`` therefore loads with ``alpha = 1``.
+    ``alpha`` therefore loads with ``alpha = 1``. The other way round, what was trained with
+    ``warm_start`` needs it to load.
 
     Args:
         kernel_size: side of the gates' convolution, odd; 7 in the paper, 3 in its ablation.
@@ -53,13 +54,14 @@ class TripletAttention(nn.Module):
 
     Raises:
         ValueError: if ``kernel_size`` is not a positive odd number, or the input is not 4-D.
+        RuntimeError: if a state dict with ``alpha`` is loaded without ``warm_start``.
     """
 
     def __init__(
         self, kernel_size: int = 7, no_spatial: bool = False, warm_start: bool = False
     ) -> None:
         super().__init__()
-        if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(
                 f"kernel_size must be a positive odd number (3 or 7 in the paper), "
                 f"got {kernel_size!r}"
@@ -84,8 +86,7 @@ class TripletAttention(nn.Module):
             g = (self.hw(_z_pool(x, 1)) + g_cw + g_hc) / 3
         if self.alpha is not None:
             g = 1 + self.alpha * (g - 1)
-        # Under autocast the gates are in lower precision than a float32 x.
-        return x * g.to(x.dtype)
+        return x * g
 
     def extra_repr(self) -> str:
         return (
@@ -101,6 +102,12 @@ class TripletAttention(nn.Module):
                 renamed = prefix + ours + key.removeprefix(prefix + published)
                 state_dict[renamed] = state_dict.pop(key)
         has_gates = f"{prefix}cw.conv.conv.weight" in state_dict
+        # Frameworks load what fits and log the rest: without alpha the result would be wrong.
+        if self.alpha is None and f"{prefix}alpha" in state_dict:
+            raise RuntimeError(
+                f"{prefix}alpha: this state dict was trained with warm_start=True, and the module "
+                "was built with warm_start=False; build it with warm_start=True"
+            )
         if self.alpha is not None and has_gates:
             state_dict.setdefault(f"{prefix}alpha", torch.ones(()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -119,7 +126,8 @@ class _Gate(nn.Module):
         )
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return torch.sigmoid(self.conv(pooled))
+        # Back from autocast's precision, while the map is small.
+        return torch.sigmoid(self.conv(pooled)).to(pooled.dtype)
 
 
 class _GateNorm(nn.BatchNorm2d):

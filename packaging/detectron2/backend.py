@@ -15,6 +15,7 @@ Environment variables:
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -258,8 +259,9 @@ def fetch_sdist(folder: Path) -> Path:
                     client.download_package(package, folder / SDIST)
                     return folder / SDIST
     except Exception as error:  # of requests, pypi_simple or the file system: all end here
+        reason = re.sub(r"//[^/@\s]*@", "//", str(error))  # without a password in an address
         raise BuildError(
-            f"{SDIST} could not be downloaded from {variable or 'the package index'}: {error}; "
+            f"{SDIST} could not be downloaded from {variable or 'the package index'}: {reason}; "
             f"check the network, {offline_hint}"
         ) from error
     raise BuildError(
@@ -289,7 +291,7 @@ def unpack(archive: Path, destination: Path, sha256: str = SDIST_SHA256) -> Path
     found = hashlib.sha256(content).hexdigest()
     if found != sha256:
         raise BuildError(f"{archive.name}: sha256 is {found}, expected {sha256}; not used")
-    with tarfile.open(archive) as tar:
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
         # The filter came with Python 3.12 and security releases of older ones. Without it the
         # checked hash alone vouches for the archive.
         safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, find_resnet_depth
+from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, find_resnet_depths
 
 WHOLE = '{"images": [{"id": 1}], "annotations": [{"id": 1}], "categories": [{"id": 1}]}'
 
@@ -65,13 +65,31 @@ def test_annotation_file_that_is_no_whole_object_is_refused(tmp_path, text):
         check_coco_json(write(tmp_path, text), "DATASETS.TRAIN")
 
 
-@pytest.mark.parametrize("key", ["images", "annotations"])
 @pytest.mark.parametrize("empty", ["[]", "[ \n ]"])
-def test_empty_list_is_named(tmp_path, key, empty):
-    lists = {"images": '[{"id": 1}]', "annotations": '[{"id": 1}]'} | {key: empty}
-    text = f'{{"images" : {lists["images"]}, "annotations":{lists["annotations"]}}}'
-    with pytest.raises(ValueError, match=f"has an empty list of {key}$"):
+def test_empty_list_of_images_is_named(tmp_path, empty):
+    text = f'{{"images" : {empty}, "annotations": [{{"id": 1}}]}}'
+    with pytest.raises(ValueError, match="^DATASETS.TRAIN: .*has an empty list of images"):
         check_coco_json(write(tmp_path, text), "DATASETS.TRAIN")
+
+
+@pytest.mark.parametrize("empty", ["[]", "[ \n ]"])
+def test_empty_list_of_annotations_is_refused_only_where_they_are_needed(tmp_path, empty):
+    path = write(tmp_path, f'{{"images": [{{"id": 1}}], "annotations":{empty}}}')
+    check_coco_json(path, "DATASETS.TEST")
+    with pytest.raises(ValueError, match="^DATASETS.TRAIN: .*has an empty list of annotations"):
+        check_coco_json(path, "DATASETS.TRAIN", needs_annotations=True)
+
+
+def test_empty_list_deeper_in_the_file_is_none_of_its_own(tmp_path):
+    text = WHOLE.replace('{"id": 1}]', '{"id": 1, "annotations": [], "images": []}]', 1)
+    check_coco_json(write(tmp_path, text), "DATASETS.TRAIN", needs_annotations=True)
+
+
+def test_broken_file_with_an_empty_list_is_named(tmp_path):
+    path = write(tmp_path, '{"images": [], "annotations": [1 2]}')
+    with pytest.raises(ValueError) as error:
+        check_coco_json(path, "DATASETS.TRAIN")
+    assert str(error.value).startswith("DATASETS.TRAIN: ") and path in str(error.value)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -134,19 +152,19 @@ FORMATS = pytest.mark.parametrize(
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_depth_is_found_in_a_checkpoint(tmp_path, depth, naming, save):
     save(checkpoint(depth, naming), tmp_path / "weights")
-    assert find_resnet_depth(str(tmp_path / "weights")) == depth
+    assert find_resnet_depths(str(tmp_path / "weights")) == {depth}
 
 
 def test_depth_is_found_in_a_pickle_of_arrays(tmp_path):
     save_pickle(checkpoint(50, "caffe2", kind=object), tmp_path / "R-50.pkl")
-    assert find_resnet_depth(str(tmp_path / "R-50.pkl")) == 50
+    assert find_resnet_depths(str(tmp_path / "R-50.pkl")) == {50}
 
 
 def test_depth_is_found_in_a_file_of_safetensors(tmp_path):
     header = ",".join(f'"{n}":{{"dtype":"F32"}}' for n in resnet_names(101, "torchvision"))
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + f"{{{header}}}".encode() + bytes(64))
-    assert find_resnet_depth(str(path)) == 101
+    assert find_resnet_depths(str(path)) == {101}
 
 
 def test_attention_in_the_blocks_does_not_hide_the_depth(tmp_path):
@@ -156,7 +174,7 @@ def test_attention_in_the_blocks_does_not_hide_the_depth(tmp_path):
             at = f"backbone.bottom_up.res{stage}.{block}.triplet_attention"
             content["model"][f"{at}.cw.conv.conv.weight"] = torch.zeros(1)
     save_zip(content, tmp_path / "weights")
-    assert find_resnet_depth(str(tmp_path / "weights")) == 50
+    assert find_resnet_depths(str(tmp_path / "weights")) == {50}
 
 
 def test_depth_is_found_where_only_parts_of_a_detector_are_a_resnet(tmp_path):
@@ -166,7 +184,7 @@ def test_depth_is_found_where_only_parts_of_a_detector_are_a_resnet(tmp_path):
         for name in resnet_names(101, "detectron2")
     ]
     save_zip(dict.fromkeys(names, torch.zeros(1)), tmp_path / "weights")
-    assert find_resnet_depth(str(tmp_path / "weights")) == 101
+    assert find_resnet_depths(str(tmp_path / "weights")) == {101}
 
 
 @pytest.mark.parametrize(
@@ -175,12 +193,12 @@ def test_depth_is_found_where_only_parts_of_a_detector_are_a_resnet(tmp_path):
         ["conv1.weight"],
         ["layers.0.blocks.1.attn.qkv.weight"],  # a Swin transformer
         ["layer1.0.conv1.weight", "layer1.1.conv1.weight"],  # one stage only
-        [n for n in resnet_names(50, "torchvision") if "layer4" not in n],
+        [n for n in resnet_names(50, "torchvision") if "layer3" not in n],
     ],
 )
 def test_depth_of_another_network_is_unclear(tmp_path, names):
     save_zip(dict.fromkeys(names, torch.zeros(1)), tmp_path / "weights")
-    assert find_resnet_depth(str(tmp_path / "weights")) is None
+    assert find_resnet_depths(str(tmp_path / "weights")) == set()
 
 
 def test_nothing_of_a_checkpoint_is_executed(tmp_path):
@@ -190,7 +208,7 @@ def test_nothing_of_a_checkpoint_is_executed(tmp_path):
 
     content = checkpoint(50, "torchvision") | {"trap": Trap()}
     save_pickle(content, tmp_path / "weights")
-    assert find_resnet_depth(str(tmp_path / "weights")) == 50
+    assert find_resnet_depths(str(tmp_path / "weights")) == {50}
     assert not (tmp_path / "executed").exists()
 
 
@@ -220,6 +238,22 @@ def test_checkpoint_of_another_depth_is_refused_by_name(tmp_path, naming, save):
         f"MODEL.WEIGHTS: {str(path)!r} holds a ResNet-101, but MODEL.RESNETS.DEPTH is 50; "
         "use a checkpoint of a ResNet-50 or set MODEL.RESNETS.DEPTH to 101"
     )
+
+
+@FORMATS
+def test_networks_beside_one_another_are_told_apart(tmp_path, save):
+    networks = {"teacher.": 101, "student.": 50}
+    names = [
+        prefix + name
+        for prefix, depth in networks.items()
+        for name in resnet_names(depth, "torchvision")
+    ]
+    save({"model": dict.fromkeys(names, torch.zeros(1))}, tmp_path / "weights")
+    assert find_resnet_depths(str(tmp_path / "weights")) == {50, 101}
+    check(tmp_path / "weights", 50)
+    check(tmp_path / "weights", 101)
+    with pytest.raises(ValueError, match="holds a ResNet-50 and a ResNet-101, but"):
+        check(tmp_path / "weights", 34)
 
 
 @pytest.mark.parametrize(("depth", "other"), [(34, 50), (50, 34)])

@@ -600,6 +600,13 @@ def test_stage_that_is_not_built_is_named(resnet_cfg):
     assert message.endswith("MODEL.RESNETS.OUT_FEATURES ['res4'] has res2, res3, res4")
 
 
+def test_features_that_are_no_stages_count_for_none(resnet_cfg):
+    resnet_cfg.MODEL.RESNETS.OUT_FEATURES = ["stem", "res3"]
+    assert error_of(resnet_cfg).endswith("OUT_FEATURES ['stem', 'res3'] has res2, res3")
+    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = ("res2", "res3")
+    assert set(build_backbone(resnet_cfg).output_shape()) == {"stem", "res3"}
+
+
 @pytest.mark.parametrize(
     "builder",
     [

@@ -10,8 +10,10 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_backbone
 
 from d2_plugins import add_plugin_config, merge_config
+from plugin_core import TripletAttention
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs" / "d2").rglob("*.yaml"))
@@ -77,6 +79,21 @@ def test_local_base_in_another_folder_may_be_on_the_model_zoo(tmp_path, cfg):
     assert cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
 
 
+@pytest.mark.parametrize("version", ["VERSION: 1\n", ""])
+def test_file_of_an_older_version_is_upgraded_as_detectron2_does(tmp_path, cfg, version):
+    path = write(tmp_path, version + "MODEL: {WEIGHT: old.pth}\n")
+    merge_config(cfg, path, ["SEED", "3"])
+    assert cfg.MODEL.WEIGHTS == "old.pth" and cfg.VERSION == 2 and cfg.SEED == 3
+    assert cfg.MODEL.RESNETS.TRIPLET_ATTENTION.KERNEL_SIZE == 7
+
+
+def test_file_without_a_version_or_a_base_is_merged(tmp_path, cfg):
+    expected = cfg.clone()
+    expected.SEED = 3
+    merge_config(cfg, write(tmp_path, "SEED: 3\n"))
+    assert cfg == expected
+
+
 def test_config_of_the_model_zoo_may_be_named_directly(cfg):
     merge_config(cfg, f"model_zoo://{FASTER_RCNN}")
     assert cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone"
@@ -93,6 +110,15 @@ def test_shipped_config_loads(cfg, path):
     merge_config(cfg, str(path))
     assert "plugin" in cfg.MODEL.BACKBONE.NAME
     assert cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs" / "d2")))
+def test_shipped_config_trains_all_of_its_attention(cfg, path):
+    merge_config(cfg, str(path))
+    backbone = build_backbone(cfg)
+    attention = [m for m in backbone.modules() if isinstance(m, TripletAttention)]
+    assert attention
+    assert all(p.requires_grad for module in attention for p in module.parameters())
 
 
 def test_there_are_shipped_configs():
@@ -215,7 +241,10 @@ def test_option_below_a_value_is_named(cfg):
     assert "MODEL.RESNETS.DEPTH.STAGES" in message
 
 
-@pytest.mark.parametrize("text", ["MODEL: {MASK_ON: True\n", "SEED: 1\n\tVERSION: 2\n", "- SEED\n"])
+@pytest.mark.parametrize(
+    "text",
+    ["MODEL: {MASK_ON: True\n", "SEED: 1\n\tVERSION: 2\n", "- SEED\n", "SEED\n", "", "# SEED: 1\n"],
+)
 def test_file_that_is_no_yaml_mapping_is_named(tmp_path, cfg, text):
     path = write(tmp_path, text)
     assert path in error_of(cfg, path)

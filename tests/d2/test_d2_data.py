@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -225,6 +226,14 @@ def test_batches_do_not_depend_on_random_numbers_drawn_before(loader_cfg):
         for loader in loaders
     )
     assert first == second
+
+
+def test_random_numbers_drawn_after_do_not_depend_on_the_loader(loader_cfg):
+    seed_all_rng(1)
+    expected = np.random.rand(), torch.rand(()).item()
+    seed_all_rng(1)
+    ResumableTrainLoader(loader_cfg)
+    assert (np.random.rand(), torch.rand(()).item()) == expected
 
 
 def test_one_image_is_augmented_differently_each_time(loader_cfg):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from itertools import takewhile
@@ -152,6 +153,19 @@ def test_missing_annotation_file_is_found(good_cfg, tiny_coco, tmp_path, eval_on
     assert message.startswith("DATASETS.TEST 'preflight_moved': there is no annotation file")
 
 
+def test_only_a_training_set_that_stands_alone_needs_annotations(good_cfg, tiny_coco, tmp_path):
+    content = json.loads(Path(tiny_coco[0]).read_text()) | {"annotations": []}
+    (tmp_path / "empty.json").write_text(json.dumps(content))
+    register_coco("preflight_empty", str(tmp_path / "empty.json"), tiny_coco[1])
+    good_cfg.DATASETS.TEST = ("preflight_empty",)
+    good_cfg.DATASETS.TRAIN = ("preflight_train", "preflight_empty")
+    check_config(good_cfg, eval_only=False, resume=False)
+    good_cfg.DATASETS.TRAIN = ("preflight_empty",)
+    message = error_of(good_cfg)
+    assert message.startswith("DATASETS.TRAIN 'preflight_empty': ")
+    assert "has an empty list of annotations" in message
+
+
 @pytest.mark.parametrize("evaluator_type", ["coco", "coco_panoptic_seg"])
 def test_broken_coco_annotations_are_found(good_cfg, tmp_path, evaluator_type):
     (tmp_path / "broken.json").write_text('{"images": [')
@@ -226,6 +240,12 @@ def test_weights_to_download_are_left_to_detectron2(good_cfg, weights):
 
 def test_weights_of_the_models_depth_pass(good_cfg, tmp_path):
     good_cfg.MODEL.WEIGHTS = resnet_checkpoint(tmp_path / "R-50.pth", (3, 4, 6, 3))
+    check_config(good_cfg, eval_only=False, resume=False)
+
+
+def test_options_of_the_loader_after_the_weights_path_are_no_part_of_it(good_cfg, tmp_path):
+    path = resnet_checkpoint(tmp_path / "R-50.pth", (3, 4, 6, 3))
+    good_cfg.MODEL.WEIGHTS = f"{path}?matching_heuristics=True"
     check_config(good_cfg, eval_only=False, resume=False)
 
 

@@ -170,15 +170,46 @@ def test_whole_paths_are_not_looked_for_below_the_root(dataset, tmp_path):
 @pytest.mark.parametrize(
     "changed",
     [
-        {"ann_file": "none.txt"},
+        {"type": "VOCDataset"},
+        {"type": "NoSuchDataset"},
         {"ann_file": ""},
         {"ann_file": ["none.json"]},
         {"data_root": "s3://bucket/coco"},
         {"ann_file": "https://example.com/none.json", "data_root": None},
+        {"backend_args": {"backend": "petrel"}},
     ],
 )
 def test_annotations_of_another_kind_or_place_are_left_alone(dataset, changed):
+    check(config(train_dataloader={"dataset": dataset | {"ann_file": "none.json"} | changed}))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"data_prefix": {"img": "s3://bucket/"}}, {"data_prefix": {}}, {"data_prefix": None}],
+)
+def test_images_of_another_place_are_left_alone(dataset, changed):
     check(config(train_dataloader={"dataset": dataset | changed}))
+
+
+def test_every_dataset_in_cocos_format_is_checked(dataset):
+    for kind in ("CocoDataset", "mmdet.CocoDataset", "LVISDataset", "CocoPanopticDataset"):
+        wrong = dataset | {"type": kind, "ann_file": "none.json"}
+        assert "there is no annotation file" in error_of(
+            config(train_dataloader={"dataset": wrong})
+        )
+
+
+def test_only_training_without_empty_images_needs_annotations(dataset, tmp_path):
+    content = '{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}]}'
+    (tmp_path / "annotations" / "train.json").write_text(content)
+    check(config(train_dataloader={"dataset": dataset}))
+    dataset["filter_cfg"] = {"filter_empty_gt": True}
+    check(config(val_dataloader={"dataset": dataset}))
+    both = {"type": "ConcatDataset", "datasets": [dataset, dataset]}
+    check(config(train_dataloader={"dataset": both}))
+    message = error_of(config(train_dataloader={"dataset": dataset}))
+    assert message.startswith("train_dataloader.dataset.ann_file: ")
+    assert "has an empty list of annotations" in message
 
 
 # -------------------------------------------------------------------------------- backbone, plugins
@@ -245,12 +276,18 @@ def test_layer_without_a_type_is_refused():
     assert message.startswith("model.backbone.plugins[0].cfg.type: ")
 
 
-def test_unknown_argument_of_a_layer_is_named_with_those_it_has():
+def test_unknown_argument_of_a_layer_is_named_with_the_likely_one():
     layer = {"type": "TripletAttention", "kernel": 3}
     assert error_of(config(resnet(plugins=[attention(cfg=layer)]))) == (
         "model.backbone.plugins[0].cfg: TripletAttention has no argument 'kernel'; "
-        "it has kernel_size, no_spatial, warm_start"
+        "did you mean kernel_size?"
     )
+
+
+@pytest.mark.parametrize("kind", ["ResNet", "ResNeXt", "PluginResNet"])
+def test_unknown_argument_of_the_backbone_is_named_with_the_likely_one(kind):
+    message = error_of(config({"type": kind, "depth": 50, "plugin": [attention()]}))
+    assert message == f"model.backbone: {kind} has no argument 'plugin'; did you mean plugins?"
 
 
 def test_wrong_value_of_a_layers_argument_is_named():
@@ -265,7 +302,8 @@ def test_wrong_value_of_a_layers_argument_is_named():
         {"type": "TripletAttention", "postfix": "_2", "warm_start": True},
         {"type": "mmdet.TripletAttention"},
         {"type": "ContextBlock", "ratio": 1 / 16},
-        {"type": "NonLocal2d"},  # takes further arguments as **kwargs
+        {"type": "NonLocal2d", "reduction": 2},
+        {"type": "ContextBlock", "no_such": 1},  # MMDetection's affair
     ],
 )
 def test_layers_of_ours_and_of_mmcv_pass(layer):
@@ -285,7 +323,7 @@ def test_missing_position_is_named():
     assert ".plugins[0].position: None is none of" in error_of(config(resnet(plugins=[entry])))
 
 
-@pytest.mark.parametrize("stages", [(True,), (True,) * 5, (1, 0, 1, 0), ("res2", "", "", "")])
+@pytest.mark.parametrize("stages", [(), (True,), (True,) * 5, ("res2", "res3"), True, 4])
 def test_wrong_stages_are_named(stages):
     message = error_of(config(resnet(plugins=[attention(stages=stages)])))
     assert message == (

@@ -1,0 +1,60 @@
+"""Handing over to MMDetection's scripts: what is checked, and where there is a GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="MMDetection is not installed")
+
+from mm_plugins import scripts
+
+
+class Handed(Exception):
+    """Raised in place of starting anew."""
+
+
+@pytest.fixture
+def started_anew(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    calls: list[tuple] = []
+
+    def execv(path: str, arguments: list[str]) -> None:
+        calls.append((path, arguments, os.environ.get("CUDA_VISIBLE_DEVICES")))
+        raise Handed
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(sys, "argv", ["train_mmdet.py", "none.py"])
+    return calls
+
+
+def test_gpu_without_mmcvs_cuda_operators_is_hidden(started_anew, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(scripts, "has_cuda_operators", lambda: False)
+    with pytest.raises(Handed):
+        scripts.run("train")
+    assert started_anew == [(sys.executable, sys.orig_argv, "")]
+    assert "running on the CPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("gpu", "operators"), [(True, True), (False, False), (False, True)])
+@pytest.mark.parametrize("script", ["train", "test"])
+def test_missing_config_is_one_line(started_anew, monkeypatch, script, gpu, operators, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(scripts, "has_cuda_operators", lambda: operators)
+    monkeypatch.setattr(
+        sys, "argv", [f"{script}_mmdet.py", "none.py", "none.pth"][: 2 + (script == "test")]
+    )
+    with pytest.raises(SystemExit) as error:
+        scripts.run(script)
+    assert str(error.value) == "error: there is no config file 'none.py'"
+    assert started_anew == [] and list(tmp_path.iterdir()) == []
+
+
+def test_script_that_mmdetection_lacks_is_named():
+    with pytest.raises(SystemExit, match="this MMDetection has no .*none.py"):
+        scripts.run("none")
