@@ -276,13 +276,14 @@ def draw_mmdetection() -> None:
     import mmcv
     from mmdet.apis import inference_detector, init_detector
     from mmdet.models.utils import samplelist_boxtype2tensor
-    from mmdet.registry import DATASETS, VISUALIZERS
+    from mmdet.registry import DATASETS
+    from mmdet.visualization import DetLocalVisualizer
 
     cfg = mmdetection_config()
     checkpoint = (OUT / "mmdetection" / "last_checkpoint").read_text().strip()
     model = init_detector(cfg, checkpoint, device=mmdetection_device())
     dataset = DATASETS.build(cfg.val_dataloader.dataset)
-    visualizer = VISUALIZERS.build(cfg.visualizer)
+    visualizer = DetLocalVisualizer()
     visualizer.dataset_meta = dataset.metainfo
     folder = fresh(OUT / "pictures_mmdetection")
     for i in range(PICTURES):

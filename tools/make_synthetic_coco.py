@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Makes a small dataset of drawn scenes in the exact layout of COCO 2017.
 
     python tools/make_synthetic_coco.py OUT --train 400 --val 100 --size 128 --seed 0

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# On the CPU also where there is a GPU, whose kernels add up in an order that varies: the tests
+# compare weights bit by bit.
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 Run = Callable[..., subprocess.CompletedProcess]
 
 
@@ -23,7 +26,12 @@ def run_tool() -> Run:
 
     def run(tool: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
         result = subprocess.run(
-            command(tool, arguments), capture_output=True, text=True, cwd=ROOT, timeout=600
+            command(tool, arguments),
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            timeout=600,
         )
         if check and result.returncode:
             pytest.fail(f"{tool} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
@@ -44,6 +52,7 @@ def kill_tool_when() -> Callable[..., None]:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
+                env=ENVIRONMENT,
                 start_new_session=True,
             )
             limit = time.monotonic() + 600
