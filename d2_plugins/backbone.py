@@ -7,11 +7,18 @@ The builders call Detectron2's own and then insert the modules, so that every se
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, FPN, ResNet, build_resnet_backbone
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    FPN,
+    Backbone,
+    ResNet,
+    build_resnet_backbone,
+)
 from detectron2.modeling.backbone.fpn import (
     build_resnet_fpn_backbone,
     build_retinanet_resnet_fpn_backbone,
@@ -33,10 +40,7 @@ def build_resnet_plugin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.
     """
-    check_resnet_plugins(cfg)
-    resnet = build_resnet_backbone(cfg, input_shape)
-    _insert_resnet_plugins(cfg, resnet)
-    return resnet
+    return _build_with_plugins(build_resnet_backbone, cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
@@ -46,10 +50,7 @@ def build_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.
     """
-    check_resnet_plugins(cfg)
-    backbone = build_resnet_fpn_backbone(cfg, input_shape)
-    _insert_resnet_plugins(cfg, backbone.bottom_up)
-    return backbone
+    return _build_with_plugins(build_resnet_fpn_backbone, cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
@@ -59,10 +60,7 @@ def build_retinanet_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.
     """
-    check_resnet_plugins(cfg)
-    backbone = build_retinanet_resnet_fpn_backbone(cfg, input_shape)
-    _insert_resnet_plugins(cfg, backbone.bottom_up)
-    return backbone
+    return _build_with_plugins(build_retinanet_resnet_fpn_backbone, cfg, input_shape)
 
 
 def insert_after_residual_branch(block: CNNBlockBase, name: str, module: nn.Module) -> None:
@@ -141,6 +139,15 @@ def check_resnet_plugins(cfg: CfgNode) -> None:
         _build_triplet_attention(cfg)
     except ValueError as error:
         raise ValueError(f"MODEL.RESNETS.TRIPLET_ATTENTION.KERNEL_SIZE: {error}") from error
+
+
+def _build_with_plugins(
+    build: Callable[[CfgNode, ShapeSpec], Backbone], cfg: CfgNode, input_shape: ShapeSpec
+) -> Any:
+    check_resnet_plugins(cfg)
+    backbone = build(cfg, input_shape)
+    _insert_resnet_plugins(cfg, backbone.bottom_up if isinstance(backbone, FPN) else backbone)
+    return backbone
 
 
 def _insert_resnet_plugins(cfg: CfgNode, resnet: ResNet) -> None:

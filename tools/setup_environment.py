@@ -16,8 +16,6 @@ Environment variables:
     CXX, and everything pip reads (PIP_INDEX_URL, PIP_CERT, ...): as usual.
 """
 
-import ast
-import hashlib
 import json
 import os
 import re
@@ -29,221 +27,36 @@ import sysconfig
 import time
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Optional
+
+from environment_checks import (
+    check_compiler,
+    check_disk,
+    check_headers,
+    check_python,
+    check_venv,
+)
+from environment_pins import (
+    EXTRAS,
+    Change,
+    SetupError,
+    changed_pins,
+    direct_requirements,
+    hash_files,
+    installed_versions,
+    read_constraints,
+    read_extras,
+    remove_partial,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("detectron2", "mmdet", "dev")
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 12)
 TOOLS = ("pip", "setuptools", "wheel", "ninja")
 TORCH = ("torch", "torchvision")
 DETECTRON2_LABEL = "+py"  # local version of the wheel that packaging/detectron2 builds
-DISK_GB = 12  # torch with its CUDA libraries, pip's downloads and mmcv's build
 HEARTBEAT_SECONDS = 30
 LOG_TAIL_LINES = 30
 STAMP_NAME = "detection-plugins-setup.json"
 LOG_NAME = "setup.log"
-
-
-class SetupError(Exception):
-    """Set-up cannot go on; the message is one sentence for the user."""
-
-
-class Change(NamedTuple):
-    """A package whose installed version is not the pinned one."""
-
-    name: str
-    installed: Optional[str]  # None: not installed
-    pinned: str
-
-    def __str__(self) -> str:
-        if self.installed is None:
-            return "%s %s" % (self.name, self.pinned)
-        return "%s %s -> %s" % (self.name, self.installed, self.pinned)
-
-
-# --- what this machine has ---------------------------------------------------------------
-
-
-def check_python(version: Tuple[int, ...]) -> Optional[str]:
-    """Return what is wrong with this version of Python, or None."""
-    if OLDEST_PYTHON <= tuple(version[:2]) <= NEWEST_PYTHON:
-        return None
-    return (
-        "Python %d.%d to %d.%d is needed, and this is %d.%d: name another one with"
-        " `make PYTHON=python3.11 ...`." % (OLDEST_PYTHON + NEWEST_PYTHON + tuple(version[:2]))
-    )
-
-
-def check_venv() -> Optional[str]:
-    """Return what `python -m venv` lacks, or None."""
-    try:
-        import ensurepip  # noqa: F401
-        import venv  # noqa: F401
-    except ImportError as error:
-        return (
-            "`%s -m venv` does not work (no module %s): install Python's venv package"
-            " (python3-venv on Debian and Ubuntu)." % (sys.executable, error.name)
-        )
-    return None
-
-
-def check_compiler(find: Callable[[str], Optional[str]] = shutil.which) -> Optional[str]:
-    """Return which C++ compiler is missing, or None. mmcv's build asks for $CXX or c++."""
-    compiler = os.environ.get("CXX", "c++")
-    if find(compiler.split()[0] if compiler.strip() else compiler):
-        return None
-    return (
-        "No C++ compiler (%s) was found, which mmcv's build needs: install one (g++ on Debian and"
-        " Ubuntu) or set CXX." % compiler
-    )
-
-
-def check_headers(include: Optional[str] = None) -> Optional[str]:
-    """Return that Python.h is missing, or None."""
-    folder = include or sysconfig.get_paths()["include"]
-    if (Path(folder) / "Python.h").is_file():
-        return None
-    return (
-        "Python.h is not in %s, and mmcv's build needs it: install Python's development package"
-        " (python3-dev on Debian and Ubuntu)." % folder
-    )
-
-
-def check_disk(folder: Path, free_bytes: Optional[int] = None) -> Optional[str]:
-    """Return that the disk under `folder` is too full, or None."""
-    free = shutil.disk_usage(str(folder)).free if free_bytes is None else free_bytes
-    if free >= DISK_GB * 10**9:
-        return None
-    return "%d GB of free disk are needed in %s, and %.1f GB are there: make room first." % (
-        DISK_GB,
-        folder,
-        free / 1e9,
-    )
-
-
-# --- what is wanted and what is there ----------------------------------------------------
-
-
-def normalize(name: str) -> str:
-    """Return a distribution's name as PEP 503 compares it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def marker_applies(marker: str, version: Tuple[int, int]) -> bool:
-    """Evaluate `python_version < "3.11"` or `>=`, the two markers that constraints.txt uses."""
-    match = re.match(r'^python_version\s*(<|>=)\s*"(\d+)\.(\d+)"$', marker.strip())
-    if not match:
-        raise SetupError(
-            "constraints.txt: marker %r is not understood; write"
-            ' python_version < "3.x" or python_version >= "3.x".' % marker
-        )
-    bound = (int(match.group(2)), int(match.group(3)))
-    return version < bound if match.group(1) == "<" else version >= bound
-
-
-def read_constraints(text: str, version: Tuple[int, int]) -> Dict[str, str]:
-    """Read exact pins.
-
-    Args:
-        text: lines `name==version`, each with an optional marker and comment.
-        version: major and minor version of the Python that the pins are for.
-
-    Returns:
-        The pinned version of each normalized name.
-
-    Raises:
-        SetupError: if a line is no exact pin.
-    """
-    pins = {}
-    for number, line in enumerate(text.splitlines(), 1):
-        line = re.sub(r"(^|\s)#.*", "", line).strip()
-        if not line:
-            continue
-        requirement, _, marker = line.partition(";")
-        match = re.match(r"^([A-Za-z0-9._-]+)==([A-Za-z0-9.!+_-]+)$", requirement.strip())
-        if not match:
-            raise SetupError(
-                "constraints.txt line %d: %r is no exact pin; write name==version." % (number, line)
-            )
-        if not marker or marker_applies(marker, version):
-            pins[normalize(match.group(1))] = match.group(2)
-    return pins
-
-
-def read_extras(setup_py: str) -> Dict[str, List[str]]:
-    """Return the EXTRAS dictionary of setup.py without running the file."""
-    for node in ast.parse(setup_py).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "EXTRAS":
-            return ast.literal_eval(node.value)
-    raise SetupError("setup.py has no dictionary EXTRAS; tools/setup_environment.py reads it.")
-
-
-def direct_requirements(extras: Dict[str, List[str]]) -> List[str]:
-    """Return the normalized names that the extras of the development environment ask for."""
-    names = set()
-    for extra in EXTRAS:
-        for requirement in extras[extra]:
-            names.add(normalize(re.split(r"[^A-Za-z0-9._-]", requirement.strip())[0]))
-    return sorted(names)
-
-
-def installed_versions(site_packages: Path) -> Dict[str, str]:
-    """Return the version of each distribution in a site-packages folder."""
-    from importlib import metadata
-
-    versions = {}
-    for distribution in metadata.distributions(path=[str(site_packages)]):
-        name = distribution.metadata["Name"]
-        if name:
-            versions[normalize(name)] = distribution.version
-    return versions
-
-
-def remove_partial(site_packages: Path) -> None:
-    """Remove the metadata of packages whose installation was interrupted.
-
-    pip writes RECORD last, and refuses to replace a package that has none.
-    """
-    for folder in site_packages.glob("*.dist-info"):
-        if not (folder / "RECORD").is_file():
-            shutil.rmtree(str(folder))
-
-
-def same_version(installed: str, pinned: str) -> bool:
-    """Compare as `==` of pip does: a pin without a local label accepts any."""
-    return installed == pinned or ("+" not in pinned and installed.split("+")[0] == pinned)
-
-
-def changed_pins(
-    pins: Dict[str, str], installed: Dict[str, str], wanted: Iterable[str] = ()
-) -> List[Change]:
-    """List what differs from the pins.
-
-    Args:
-        pins: pinned versions.
-        installed: installed versions.
-        wanted: names that must be installed. A pin of any other name, say of a library that
-            torch needs on another platform, counts only where the package is installed.
-
-    Returns:
-        One entry per package to install, sorted by name.
-    """
-    names = {name for name in pins if name in installed} | set(wanted)
-    changes = []
-    for name in sorted(names):
-        if name not in pins:
-            raise SetupError("constraints.txt has no pin of %s, which setup.py names." % name)
-        if name not in installed or not same_version(installed[name], pins[name]):
-            changes.append(Change(name, installed.get(name), pins[name]))
-    return changes
-
-
-def hash_files(paths: Iterable[Path]) -> str:
-    """Return a hash of the files' names and contents."""
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def cache_folder() -> Path:

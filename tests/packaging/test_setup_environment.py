@@ -16,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "setup_environment.py"
+sys.path.insert(0, str(SCRIPT.parent))  # where a script finds the modules beside it
 spec = importlib.util.spec_from_file_location("_setup_environment_under_test", SCRIPT)
 assert spec is not None and spec.loader is not None
 setup_environment = importlib.util.module_from_spec(spec)
@@ -248,6 +249,7 @@ def test_stopping_set_up_stops_what_it_started(tmp_path: Path) -> None:
     parent = tmp_path / "parent.py"
     parent.write_text(
         "import os, pathlib, runpy, sys\n"
+        f"sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         f"script = runpy.run_path({str(SCRIPT)!r})\n"
         "script['run'].__globals__['ROOT'] = pathlib.Path.cwd()\n"
         "script['run']([sys.executable, 'child.py'], pathlib.Path('log'), 'waiting')\n"
