@@ -75,6 +75,18 @@ def command(tool: str, arguments: tuple[object, ...]) -> list[str]:
     return [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
 
 
+@pytest.fixture
+def broken_sample(coco_sample: Path, tmp_path: Path) -> Path:
+    """The sample with train images that do not decode."""
+    broken = tmp_path / "broken"
+    (broken / "val2017").mkdir(parents=True)
+    (broken / "train2017").mkdir()
+    (broken / "annotations").symlink_to(coco_sample / "annotations")
+    for image in (coco_sample / "train2017").iterdir():
+        (broken / "train2017" / image.name).write_bytes(b"no JPEG")
+    return broken
+
+
 @pytest.fixture(scope="session")
 def assert_same_weights() -> Callable[[dict, dict], None]:
     def check(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
