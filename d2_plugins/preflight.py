@@ -11,6 +11,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from d2_plugins.backbone import check_resnet_plugins
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint
 
+# Detectron2's builders of ResNets, and the same with plugins
+_WITH_PLUGINS = {
+    "build_resnet_backbone": "build_resnet_plugin_backbone",
+    "build_resnet_fpn_backbone": "build_resnet_plugin_fpn_backbone",
+    "build_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_plugin_fpn_backbone",
+}
+
 
 def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     """Check what can be known to be wrong before the model is built.
@@ -35,16 +42,20 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
 
 
 def _check_backbone(cfg: CfgNode) -> None:
-    if "resnet" not in cfg.MODEL.BACKBONE.NAME:
-        return
+    if not _has_resnet(cfg):
+        return  # a builder of the user's own, which may know other depths
     check_resnet_plugins(cfg)
     stages = cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES
-    if stages and "plugin" not in cfg.MODEL.BACKBONE.NAME:
+    with_plugins = _WITH_PLUGINS.get(cfg.MODEL.BACKBONE.NAME)
+    if stages and with_plugins:
         raise ValueError(
             f"MODEL.BACKBONE.NAME: {cfg.MODEL.BACKBONE.NAME!r} takes no plugins, but "
-            f"MODEL.RESNETS.TRIPLET_ATTENTION.STAGES is {stages}; use "
-            f"{cfg.MODEL.BACKBONE.NAME.replace('resnet', 'resnet_plugin')!r}"
+            f"MODEL.RESNETS.TRIPLET_ATTENTION.STAGES is {stages}; use {with_plugins!r}"
         )
+
+
+def _has_resnet(cfg: CfgNode) -> bool:
+    return cfg.MODEL.BACKBONE.NAME in {*_WITH_PLUGINS, *_WITH_PLUGINS.values()}
 
 
 def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -> None:
@@ -75,7 +86,7 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
         raise ValueError("MODEL.WEIGHTS: --eval-only needs the checkpoint that is to be evaluated")
     if not weights or "://" in weights:
         return  # random weights, or a download that Detectron2 reports on
-    if "resnet" in cfg.MODEL.BACKBONE.NAME:
+    if _has_resnet(cfg):
         check_resnet_checkpoint(
             weights, cfg.MODEL.RESNETS.DEPTH, "MODEL.WEIGHTS", "MODEL.RESNETS.DEPTH"
         )

@@ -346,3 +346,9 @@ def test_several_datasets_can_be_registered(train_net, monkeypatch):
     args = train_net.parse_args()
     assert args.config_file == "c.yaml" and args.opts == ["SEED", "1"]
     assert args.register_coco == [["a", "b", "c"], ["d", "e", "f"]]
+
+
+def test_depth_of_a_builder_of_the_users_own_is_not_judged(good_cfg):
+    good_cfg.MODEL.BACKBONE.NAME = "build_my_resnet_backbone"
+    good_cfg.MODEL.RESNETS.DEPTH = 26
+    check_config(good_cfg, eval_only=False, resume=False)
