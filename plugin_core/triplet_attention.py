@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 # Checkpoints of the paper exist in two spellings. Ours is the first one, so that what is saved
 # here loads there; the second one, used by the published detectors, is renamed on loading.
@@ -30,6 +30,7 @@ _PUBLISHED_SPELLING = {
     "ChannelGateW.spatial.": "hc.conv.",
     "SpatialGate.spatial.": "hw.conv.",
 }
+_NORMS = ("BN", "SyncBN", "FrozenBN")
 
 
 class TripletAttention(nn.Module):
@@ -49,16 +50,24 @@ class TripletAttention(nn.Module):
         kernel_size: side of the gates' convolution, odd; 7 in the paper, 3 in its ablation.
         no_spatial: leave ``g_hw`` out.
         warm_start: start as the exact identity.
+        norm: of the gates, "BN" as published; "SyncBN", whose statistics are those of the batches
+            of all processes of a distributed training, on CPUs too; or "FrozenBN", which always
+            uses the running statistics and learns no scale and shift. State dicts are the same.
 
     Shape: (B, C, H, W) → (B, C, H, W), same dtype and memory format; B may be 0.
 
     Raises:
-        ValueError: if ``kernel_size`` is not a positive odd number, or the input is not 4-D.
+        ValueError: if ``kernel_size`` is not a positive odd number, ``norm`` is unknown, or the
+            input is not 4-D.
         RuntimeError: if a state dict with ``alpha`` is loaded without ``warm_start``.
     """
 
     def __init__(
-        self, kernel_size: int = 7, no_spatial: bool = False, warm_start: bool = False
+        self,
+        kernel_size: int = 7,
+        no_spatial: bool = False,
+        warm_start: bool = False,
+        norm: str = "BN",
     ) -> None:
         super().__init__()
         if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
@@ -66,10 +75,13 @@ class TripletAttention(nn.Module):
                 f"kernel_size must be a positive odd number (3 or 7 in the paper), "
                 f"got {kernel_size!r}"
             )
+        if norm not in _NORMS:
+            raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
         self.kernel_size = kernel_size
-        self.cw = _Gate(kernel_size)
-        self.hc = _Gate(kernel_size)
-        self.hw = None if no_spatial else _Gate(kernel_size)
+        self.norm = norm
+        self.cw = _Gate(kernel_size, norm)
+        self.hc = _Gate(kernel_size, norm)
+        self.hw = None if no_spatial else _Gate(kernel_size, norm)
         self.alpha = nn.Parameter(torch.zeros(())) if warm_start else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,7 +103,7 @@ class TripletAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"kernel_size={self.kernel_size}, no_spatial={self.hw is None}, "
-            f"warm_start={self.alpha is not None}"
+            f"warm_start={self.alpha is not None}, norm={self.norm}"
         )
 
     def _load_from_state_dict(
@@ -116,12 +128,12 @@ class TripletAttention(nn.Module):
 class _Gate(nn.Module):
     """Sigmoid gate of a Z-pooled map: (B, 2, rows, columns) → (B, 1, rows, columns)."""
 
-    def __init__(self, kernel_size: int) -> None:
+    def __init__(self, kernel_size: int, norm: str) -> None:
         super().__init__()
         self.conv = nn.Sequential(
             OrderedDict(
                 conv=nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False),
-                bn=_GateNorm(1, eps=1e-5, momentum=0.01),
+                bn=_GateNorm(norm),
             )
         )
 
@@ -131,18 +143,61 @@ class _Gate(nn.Module):
 
 
 class _GateNorm(nn.BatchNorm2d):
-    """BatchNorm2d that falls back to its running statistics where a batch has none.
+    """BatchNorm2d of one channel that falls back to its running statistics where a batch has none.
 
     One channel makes this real: for one image of 1×1 features the map of ``g_hw`` is one value,
     which ``BatchNorm2d`` refuses in training, and an empty batch would make the statistics NaN.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def __init__(self, norm: str) -> None:
+        super().__init__(1, eps=1e-5, momentum=0.01)
+        self.norm = norm
+        if norm == "FrozenBN":
+            self.requires_grad_(False)
+
     def forward(self, x: Tensor) -> Tensor:
-        if self.training and x.numel() <= 1:
+        if self.training and self.norm == "SyncBN" and _processes() > 1:
+            return self._normalize_over_processes(x)
+        if self.training and (self.norm == "FrozenBN" or x.numel() <= 1):
             return F.batch_norm(
                 x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
         return super().forward(x)
+
+    def _normalize_over_processes(self, x: Tensor) -> Tensor:
+        """Batch normalization with the joined statistics of all processes' x.
+
+        PyTorch's own SyncBatchNorm refuses tensors on the CPU.
+        """
+        from torch.distributed.nn.functional import all_reduce  # not in every build of PyTorch
+
+        # In float64, which makes the mean of squares safe to subtract from; the maps are small.
+        wide = x.double()
+        sums = torch.stack((wide.sum(), wide.square().sum(), wide.new_tensor(x.numel())))
+        total, squares, count = all_reduce(sums)
+        few = count <= 1
+        mean = torch.where(few, self.running_mean.double(), total / count.clamp(min=1))
+        variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+        variance = torch.where(few, self.running_var.double(), variance)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            unbiased = torch.where(few, variance, variance * count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        normalized = (wide - mean) * torch.rsqrt(variance + self.eps)
+        return (normalized * self.weight + self.bias).to(x.dtype)
+
+
+def _processes() -> int:
+    """How many processes train together."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size()
 
 
 def _z_pool(x: Tensor, dim: int) -> Tensor:
