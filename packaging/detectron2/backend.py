@@ -176,6 +176,34 @@ FIXES = (
         1,
         "PyTorch no longer holds Caffe2; its export is left out instead of failing the import",
     ),
+    Fix(
+        "detectron2/engine/launch.py",
+        r'(?m)^    assert torch\.cuda\.is_available\(\), "cuda is not available.*$',
+        "    has_gpu = torch.cuda.is_available()",
+        1,
+        "several processes on a machine without a GPU, as in upstream's later versions",
+    ),
+    Fix(
+        "detectron2/engine/launch.py",
+        r'backend="NCCL"',
+        'backend="NCCL" if has_gpu else "GLOO"',
+        1,
+        "several processes on a machine without a GPU, as in upstream's later versions",
+    ),
+    Fix(
+        "detectron2/engine/launch.py",
+        r"(?m)^    (assert num_gpus_per_machine <= .*)\n    (torch\.cuda\.set_device.*)$",
+        r"    if has_gpu:\n        \1\n        \2",
+        1,
+        "several processes on a machine without a GPU, as in upstream's later versions",
+    ),
+    Fix(
+        "detectron2/engine/defaults.py",
+        r'kwargs\["device_ids"\] = \[comm\.get_local_rank\(\)\]',
+        r"\g<0> if torch.cuda.is_available() else None",
+        1,
+        "DistributedDataParallel takes no device_ids for a model on the CPU",
+    ),
 )
 
 
