@@ -7,7 +7,7 @@ The builders call Detectron2's own and then insert the modules, so that every se
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -61,6 +61,60 @@ def build_retinanet_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
         ValueError: if a plugin's setting is wrong; it names the setting.
     """
     return _build_with_plugins(build_retinanet_resnet_fpn_backbone, cfg, input_shape)
+
+
+def build_resnet_with_plugins(
+    *, triplet_attention: Mapping[str, Any] | None = None, **resnet: Any
+) -> ResNet:
+    """Detectron2's ``ResNet`` with plugins, for a LazyConfig.
+
+    In a config whose backbone is an FPN, ``model.backbone.bottom_up`` takes it as ``_target_``.
+
+    Args:
+        triplet_attention: ``stages``, a list of "res2" … "res5", and what
+            :class:`plugin_core.TripletAttention` takes.
+        resnet: what ``ResNet`` takes.
+
+    Raises:
+        ValueError: if a stage does not exist or an argument of the attention is wrong.
+        TypeError: if the attention has no such argument.
+    """
+    model = ResNet(**resnet)
+    if triplet_attention is not None:
+        arguments = dict(triplet_attention)
+        for name in arguments.pop("stages", ()):
+            if name not in model.stage_names:
+                raise ValueError(
+                    f"triplet_attention.stages: unknown stage {name!r}; this ResNet has "
+                    f"{', '.join(model.stage_names)}"
+                )
+            insert_triplet_attention(getattr(model, name), name, **arguments)
+    return model
+
+
+def insert_triplet_attention(
+    blocks: Iterable[CNNBlockBase], stage_name: str, **arguments: Any
+) -> None:
+    """Insert triplet attention after the residual branch of each block.
+
+    Args:
+        blocks: of a stage. In one that is frozen the attention is frozen too, with a warning.
+        stage_name: for the warning.
+        arguments: of :class:`plugin_core.TripletAttention`.
+    """
+    blocks = list(blocks)
+    frozen = [not any(p.requires_grad for p in block.parameters()) for block in blocks]
+    for block, is_frozen in zip(blocks, frozen, strict=True):
+        insert_after_residual_branch(block, "triplet_attention", TripletAttention(**arguments))
+        if is_frozen:
+            block.freeze()  # once more, for what was inserted
+    if any(frozen):
+        logger.warning(
+            f"{stage_name} is frozen, so its attention stays as it is loaded. With weights that "
+            "hold no attention, lower MODEL.BACKBONE.FREEZE_AT or take "
+            f"{stage_name} out of MODEL.RESNETS.TRIPLET_ATTENTION.STAGES (in a LazyConfig: "
+            "freeze_at and triplet_attention.stages)."
+        )
 
 
 def insert_after_residual_branch(block: CNNBlockBase, name: str, module: nn.Module) -> None:
@@ -128,17 +182,35 @@ def check_resnet_plugins(cfg: CfgNode) -> None:
     out_features = cfg.MODEL.RESNETS.OUT_FEATURES
     # Detectron2 builds the stages up to the last one that is asked for.
     last = max((_STAGES.index(f) for f in out_features if f in _STAGES), default=-1)
-    built = _STAGES[: last + 1]
+    built = list(_STAGES[: last + 1])
+    roi_heads = cfg.MODEL.ROI_HEADS.NAME
+    if roi_heads == "Res5PluginROIHeads":
+        built.append("res5")
     for stage in cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES:
         if stage not in built:
+            c4 = stage == "res5" and roi_heads == "Res5ROIHeads"
+            hint = "; the RoI head's takes it by 'Res5PluginROIHeads' as MODEL.ROI_HEADS.NAME"
             raise ValueError(
                 f"MODEL.RESNETS.TRIPLET_ATTENTION.STAGES: unknown stage {stage!r}; ResNet-{depth} "
                 f"with MODEL.RESNETS.OUT_FEATURES {list(out_features)} has {', '.join(built)}"
+                + (hint if c4 else "")
             )
     try:
-        _build_triplet_attention(cfg)
+        TripletAttention(**triplet_attention_arguments(cfg))
     except ValueError as error:
-        raise ValueError(f"MODEL.RESNETS.TRIPLET_ATTENTION.KERNEL_SIZE: {error}") from error
+        setting = str(error).partition(" ")[0].upper()
+        raise ValueError(f"MODEL.RESNETS.TRIPLET_ATTENTION.{setting}: {error}") from error
+
+
+def triplet_attention_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """What ``MODEL.RESNETS.TRIPLET_ATTENTION`` says of the module itself."""
+    node: Any = cfg.MODEL.RESNETS.TRIPLET_ATTENTION
+    return {
+        "kernel_size": node.KERNEL_SIZE,
+        "no_spatial": node.NO_SPATIAL,
+        "warm_start": node.WARM_START,
+        "norm": node.NORM,
+    }
 
 
 def _build_with_plugins(
@@ -146,29 +218,9 @@ def _build_with_plugins(
 ) -> Any:
     check_resnet_plugins(cfg)
     backbone = build(cfg, input_shape)
-    _insert_resnet_plugins(cfg, backbone.bottom_up if isinstance(backbone, FPN) else backbone)
+    resnet = backbone.bottom_up if isinstance(backbone, FPN) else backbone
+    for stage_name in resnet.stage_names:
+        if stage_name in cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES:
+            blocks = getattr(resnet, stage_name)
+            insert_triplet_attention(blocks, stage_name, **triplet_attention_arguments(cfg))
     return backbone
-
-
-def _insert_resnet_plugins(cfg: CfgNode, resnet: ResNet) -> None:
-    freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
-    for index, stage_name in enumerate(resnet.stage_names, start=2):
-        if stage_name not in cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES:
-            continue
-        for block in getattr(resnet, stage_name):
-            insert_after_residual_branch(block, "triplet_attention", _build_triplet_attention(cfg))
-            if index <= freeze_at:
-                block.freeze()  # once more: Detectron2 froze it before the insertion
-        if index <= freeze_at:
-            logger.warning(
-                f"{stage_name} is frozen (MODEL.BACKBONE.FREEZE_AT {freeze_at}), so its attention "
-                "stays as it is loaded. With weights that hold no attention, lower FREEZE_AT or "
-                f"take {stage_name} out of MODEL.RESNETS.TRIPLET_ATTENTION.STAGES."
-            )
-
-
-def _build_triplet_attention(cfg: CfgNode) -> TripletAttention:
-    node: Any = cfg.MODEL.RESNETS.TRIPLET_ATTENTION
-    return TripletAttention(
-        kernel_size=node.KERNEL_SIZE, no_spatial=node.NO_SPATIAL, warm_start=node.WARM_START
-    )

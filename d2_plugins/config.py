@@ -9,8 +9,15 @@ from typing import IO
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
+from detectron2.config import LazyConfig
 from detectron2.utils.file_io import PathManager
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+# What Detectron2 reads although its own configs do not set it
+_OPTIONAL_LAZY_KEYS = ("train.seed", "train.cudnn_benchmark")
 
 
 def add_plugin_config(cfg: CN) -> None:
@@ -29,6 +36,9 @@ def add_plugin_config(cfg: CN) -> None:
     # Whether to start as the identity, which keeps the features of a ResNet that was pretrained
     # without attention. Published checkpoints load the same with and without it.
     cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = False
+    # Norm of the gates: "BN" as published, "SyncBN" for statistics over all processes, or
+    # "FrozenBN" to keep those of the checkpoint
+    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.NORM = "BN"
 
 
 def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) -> None:
@@ -68,6 +78,48 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
             raise _explain(error, cfg, "the command line") from error
         except TypeError as error:  # a key below a value
             raise ValueError(f"the command line: there is no config key {key}") from error
+
+
+def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Load a LazyConfig and apply command-line overrides.
+
+    This is ``LazyConfig.load`` and ``LazyConfig.apply_overrides`` with errors that help.
+
+    Args:
+        config_file: path of a Python file.
+        overrides: each as "train.max_iter=100".
+
+    Raises:
+        ValueError: if the file is missing or does not load, an override cannot be read, or it sets
+            a key that nothing reads (it names the likely one).
+    """
+    if not PathManager.isfile(config_file):
+        raise ValueError(f"there is no config file {config_file!r}")
+    try:
+        cfg = LazyConfig.load(config_file)
+    except Exception as error:  # whatever the code in it raises
+        raise ValueError(f"config file {config_file!r}: {error!r}") from error
+    for override in overrides:
+        _check_lazy_key(cfg, override.partition("=")[0].lstrip("+"))
+        try:
+            LazyConfig.apply_overrides(cfg, [override])
+        except (HydraException, OmegaConfBaseException, KeyError, NotImplementedError) as error:
+            raise ValueError(
+                f"the command line: {override!r} is no override such as train.max_iter=100: {error}"
+            ) from error
+    return cfg
+
+
+def _check_lazy_key(cfg: DictConfig, key: str) -> None:
+    """Check that a key exists, or belongs to a call, which itself refuses wrong arguments."""
+    node, parents = cfg, key.split(".")
+    while parents and isinstance(node, DictConfig) and "_target_" not in node:
+        name = parents.pop(0)
+        if name not in node and key not in _OPTIONAL_LAZY_KEYS:
+            likely = difflib.get_close_matches(name, map(str, node))
+            hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
+            raise ValueError(f"the command line: there is no config key {key}{hint}")
+        node = node.get(name)
 
 
 class _ModelZooBases(CN):

@@ -103,6 +103,12 @@ class ResumableTrainLoader:
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
         np.random.set_state(random_state)
         samples, mapper, sampler = (parts.pop(k) for k in ("dataset", "mapper", "sampler"))
+        if not samples:
+            raise ValueError(
+                f"DATASETS.TRAIN: of {cfg.DATASETS.TRAIN} no image has annotations that this model "
+                "trains on (DATALOADER.FILTER_EMPTY_ANNOTATIONS, and for keypoints "
+                "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE)"
+            )
         self._batch_size = parts["total_batch_size"] // comm.get_world_size()
         self._grouped = parts["aspect_ratio_grouping"]
         if self._grouped:

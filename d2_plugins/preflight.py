@@ -7,6 +7,7 @@ import os
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from omegaconf import DictConfig, OmegaConf
 
 from d2_plugins.backbone import check_resnet_plugins
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint
@@ -39,6 +40,37 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     resumed = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if not resumed:
         _check_weights(cfg, eval_only)
+
+
+def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None:
+    """Check the datasets and the weights of a LazyConfig, before anything is built.
+
+    Args:
+        cfg: the whole config, laid out as Detectron2's own.
+        eval_only: whether only the test set and the weights will be used.
+        resume: whether weights come from ``cfg.train.output_dir`` where it has a checkpoint.
+
+    Raises:
+        ValueError: names the key, its value and what would be right.
+    """
+    for split in ("test",) if eval_only else ("train", "test"):
+        key = f"dataloader.{split}.dataset.names"
+        names = OmegaConf.select(cfg, key)
+        if names is not None:  # else a loader of another kind
+            names = (names,) if isinstance(names, str) else tuple(names)
+            _check_datasets(key, names, train=split == "train")
+    weights = cfg.train.init_checkpoint
+    resumed = resume and os.path.isfile(os.path.join(cfg.train.output_dir, "last_checkpoint"))
+    if eval_only and not weights:
+        raise ValueError("train.init_checkpoint: --eval-only needs the checkpoint to evaluate")
+    if not weights or resumed or "://" in weights:
+        return
+    depth_key = "model.backbone.bottom_up.stages.depth"
+    depth = OmegaConf.select(cfg, depth_key)
+    if depth is not None:
+        check_resnet_checkpoint(weights, depth, "train.init_checkpoint", depth_key)
+    elif not os.path.isfile(weights):
+        raise ValueError(f"train.init_checkpoint: there is no checkpoint {weights!r}")
 
 
 def _check_backbone(cfg: CfgNode) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))  # the tools import one another as a script does
 
 torch.set_num_threads(1)  # tests run side by side
 
@@ -24,4 +26,14 @@ def coco_sample() -> Path:
     folder = Path(os.environ.get("COCO_SAMPLE_DIR", ROOT.parent / "shared" / "coco_sample"))
     if not (folder / "annotations").is_dir():
         pytest.skip(f"no COCO sample in {folder}; set COCO_SAMPLE_DIR to a folder that has one")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def drawn_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six train and three val images of 64 pixels in COCO 2017's layout, with all labels."""
+    from make_synthetic_coco import make_dataset
+
+    folder = tmp_path_factory.mktemp("drawn") / "coco"
+    make_dataset(folder, train=6, val=3, size=64, seed=2, progress=False)
     return folder

@@ -597,7 +597,8 @@ def test_stage_that_is_not_built_is_named(resnet_cfg):
     resnet_cfg.MODEL.RESNETS.OUT_FEATURES = ["res4"]
     message = error_of(resnet_cfg)
     assert "MODEL.RESNETS.TRIPLET_ATTENTION.STAGES: unknown stage 'res5'" in message
-    assert message.endswith("MODEL.RESNETS.OUT_FEATURES ['res4'] has res2, res3, res4")
+    assert "MODEL.RESNETS.OUT_FEATURES ['res4'] has res2, res3, res4" in message
+    assert "'Res5PluginROIHeads' as MODEL.ROI_HEADS.NAME" in message
 
 
 def test_features_that_are_no_stages_count_for_none(resnet_cfg):

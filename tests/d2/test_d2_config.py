@@ -42,6 +42,7 @@ def test_plugins_are_off_by_default():
         "KERNEL_SIZE": 7,
         "NO_SPATIAL": False,
         "WARM_START": False,
+        "NORM": "BN",
     }
     del cfg.MODEL.RESNETS["TRIPLET_ATTENTION"]
     assert cfg == get_cfg()
@@ -131,13 +132,14 @@ def test_there_are_shipped_configs():
 def test_every_setting_of_the_plugin_can_be_set_from_the_command_line(cfg):
     node = "MODEL.RESNETS.TRIPLET_ATTENTION"
     options = {"STAGES": "('res4','res5')", "KERNEL_SIZE": "3", "NO_SPATIAL": "True"}
-    options["WARM_START"] = "True"
+    options |= {"WARM_START": "True", "NORM": "SyncBN"}
     merge_config(cfg, "", [part for k, v in options.items() for part in (f"{node}.{k}", v)])
     assert dict(cfg.MODEL.RESNETS.TRIPLET_ATTENTION) == {
         "STAGES": ("res4", "res5"),
         "KERNEL_SIZE": 3,
         "NO_SPATIAL": True,
         "WARM_START": True,
+        "NORM": "SyncBN",
     }
 
 

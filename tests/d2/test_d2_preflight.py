@@ -17,6 +17,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from d2_plugins.command_line import parse_args
 from d2_plugins.data import register_coco
 from d2_plugins.preflight import check_config
 
@@ -298,7 +299,7 @@ def setup(
         line = ["train_net.py", "--config-file", str(CONFIG)]
         line += [*flags, "--register-coco", "train_net_set", *tiny_coco]
         monkeypatch.setattr("sys.argv", [*line, *options, *words[len(flags) :]])
-        return train_net.setup(train_net.parse_args())
+        return train_net.setup(parse_args("A tool."))
 
     return call
 
@@ -327,12 +328,13 @@ def test_setup_falls_back_to_the_cpu_where_there_is_no_gpu(setup, available, dev
         (("MODEL.WEIGHTS", "none.pth"), "MODEL.WEIGHTS: there is no checkpoint 'none.pth'"),
         (("DATASETS.TRAIN", "('none',)"), "DATASETS.TRAIN: no dataset is registered as 'none'"),
         (("--eval-only",), "MODEL.WEIGHTS: --eval-only needs"),
-        (("--num-gpus", "999"), "--num-gpus 999: PyTorch finds"),
+        (("--num-gpus", "999"), "--num-gpus 999: PyTorch finds 1 GPUs"),
     ],
 )
 def test_setup_refuses_what_is_wrong_and_writes_nothing(
     setup, tmp_path, monkeypatch, words, reason
 ):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as error:
         setup(*words)
@@ -340,10 +342,10 @@ def test_setup_refuses_what_is_wrong_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_datasets_can_be_registered(train_net, monkeypatch):
+def test_several_datasets_can_be_registered(monkeypatch):
     line = "train_net.py --config-file c.yaml --register-coco a b c --register-coco d e f SEED 1"
     monkeypatch.setattr("sys.argv", line.split())
-    args = train_net.parse_args()
+    args = parse_args("A tool.")
     assert args.config_file == "c.yaml" and args.opts == ["SEED", "1"]
     assert args.register_coco == [["a", "b", "c"], ["d", "e", "f"]]
 

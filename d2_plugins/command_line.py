@@ -1,0 +1,88 @@
+"""What the command lines of ``tools/train_net.py`` and ``tools/lazyconfig_train_net.py`` share."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.engine import default_argument_parser, launch
+
+from d2_plugins.data import register_coco
+
+logger = logging.getLogger("detectron2.plugins")
+
+
+def parse_args(description: str) -> argparse.Namespace:
+    """The arguments of Detectron2's own ``tools/train_net.py``, and ``--register-coco``."""
+    parser = default_argument_parser()
+    parser.description = description
+    parser.add_argument(
+        "--register-coco",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help="register a COCO-format dataset; may be given several times",
+    )
+    return parser.parse_args()
+
+
+def apply_arguments(args: argparse.Namespace) -> None:
+    """Register the datasets of the command line, and check the number of processes.
+
+    Raises:
+        ValueError: if a dataset cannot be registered, or there are fewer GPUs than asked for.
+    """
+    gpus = torch.cuda.device_count()
+    # Without any, the processes share the CPU.
+    if gpus and args.num_gpus > gpus:
+        raise ValueError(f"--num-gpus {args.num_gpus}: PyTorch finds {gpus} GPUs here")
+    for name, json_file, image_root in args.register_coco:
+        register_coco(name, json_file, image_root)
+
+
+def warn_of_cpu(device: str) -> None:
+    """Say that a run is on the CPU, which may be unexpected."""
+    if device == "cpu":
+        logger.warning("Running on the CPU: PyTorch finds no GPU here, or the config says so.")
+
+
+def run(
+    args: argparse.Namespace,
+    setup: Callable[[argparse.Namespace], Any],
+    main: Callable[[argparse.Namespace, Any], Any],
+) -> None:
+    """Run ``main(args, setup(args))`` in as many processes as the arguments ask for.
+
+    Args:
+        args: of :func:`parse_args`.
+        setup: makes the config; a ValueError of it is the user's to read, and is raised before any
+            process or folder is made.
+        main: trains or evaluates. Both are functions of a module, which processes can import.
+
+    Raises:
+        SystemExit: if the set-up fails, with what is wrong.
+    """
+    try:
+        cfg = setup(args)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    if args.num_gpus * args.num_machines == 1:
+        main(args, cfg)
+        return
+    launch(
+        _run_process,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args, setup, main),
+    )
+
+
+def _run_process(args: argparse.Namespace, setup: Callable, main: Callable) -> None:
+    main(args, setup(args))  # a process that was spawned has registered nothing yet
