@@ -1,0 +1,122 @@
+"""Detectors other than Faster R-CNN train and report all their metrics by the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from detectron2_sample import arguments, metrics, register
+
+BOXES = "AP,AP50,AP75,APs,APm,APl"
+KEYPOINTS = "AP,AP50,AP75,APm,APl"
+FEW = {"SOLVER.MAX_ITER": "6", "SOLVER.CHECKPOINT_PERIOD": "100"}
+
+
+@pytest.mark.parametrize(
+    ("config", "labels", "expected"),
+    [
+        (
+            "COCO-Keypoints/keypoint_rcnn_R_50_triplet_FPN_1x",
+            "person_keypoints",
+            {"bbox": BOXES, "keypoints": KEYPOINTS},
+        ),
+        (
+            "COCO-InstanceSegmentation/mask_rcnn_R_50_triplet_FPN_1x",
+            "instances",
+            {"bbox": BOXES, "segm": BOXES},
+        ),
+        ("COCO-Detection/retinanet_R_50_triplet_FPN_1x", "instances", {"bbox": BOXES}),
+    ],
+    ids=["keypoint", "mask", "retinanet"],
+)
+def test_detector_trains_and_reports_all_metrics(
+    config, labels, expected, coco_sample, run_tool, tmp_path
+):
+    options = {**FEW, "MODEL.RETINANET.SCORE_THRESH_TEST": "0.0"}
+    line = arguments(
+        coco_sample, tmp_path, config=f"configs/d2/{config}.yaml", labels=labels, **options
+    )
+    printed = run_tool("train_net.py", *line).stdout
+    records = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    losses = [record["total_loss"] for record in records if "total_loss" in record]
+    assert losses and all(math.isfinite(loss) for loss in losses)
+    assert reported(printed) == expected
+    (results,) = (tmp_path / "inference").glob("coco_instances_results.json")
+    keys = {"segm": "segmentation", "keypoints": "keypoints", "bbox": "bbox"}
+    assert {keys[task] for task in expected} <= set(json.loads(results.read_text())[0])
+
+
+def reported(printed: str) -> dict[str, str]:
+    """Names of the metrics of each task, as Detectron2 prints them to be copied."""
+    lines = metrics(printed)
+    return {
+        line.removeprefix("Task: "): names
+        for line, names in zip(lines, lines[1:], strict=False)
+        if line.startswith("Task: ")
+    }
+
+
+def lazy_arguments(sample, output, *flags: str, **options: object) -> list[str]:
+    settings = {
+        "train.output_dir": output,
+        "train.init_checkpoint": "''",
+        "train.max_iter": 6,
+        "train.checkpointer.period": 3,
+        "train.log_period": 1,
+        "train.seed": 7,
+        "model.backbone.bottom_up.freeze_at": 0,
+        "model.backbone.bottom_up.stem.norm": "BN",
+        "model.backbone.bottom_up.stages.norm": "BN",
+        "model.proposal_generator.pre_nms_topk": "[300,300]",
+        "model.proposal_generator.post_nms_topk": "[200,100]",
+        "model.roi_heads.batch_size_per_image": 64,
+        "model.roi_heads.box_predictor.test_score_thresh": 0.0,
+        "optimizer.lr": 0.0005,
+        "dataloader.train.dataset.names": "sample_train",
+        "dataloader.test.dataset.names": "sample_val",
+        "dataloader.train.total_batch_size": 2,
+        "dataloader.train.num_workers": 0,
+        "dataloader.test.num_workers": 0,
+        "dataloader.train.mapper.augmentations.0.short_edge_length": "[160]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length": 160,
+        **options,
+    }
+    config = "configs/d2/COCO-InstanceSegmentation/mask_rcnn_R_50_triplet_FPN_1x.py"
+    pairs = [f"{key}={value}" for key, value in settings.items()]
+    return ["--config-file", config, *register(sample), *flags, *pairs]
+
+
+TOOL = "lazyconfig_train_net.py"
+
+
+def test_lazy_config_trains_resumes_and_evaluates(coco_sample, run_tool, tmp_path):
+    first = run_tool(TOOL, *lazy_arguments(coco_sample, tmp_path, **{"train.max_iter": 3}))
+    assert reported(first.stdout) == {"bbox": BOXES, "segm": BOXES}
+    resumed = run_tool(TOOL, *lazy_arguments(coco_sample, tmp_path, "--resume"))
+    assert "Starting training from iteration 3" in resumed.stdout
+    checkpoint = {"train.init_checkpoint": tmp_path / "model_final.pth"}
+    line = lazy_arguments(coco_sample, tmp_path / "again", "--eval-only", **checkpoint)
+    again = run_tool(TOOL, *line)
+    assert metrics(again.stdout) == metrics(resumed.stdout) != []
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"train.max_itr": 3}, ["train.max_itr", "did you mean max_iter"]),
+        ({"dataloader.train.dataset.names": "sample_trian"}, ["'sample_trian'", "sample_train"]),
+        ({"train.init_checkpoint": "none.pth"}, ["train.init_checkpoint", "no checkpoint"]),
+    ],
+    ids=["key", "dataset", "weights"],
+)
+def test_wrong_setting_of_a_lazy_config_is_one_clear_line(
+    options, expected, coco_sample, run_tool, tmp_path
+):
+    line = lazy_arguments(coco_sample, tmp_path / "output", **options)
+    result = run_tool(TOOL, *line, check=False)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert [text for text in expected if text not in error] == []
+    assert list(tmp_path.iterdir()) == []
