@@ -1,10 +1,13 @@
-"""ResNet-18 and ResNet-34 with plugins, which MMDetection's ``BasicBlock`` does not take."""
+"""Backbones with plugins where MMDetection's own take none: ResNet-18, ResNet-34, MobileNetV2."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from mmdet.models.backbones import MobileNetV2
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
+from mmdet.models.layers import InvertedResidual
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -59,3 +62,51 @@ class PluginResNet(ResNet):
         if block is BasicBlock:
             block = PluginBasicBlock
         return super().make_res_layer(block=block, **kwargs)
+
+
+@MODELS.register_module()
+class PluginMobileNetV2(MobileNetV2):
+    """``MobileNetV2`` with plugins after its blocks' last norm, before a shortcut is added.
+
+    Args:
+        plugins: as :class:`ResNet` takes them, at the position ``after_linear_conv``, with seven
+            ``stages`` (layer1 to layer7). Blocks without a shortcut get them too.
+        **kwargs: of ``MobileNetV2``.
+
+    Raises:
+        ValueError: if a plugin's position is another one, or its stages are not seven.
+    """
+
+    def __init__(self, *, plugins: list[dict] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        num_stages = len(self.arch_settings)
+        for plugin in plugins or []:
+            stages = plugin.get("stages")
+            if stages is None:
+                stages = (True,) * num_stages
+            if plugin["position"] != "after_linear_conv":
+                raise ValueError(
+                    "plugins: position must be 'after_linear_conv' in a MobileNetV2, whose blocks "
+                    f"end in linear_conv, got {plugin['position']!r}"
+                )
+            if len(stages) != num_stages:
+                raise ValueError(
+                    f"plugins: stages must be {num_stages} times True or False in a MobileNetV2, "
+                    f"got {stages!r}"
+                )
+            for index, wanted in enumerate(stages, start=1):
+                for block in getattr(self, f"layer{index}") if wanted else ():
+                    _insert_after_linear_conv(block, plugin["cfg"])
+
+
+def _insert_after_linear_conv(block: InvertedResidual, cfg: dict) -> None:
+    conv = block.linear_conv
+    (name,) = Bottleneck.make_block_plugins(block, conv.out_channels, [cfg])
+    # A hook, as the block has no method between this convolution and the sum.
+    conv.register_forward_hook(partial(_apply_plugin, block, name))
+
+
+def _apply_plugin(
+    block: InvertedResidual, name: str, conv: nn.Module, inputs: Any, out: Tensor
+) -> Tensor:
+    return getattr(block, name)(out)

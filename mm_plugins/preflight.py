@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sized
 from typing import Any
 
 from mmdet.datasets import CocoDataset
-from mmdet.models.backbones import ResNet
+from mmdet.models.backbones import MobileNetV2, ResNet
 from mmdet.registry import DATASETS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
@@ -21,7 +21,8 @@ from mmengine.config import Config, ConfigDict
 from mm_plugins.layers import TripletAttention
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint
 
-_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
+_RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
+_MOBILENET_POSITIONS = ("after_linear_conv",)
 
 
 def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
@@ -87,34 +88,38 @@ def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
 
 
 def _backbones(node: Any, setting: str) -> Iterator[tuple[str, ConfigDict]]:
-    """ResNets of a model's config, and where they stand in it."""
+    """Backbones of a model's config that are known here, and where they stand in it."""
     if not isinstance(node, dict):
         return
     if isinstance(node.get("type"), str):
         kind = MODELS.get(node["type"])
-        if inspect.isclass(kind) and issubclass(kind, ResNet):
+        if inspect.isclass(kind) and issubclass(kind, (ResNet, MobileNetV2)):
             yield setting, node
     for key, value in node.items():
         yield from _backbones(value, f"{setting}.{key}")
 
 
 def _check_plugins(backbone: ConfigDict, setting: str) -> None:
-    depths = list(MODELS.get(backbone["type"]).arch_settings)
-    if "depth" in backbone and backbone["depth"] not in depths:
+    kind = MODELS.get(backbone["type"])
+    is_resnet = issubclass(kind, ResNet)
+    if is_resnet and "depth" in backbone and backbone["depth"] not in kind.arch_settings:
         raise ValueError(
             f"{setting}.depth: no {backbone['type']} of depth {backbone['depth']!r}; "
-            f"there are {', '.join(map(str, depths))}"
+            f"there are {', '.join(map(str, kind.arch_settings))}"
+        )
+    small = is_resnet and backbone.get("depth") in (18, 34)
+    positions = _RESNET_POSITIONS if is_resnet else _MOBILENET_POSITIONS
+    num_stages = backbone.get("num_stages", 4) if is_resnet else len(kind.arch_settings)
+    plugins = backbone.get("plugins") or ()
+    if plugins and (kind is MobileNetV2 or (kind is ResNet and small)):
+        name = f"ResNet-{backbone['depth']}" if small else "MobileNetV2"
+        position = "after_conv2" if small else "after_linear_conv"
+        raise ValueError(
+            f"{setting}.type: MMDetection's {name} takes no plugins; "
+            f"use type='Plugin{kind.__name__}' and position={position!r}"
         )
     names = [key for key in backbone if key not in ("type", "_scope_", "_delete_")]
-    _check_arguments(MODELS.get(backbone["type"]), names, setting)
-    num_stages = backbone.get("num_stages", 4)
-    plugins = backbone.get("plugins") or ()
-    small = backbone.get("depth") in (18, 34)
-    if plugins and small and backbone["type"].rpartition(".")[2] == "ResNet":
-        raise ValueError(
-            f"{setting}.type: MMDetection's ResNet-{backbone['depth']} takes no plugins; "
-            "use type='PluginResNet' and position='after_conv2'"
-        )
+    _check_arguments(kind, names, setting)
     for i, plugin in enumerate(plugins):
         where = f"{setting}.plugins[{i}]"
         if not isinstance(plugin, dict) or not isinstance(plugin.get("cfg"), dict):
@@ -122,9 +127,9 @@ def _check_plugins(backbone: ConfigDict, setting: str) -> None:
                 f"{where}: expected dict(cfg=dict(type=…), position=…, stages=…), got {plugin!r}"
             )
         _check_layer(plugin["cfg"], f"{where}.cfg")
-        if plugin.get("position") not in _POSITIONS:
+        if plugin.get("position") not in positions:
             raise ValueError(
-                f"{where}.position: {plugin.get('position')!r} is none of {', '.join(_POSITIONS)}"
+                f"{where}.position: {plugin.get('position')!r} is none of {', '.join(positions)}"
             )
         stages = plugin.get("stages")
         if stages is not None and (not isinstance(stages, Sized) or len(stages) != num_stages):

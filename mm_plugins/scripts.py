@@ -11,6 +11,7 @@ import mmdet
 import torch
 from mmcv.ops import get_compiling_cuda_version
 from mmengine.config import Config
+from torch import distributed
 
 from mm_plugins.preflight import check_config
 
@@ -22,6 +23,7 @@ def run(name: str) -> None:
     clear line and no work folder is touched.
 
     Where there is a GPU but mmcv's operators were built without CUDA, everything runs on the CPU.
+    Several processes of torchrun do so where there is no GPU.
 
     Args:
         name: "train" or "test".
@@ -56,7 +58,23 @@ def run(name: str) -> None:
         check_config(cfg, train=name == "train", resumes=resumes)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if args.launcher == "pytorch" and not torch.cuda.is_available():
+        _distribute_over_cpus(cfg)
     script.main()
+
+
+def _distribute_over_cpus(cfg: Config) -> None:
+    """Make torchrun's processes train together on the CPU, which mmengine takes for GPUs'."""
+    # mmengine keeps a process group that it finds, and lets a config say how a model is wrapped.
+    distributed.init_process_group("gloo")
+    wrapper = {
+        "type": "MMDistributedDataParallel",
+        "find_unused_parameters": cfg.get("find_unused_parameters", False),
+        "broadcast_buffers": False,
+        **(cfg.get("model_wrapper_cfg") or {}),
+        "device_ids": None,
+    }
+    sys.argv += ["--cfg-options", *(f"model_wrapper_cfg.{k}={v}" for k, v in wrapper.items())]
 
 
 def has_cuda_operators() -> bool:

@@ -23,7 +23,7 @@ from mm_plugins import TripletAttention
 from mm_plugins.backbones import PluginBasicBlock
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = sorted((ROOT / "configs" / "mm").rglob("*.py"))
+CONFIGS = ROOT / "configs" / "mm" / "triplet_attention"
 NARROW = {"stem_channels": 8, "base_channels": 8}
 VARIANTS = {
     "ResNet": {"type": "ResNet", "depth": 50, **NARROW},
@@ -34,6 +34,8 @@ VARIANTS = {
     "PluginResNet-18": {"type": "PluginResNet", "depth": 18, **NARROW},
     "PluginResNet-34": {"type": "PluginResNet", "depth": 34, **NARROW},
     "PluginResNet-50": {"type": "PluginResNet", "depth": 50, **NARROW},
+    "ResNet-101": {"type": "ResNet", "depth": 101, **NARROW},
+    "ResNet-152": {"type": "ResNet", "depth": 152, **NARROW},
 }
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
 PLUGIN_RESNETS = pytest.mark.parametrize("depth", [18, 34, 50])
@@ -91,6 +93,93 @@ def test_layer_equals_the_core_module():
     core.load_state_dict(layer.state_dict())
     x = torch.randn(2, 4, 5, 6)
     assert torch.equal(layer(x), core(x))
+
+
+# -------------------------------------------------------------------------------- the gates' norms
+
+
+def statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running statistics of the gates' norms."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    state = module.state_dict().items()
+    return {n: t.clone() for n, t in state if ".cw." in f".{n}" and n.endswith(names)}
+
+
+def trained(variant: str, *, frozen_stages: int = -1, **layer: Any) -> nn.Module:
+    """A backbone as MMDetection's detectors have it, with ``norm_eval``, after a batch."""
+    backbone = build(variant, plugin(variant, **layer), norm_eval=True, frozen_stages=frozen_stages)
+    backbone.train()
+    backbone(torch.randn(2, 3, 32, 32))
+    return backbone
+
+
+@pytest.mark.parametrize("variant", ["ResNet", "PluginResNet-18"])
+def test_gates_gather_statistics_below_a_backbone_in_evaluation_mode(variant):
+    backbone = trained(variant)
+    for name, buffer in backbone.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            assert buffer == int(is_attention(name)), name
+    assert not backbone.bn1.training and not backbone.layer1[0].bn1.training
+
+
+def test_gates_of_frozen_stages_gather_no_statistics():
+    backbone = trained("PluginResNet-18", frozen_stages=2)
+    for stage in (1, 2, 3, 4):
+        gate = getattr(backbone, f"layer{stage}")[0].triplet_attention.cw
+        assert gate.conv.bn.num_batches_tracked == int(stage > 2)
+
+
+def test_gates_gather_no_statistics_in_evaluation():
+    backbone = evaluating(trained("PluginResNet-18"))
+    before = statistics(backbone)
+    backbone(torch.randn(2, 3, 32, 32))
+    torch.testing.assert_close(statistics(backbone), before, rtol=0, atol=0)
+
+
+def test_norm_eval_of_the_layer_uses_the_running_statistics_in_training():
+    layer = TripletAttention(norm_eval=True)
+    randomize(layer)
+    before = statistics(layer)
+    x = torch.randn(2, 4, 5, 6)
+    assert layer.training and torch.equal(layer(x), evaluating(layer)(x))
+    assert before and statistics(layer).keys() == before.keys()
+    torch.testing.assert_close(statistics(layer), before, rtol=0, atol=0)
+
+
+def test_scale_and_shift_of_the_gates_can_be_fixed():
+    layer = TripletAttention(norm_cfg={"type": "BN", "requires_grad": False})
+    fixed = {name for name, p in layer.named_parameters() if not p.requires_grad}
+    assert fixed == {f"{g}.conv.bn.{p}" for g in ("cw", "hc", "hw") for p in ("weight", "bias")}
+    assert all(p.requires_grad for p in TripletAttention().parameters())
+
+
+def test_norm_of_all_processes_is_the_core_modules():
+    layer = TripletAttention(norm_cfg={"type": "SyncBN", "requires_grad": True})
+    assert layer.norm == plugin_core.TripletAttention(norm="SyncBN").norm != TripletAttention().norm
+
+
+@pytest.mark.parametrize("norm_cfg", [{"type": "SyncBN"}, {"type": "BN", "requires_grad": False}])
+@pytest.mark.parametrize("norm_eval", [True, False])
+def test_names_do_not_depend_on_the_norm(norm_cfg, norm_eval):
+    layer = TripletAttention(norm_cfg=norm_cfg, norm_eval=norm_eval)
+    layer.load_state_dict(plugin_core.TripletAttention().state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("norm_cfg", "message"),
+    [
+        ({"type": "GN"}, "type must be 'BN' or 'SyncBN', got 'GN'"),
+        ({"requires_grad": True}, "type must be 'BN' or 'SyncBN', got None"),
+        ({"type": "BN", "eps": 1e-3}, "unknown key eps"),
+        ({"type": "BN", "requires_grad": "no"}, "requires_grad must be True or False, got 'no'"),
+        (None, "must be dict(type='BN') or the like, got None"),
+        ("SyncBN", "must be dict(type='BN') or the like, got 'SyncBN'"),
+    ],
+)
+def test_wrong_norm_is_named_with_what_would_be_right(norm_cfg, message):
+    with pytest.raises(ValueError) as error:
+        TripletAttention(norm_cfg=norm_cfg)
+    assert str(error.value).startswith("norm_cfg") and message in str(error.value)
 
 
 # ---------------------------------------------------------------------------------- every backbone
@@ -160,6 +249,7 @@ def test_warm_start_gives_exactly_the_plain_backbones_features(variant, mode):
     with torch.no_grad():
         features, expected = warm(x), plain(x)
     for feature, other in zip(features, expected, strict=True):
+        assert torch.isfinite(other).all()
         assert torch.equal(feature, other)
 
 
@@ -279,12 +369,16 @@ def test_deep_copy_is_independent(depth):
     assert not torch.allclose(twin(x)[0], backbone(x)[0])
 
 
-def test_backbone_compiles_without_a_graph_break():
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_backbone_compiles_without_a_graph_break(mode):
     one_stage = {"num_stages": 1, "strides": (1,), "dilations": (1,), "out_indices": (0,)}
-    backbone = evaluating(build("PluginResNet-18", plugin("PluginResNet-18"), **one_stage))
+    backbone = build("PluginResNet-18", plugin("PluginResNet-18"), **one_stage)
+    backbone.train(mode)
+    twin = copy.deepcopy(backbone)
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(compiled(x)[0], backbone(x)[0])
+    torch.testing.assert_close(compiled(x)[0], twin(x)[0])
+    torch.testing.assert_close(statistics(backbone), statistics(twin))
 
 
 @pytest.mark.parametrize("frozen_stages", [-1, 0, 2])
@@ -390,35 +484,32 @@ def test_published_detection_checkpoint_loads_whole(variant, warm_start, tmp_pat
             torch.testing.assert_close(feature, other)
 
 
+@pytest.mark.parametrize(
+    "config", ["faster-rcnn_r50-triplet_fpn_1x_coco", "retinanet_r50-triplet_fpn_1x_coco"]
+)
+def test_checkpoint_that_mmdetection_2_saved_loads_whole(config, tmp_path):
+    cfg = Config.fromfile(CONFIGS / f"{config}.py")
+    cfg.merge_from_dict({"model.backbone": NARROW | {"init_cfg": None}})
+    cfg.merge_from_dict({"model.neck.in_channels": [32, 64, 128, 256]})
+    saved = {
+        in_second_spelling(name): torch.rand(tensor.shape).to(tensor.dtype)
+        for name, tensor in MODELS.build(cfg.model).state_dict().items()
+        if not name.endswith("alpha")
+    }
+    assert "backbone.layer1.0.triplet_attention.ChannelGateH.spatial.conv.weight" in saved
+    meta = {"mmdet_version": "2.10.0", "epoch": 12, "CLASSES": ("person", "bicycle"), "config": ""}
+    path = str(tmp_path / "model.pth")
+    torch.save({"meta": meta, "state_dict": saved, "optimizer": {"param_groups": []}}, path)
+
+    model = MODELS.build(cfg.model)
+    load_checkpoint(model, path, map_location="cpu", strict=True)
+    for name, tensor in model.state_dict().items():
+        expected = torch.ones(()) if name.endswith("alpha") else saved[in_second_spelling(name)]
+        assert torch.equal(tensor, expected), name
+
+
 def test_missing_attention_is_reported_by_its_name():
     state = Detector("ResNet").state_dict()
     del state["backbone.layer1.0.triplet_attention.cw.conv.conv.weight"]
     with pytest.raises(RuntimeError, match=r"layer1\.0\.triplet_attention\.cw\.conv\.conv\.weight"):
         load_state_dict(Detector("ResNet"), state, strict=True)
-
-
-# ------------------------------------------------------------------------------- shipped configs
-
-
-def without_downloads(node: Any) -> None:
-    """Remove ``init_cfg`` of backbones, which would fetch weights."""
-    if isinstance(node, dict):
-        if "backbone" in node:
-            node["backbone"]["init_cfg"] = None
-        for value in node.values():
-            without_downloads(value)
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_shipped_config_loads_and_builds(path):
-    cfg = Config.fromfile(path)
-    without_downloads(cfg.model)
-    model = MODELS.build(cfg.model)
-    attention = [m for m in model.modules() if isinstance(m, TripletAttention)]
-    assert attention
-    # Weights that hold no attention must not leave it frozen.
-    assert all(p.requires_grad for module in attention for p in module.parameters())
-
-
-def test_there_are_shipped_configs():
-    assert SHIPPED

@@ -45,6 +45,11 @@ def resnet(**changed: Any) -> dict[str, Any]:
     return {"type": "ResNet", "depth": 50} | changed
 
 
+def mobilenet(**changed: Any) -> dict[str, Any]:
+    entry = attention(position="after_linear_conv") | changed
+    return {"type": "PluginMobileNetV2", "plugins": [entry]}
+
+
 def check(cfg: Config, *, train: bool = True, resumes: bool = False) -> None:
     check_config(cfg, train=train, resumes=resumes)
 
@@ -290,10 +295,17 @@ def test_unknown_argument_of_the_backbone_is_named_with_the_likely_one(kind):
     assert message == f"model.backbone: {kind} has no argument 'plugin'; did you mean plugins?"
 
 
-def test_wrong_value_of_a_layers_argument_is_named():
-    layer = {"type": "TripletAttention", "kernel_size": 4}
-    message = error_of(config(resnet(plugins=[attention(cfg=layer)])))
-    assert message.startswith("model.backbone.plugins[0].cfg: kernel_size must be a positive odd")
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"kernel_size": 4}, "kernel_size must be a positive odd"),
+        ({"norm_cfg": {"type": "GN"}}, "norm_cfg: type must be 'BN' or 'SyncBN', got 'GN'"),
+    ],
+)
+def test_wrong_value_of_a_layers_argument_is_named(argument, message):
+    layer = {"type": "TripletAttention", **argument}
+    for backbone in (resnet(plugins=[attention(cfg=layer)]), mobilenet(cfg=layer)):
+        assert error_of(config(backbone)).startswith(f"model.backbone.plugins[0].cfg: {message}")
 
 
 @pytest.mark.parametrize(
@@ -301,6 +313,7 @@ def test_wrong_value_of_a_layers_argument_is_named():
     [
         {"type": "TripletAttention", "postfix": "_2", "warm_start": True},
         {"type": "mmdet.TripletAttention"},
+        {"type": "TripletAttention", "norm_cfg": {"type": "SyncBN"}, "norm_eval": True},
         {"type": "ContextBlock", "ratio": 1 / 16},
         {"type": "NonLocal2d", "reduction": 2},
         {"type": "ContextBlock", "no_such": 1},  # MMDetection's affair
@@ -363,6 +376,36 @@ def test_position_that_a_small_plugin_resnet_lacks_is_named():
     message = error_of(config({"type": "PluginResNet", "depth": 18, "plugins": [entry]}))
     assert message.startswith("model.backbone.plugins[0].position: ")
     assert "'after_conv3'" in message and "after_conv2" in message
+
+
+@pytest.mark.parametrize("kind", ["MobileNetV2", "mmdet.MobileNetV2"])
+def test_mobilenet_that_takes_no_plugins_is_named_with_the_one_that_does(kind):
+    assert error_of(config(mobilenet() | {"type": kind})) == (
+        "model.backbone.type: MMDetection's MobileNetV2 takes no plugins; "
+        "use type='PluginMobileNetV2' and position='after_linear_conv'"
+    )
+    check(config(mobilenet(stages=(True,) * 7)))
+    check(config({"type": kind, "out_indices": (4, 7)}))
+
+
+def test_position_that_a_mobilenet_lacks_is_named():
+    assert error_of(config(mobilenet(position="after_conv3"))) == (
+        "model.backbone.plugins[0].position: 'after_conv3' is none of after_linear_conv"
+    )
+    assert "'after_linear_conv' is none of after_conv1, after_conv2, after_conv3" in error_of(
+        config(resnet(plugins=[attention(position="after_linear_conv")]))
+    )
+
+
+def test_stages_of_a_mobilenet_are_seven():
+    message = error_of(config(mobilenet(stages=(True,) * 4)))
+    assert message.startswith("model.backbone.plugins[0].stages: expected 7 times True or False")
+
+
+def test_unknown_argument_of_a_mobilenet_is_named_with_the_likely_one():
+    assert error_of(config(mobilenet() | {"out_indexes": (4, 7)})) == (
+        "model.backbone: PluginMobileNetV2 has no argument 'out_indexes'; did you mean out_indices?"
+    )
 
 
 # ------------------------------------------------------------------------------------------ weights

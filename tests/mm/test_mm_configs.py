@@ -1,0 +1,151 @@
+"""The shipped configs: each trains a step and evaluates, by mmengine's Runner, on drawn scenes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("mmdet", reason="MMDetection is not installed")
+
+import mmengine.device.utils
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+from mm_plugins.preflight import check_config
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from make_synthetic_coco import make_dataset  # noqa: E402
+
+SHIPPED = sorted((ROOT / "configs" / "mm").rglob("*.py"))
+CLASSES = ("person", "disk", "square", "triangle", "star", "ring", "cross")
+# Few proposals, narrow layers, and detections even from weights that have learned nothing.
+SMALL_MODEL = {
+    "num_classes": len(CLASSES),
+    "fc_out_channels": 64,
+    "nms_pre": 50,
+    "max_per_img": 20,
+    "score_thr": 0.0,
+}
+SMALL_DATA = {"times": 1, "scale": (64, 64), "scales": [(64, 64)]}
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images to train on, which is one step, and two to evaluate on."""
+    out = tmp_path_factory.mktemp("scenes") / "coco"
+    make_dataset(out, train=2, val=2, size=64, progress=False)
+    return out
+
+
+def dicts(node: Any) -> list[dict]:
+    """The dictionaries of a config, from the outermost on."""
+    if isinstance(node, (list, tuple)):
+        return [inner for value in node for inner in dicts(value)]
+    if not isinstance(node, dict):
+        return []
+    return [node, *(inner for value in node.values() for inner in dicts(value))]
+
+
+def replace(node: Any, values: dict[str, Any]) -> None:
+    """Set ``values`` wherever the config has such a key."""
+    for inner in dicts(node):
+        inner.update({key: value for key, value in values.items() if key in inner})
+
+
+def is_pretrained(cfg: Config) -> bool:
+    init_cfg = cfg.model.backbone.init_cfg
+    return init_cfg is not None and init_cfg.type == "Pretrained"
+
+
+def shrink(cfg: Config, data: Path, work_dir: Path) -> None:
+    """Leave one step of training and its evaluation, with nothing to download."""
+    replace(cfg.model, SMALL_MODEL)
+    for split in ("train", "val"):
+        loader = cfg[f"{split}_dataloader"]
+        replace(loader.dataset, SMALL_DATA)
+        for dataset in dicts(loader.dataset):
+            if "ann_file" in dataset:
+                dataset.update(data_root=str(data), metainfo={"classes": CLASSES})
+        loader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    length = "max_iters" if "max_iters" in cfg.train_cfg else "max_epochs"
+    cfg.merge_from_dict(
+        {
+            # Not the default, which begins with residual branches that are 0.
+            "model.backbone.init_cfg": {
+                "_delete_": True,
+                "type": "Normal",
+                "layer": "Conv2d",
+                "std": 0.02,
+            },
+            "val_evaluator.ann_file": str(data / "annotations" / "instances_val2017.json"),
+            f"train_cfg.{length}": 1,
+            "train_cfg.val_begin": 2,  # after the training: `val` returns what it finds
+            "default_hooks.checkpoint": None,
+            "randomness.seed": 0,
+            "log_level": "WARNING",
+            "visualizer.name": str(work_dir),
+            "work_dir": str(work_dir),
+        }
+    )
+
+
+def watch_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """What the parameters will have got when a step is over."""
+    gradients: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda grad, name=name: gradients.update({name: grad.clone()}))
+    return gradients
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_config_trains_a_step_and_evaluates(path, scenes, tmp_path, monkeypatch):
+    monkeypatch.setattr(mmengine.device.utils, "DEVICE", "cpu")  # mmcv may lack its CUDA operators
+    cfg = Config.fromfile(path)
+    pretrained = is_pretrained(cfg)
+    shrink(cfg, scenes, tmp_path)
+    check_config(cfg, train=True, resumes=False)
+    runner = Runner.from_cfg(cfg)
+    gradients = watch_gradients(runner.model)
+    runner.train()
+
+    assert runner.iter == 1
+    assert math.isfinite(runner.message_hub.get_scalar("train/loss").current())
+    # A parameter without a gradient would stop a distributed training.
+    assert set(gradients) == {n for n, p in runner.model.named_parameters() if p.requires_grad}
+    attention = {n for n, _ in runner.model.named_parameters() if ".triplet_attention." in n}
+    # Weights that hold no attention must not leave it frozen, nor be spoiled by it.
+    assert attention and attention <= set(gradients)
+    assert any(name.endswith("alpha") for name in attention) == pretrained
+    for name in attention:
+        assert torch.isfinite(gradients[name]).all(), name
+        # At alpha = 0 the gates have no influence yet, but alpha learns.
+        assert bool(gradients[name].any()) == (name.endswith("alpha") or not pretrained), name
+
+    metrics = runner.val()
+    kinds = ("bbox", "segm") if "mask" in path.stem else ("bbox",)
+    assert {name for name in metrics if name.endswith("_mAP")} == {f"coco/{k}_mAP" for k in kinds}
+
+
+def test_there_are_shipped_configs():
+    assert SHIPPED
+
+
+def test_mobilenets_pyramid_has_the_strides_of_retinanets_anchors():
+    (path,) = (p for p in SHIPPED if p.stem == "retinanet_mobilenetv2-triplet_fpn_1x_coco")
+    cfg = Config.fromfile(path)
+    cfg.model.backbone.init_cfg = None
+    model = MODELS.build(cfg.model)
+    model.eval()
+    with torch.no_grad():
+        sizes = [feature.shape[-1] for feature in model.extract_feat(torch.randn(1, 3, 128, 128))]
+    assert [128 // size for size in sizes] == cfg.model.bbox_head.anchor_generator.strides
