@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,10 +45,12 @@ def apply_arguments(args: argparse.Namespace) -> None:
         register_coco(name, json_file, image_root)
 
 
-def warn_of_cpu(device: str) -> None:
-    """Say that a run is on the CPU, which may be unexpected."""
+def warn(device: str, mismatches: Iterable[str]) -> None:
+    """Log what may be unexpected of a run: that it is on the CPU, and wrong pixel settings."""
     if device == "cpu":
         logger.warning("Running on the CPU: PyTorch finds no GPU here, or the config says so.")
+    for text in mismatches:
+        logger.warning(text)
 
 
 def run(

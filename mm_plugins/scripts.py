@@ -13,6 +13,7 @@ from mmcv.ops import get_compiling_cuda_version
 from mmengine.config import Config
 from torch import distributed
 
+from mm_plugins.pixels import find_mismatches
 from mm_plugins.preflight import check_config
 
 
@@ -58,6 +59,9 @@ def run(name: str) -> None:
         check_config(cfg, train=name == "train", resumes=resumes)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    if not resumes and os.environ.get("RANK", "0") == "0":
+        for text in find_mismatches(cfg):
+            print(f"warning: {text}", file=sys.stderr, flush=True)
     if args.launcher == "pytorch" and not torch.cuda.is_available():
         _distribute_over_cpus(cfg)
     script.main()

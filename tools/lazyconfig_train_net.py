@@ -23,8 +23,9 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from d2_plugins.command_line import apply_arguments, parse_args, run, warn_of_cpu
+from d2_plugins.command_line import apply_arguments, parse_args, run, warn
 from d2_plugins.config import load_lazy_config
+from d2_plugins.pixels import find_lazy_mismatches
 from d2_plugins.preflight import check_lazy_config
 
 
@@ -40,7 +41,7 @@ def setup(args: argparse.Namespace) -> DictConfig:
 
 def main(args: argparse.Namespace, cfg: DictConfig) -> Any:
     default_setup(cfg, args)
-    warn_of_cpu(cfg.train.device)
+    warn(cfg.train.device, find_lazy_mismatches(cfg))
     model = instantiate(cfg.model).to(cfg.train.device)
     if args.eval_only:
         model = create_ddp_model(model)

@@ -22,7 +22,8 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from d2_plugins import add_plugin_config, merge_config
-from d2_plugins.command_line import apply_arguments, parse_args, run, warn_of_cpu
+from d2_plugins.command_line import apply_arguments, parse_args, run, warn
+from d2_plugins.pixels import find_mismatches
 from d2_plugins.preflight import check_config
 from d2_plugins.trainer import PluginTrainer
 
@@ -42,7 +43,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
 
 def main(args: argparse.Namespace, cfg: CfgNode) -> Any:
     default_setup(cfg, args)
-    warn_of_cpu(cfg.MODEL.DEVICE)
+    warn(cfg.MODEL.DEVICE, find_mismatches(cfg))
     if args.eval_only:
         model = PluginTrainer.build_model(cfg)
         checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)

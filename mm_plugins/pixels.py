@@ -1,0 +1,60 @@
+"""Whether a config gives pretrained weights the pixels that they were trained on.
+
+MMDetection does not notice where it does not: the model trains, and is worse.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from plugin_core.pixel_format import PixelFormat, explain_mismatch, find_pixel_format
+
+
+def pixel_format(model: ConfigDict, backbone: ConfigDict) -> PixelFormat | None:
+    """What a model's config gives to its backbone; None if it does not say."""
+    pixels = model.get("data_preprocessor")
+    if not isinstance(pixels, dict) or pixels.get("mean") is None or pixels.get("std") is None:
+        return None
+    has_style = "depth" in backbone and backbone["depth"] >= 50
+    return PixelFormat(
+        channel_order="RGB" if pixels.get("bgr_to_rgb") else "BGR",
+        mean=tuple(pixels["mean"]),
+        std=tuple(pixels["std"]),
+        stride_in_1x1=backbone.get("style", "pytorch") == "caffe" if has_style else None,
+    )
+
+
+def pixel_settings(pixels: PixelFormat) -> dict[str, tuple[str, Any]]:
+    """Name and value of MMDetection's setting for each field of a pixel format."""
+    return {
+        "channel_order": ("model.data_preprocessor.bgr_to_rgb", pixels.channel_order == "RGB"),
+        "mean": ("model.data_preprocessor.mean", list(pixels.mean)),
+        "std": ("model.data_preprocessor.std", list(pixels.std)),
+        "stride_in_1x1": ("model.backbone.style", "caffe" if pixels.stride_in_1x1 else "pytorch"),
+    }
+
+
+def find_mismatches(cfg: Config) -> list[str]:
+    """Settings of a config that disagree with its pretrained weights, a sentence for each.
+
+    Args:
+        cfg: the whole config. Its weights are ``load_from``, or those of the backbone's
+            ``init_cfg``.
+    """
+    model = cfg.get("model", {})
+    backbone = model.get("backbone")
+    used = pixel_format(model, backbone) if isinstance(backbone, dict) else None
+    weights = cfg.get("load_from") or _pretrained(backbone)
+    if not weights or used is None:
+        return []
+    wanted = find_pixel_format(weights)
+    return [] if wanted is None else explain_mismatch(weights, wanted, used, pixel_settings)
+
+
+def _pretrained(backbone: Any) -> str | None:
+    init_cfg = backbone.get("init_cfg") if isinstance(backbone, dict) else None
+    if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
+        return init_cfg.get("checkpoint")
+    return None

@@ -1,0 +1,120 @@
+"""Reading checkpoints of any origin without running anything that is in them."""
+
+from __future__ import annotations
+
+import codecs
+import importlib
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Where a state dict stands in a checkpoint: MMDetection's and most ImageNet trainings',
+# Detectron2's, Caffe2's detectors'.
+_STATE_DICT_KEYS = ("state_dict", "model", "blobs")
+
+
+def read_checkpoint(path: str, *, trust: bool = False) -> Mapping[str, Any]:
+    """Read what PyTorch, pickle (Detectron2's ``.pkl``) or safetensors wrote.
+
+    Args:
+        path: of the file.
+        trust: whether what the file asks to run may be run.
+
+    Returns:
+        The whole content, tensors on the CPU.
+
+    Raises:
+        ValueError: if the file is missing, is no checkpoint, or holds more than tensors, arrays and
+            plain values while it is not trusted.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no checkpoint {path!r}")
+    try:
+        content = _read(path, trust)
+    except (ImportError, OSError) as error:
+        raise ValueError(f"checkpoint {path!r} cannot be read: {error}") from error
+    except Exception as error:  # a broken file makes the readers raise almost anything
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if wanted and not trust:
+            raise ValueError(
+                f"checkpoint {path!r} asks for {wanted[1]}, which weights have no need of and "
+                "which may run anything; if you know where the file comes from, --trust lets it"
+            ) from error
+        raise ValueError(
+            f"checkpoint {path!r} cannot be read: it is cut off, or not what its name says"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(
+            f"checkpoint {path!r} holds a {type(content).__name__}; expected a state dict"
+        )
+    return content
+
+
+def find_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by name, arrays as tensors, without DataParallel's prefix."""
+    state = checkpoint
+    while True:
+        nested = [state[key] for key in _STATE_DICT_KEYS if isinstance(state.get(key), Mapping)]
+        if not nested:
+            break
+        state = nested[0]
+    tensors = {}
+    for name, value in state.items():
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+            value = torch.tensor(value)  # a copy: what is read may not be writable
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name.removeprefix("module.")] = value.detach()
+    return tensors
+
+
+def _read(path: str, trust: bool) -> Any:
+    if path.endswith(".safetensors"):
+        try:
+            safetensors = importlib.import_module("safetensors.torch")
+        except ImportError as error:
+            raise ImportError("it needs `pip install safetensors`") from error
+        return safetensors.load_file(path)
+    is_zip = zipfile.is_zipfile(path)
+    if path.endswith(".pkl") and not is_zip:
+        # latin1, as Detectron2 reads them: the oldest were written by Python 2.
+        with open(path, "rb") as file:
+            if trust:
+                return pickle.load(file, encoding="latin1")
+            return _WeightsUnpickler(file).load()
+    # Mapped, so that finding out about a file of some GB does not read them.
+    return torch.load(path, map_location="cpu", weights_only=not trust, mmap=is_zip)
+
+
+class _WeightsUnpickler(pickle.Unpickler):
+    """Makes numpy arrays and plain containers, and nothing else."""
+
+    _NUMPY_CORE = {
+        "multiarray._reconstruct": np.zeros(0).__reduce__()[0],
+        "multiarray.scalar": np.float64(0).__reduce__()[0],
+        "numeric._frombuffer": np.zeros(0).__reduce_ex__(5)[0],
+    }
+    _ALLOWED = {
+        "numpy.ndarray": np.ndarray,
+        "numpy.dtype": np.dtype,
+        "collections.OrderedDict": OrderedDict,
+        "_codecs.encode": codecs.encode,  # how Python 3 writes bytes for Python 2
+        **{f"numpy.core.{name}": value for name, value in _NUMPY_CORE.items()},
+        **{f"numpy._core.{name}": value for name, value in _NUMPY_CORE.items()},
+    }
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="latin1")
+
+    def find_class(self, module: str, name: str) -> Any:
+        full_name = f"{module}.{name}"
+        if full_name not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"GLOBAL {full_name}")
+        return self._ALLOWED[full_name]

@@ -1,0 +1,297 @@
+"""Backbones in state dicts: which one it is, whatever its spelling, and its tensors for another.
+
+Every spelling is translated into one, torchvision's for a ResNet and MMDetection's for a
+MobileNetV2, with our names of the attention. What two state dicts then spell alike is the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from plugin_core.preflight import _RESNET_DEPTHS
+from plugin_core.triplet_attention import _PUBLISHED_SPELLING
+
+_ATTENTION = ".triplet_attention."
+_NAME = re.compile(r"(conv[12]|bn1|fc|layer\d\.\d+)\.")
+_BLOCK_CONVOLUTION = re.compile(r"layer([1-4])\.(\d+)\.conv([123])\.weight")
+# A C4 detector has its last stage in its RoI head: Detectron2's, MMDetection's.
+_STAGE_OF_ROI_HEAD = re.compile(r"(?:roi_heads|roi_head\.shared_head)\.((?:res5|layer4)\..+)")
+# Caffe2 joins these with underscores.
+_CAFFE2_PARTS = {
+    **{"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"},
+    **{"bn": "norm", "gn": "norm", "fc1000": "linear"},
+    **{"w": "weight", "b": "bias", "s": "weight", "rm": "running_mean", "riv": "running_var"},
+}
+# torchvision numbers MobileNetV2's blocks, and the parts of a block. The first expands nothing.
+_INVERTED_RESIDUALS = [
+    f"layer{stage}.{block}"
+    for stage, blocks in enumerate((1, 2, 3, 4, 3, 3, 1), start=1)
+    for block in range(blocks)
+]
+_FIRST_BLOCK_PARTS = {
+    **{"0.0": "depthwise_conv.conv", "0.1": "depthwise_conv.bn"},
+    **{"1": "linear_conv.conv", "2": "linear_conv.bn", "3": "triplet_attention"},
+}
+_BLOCK_PARTS = {
+    **{"0.0": "expand_conv.conv", "0.1": "expand_conv.bn"},
+    **{"1.0": "depthwise_conv.conv", "1.1": "depthwise_conv.bn"},
+    **{"2": "linear_conv.conv", "3": "linear_conv.bn", "4": "triplet_attention"},
+}
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A backbone that was found in a state dict.
+
+    Attributes:
+        depth: of a ResNet; None for MobileNetV2.
+        spelling: "torchvision", "Detectron2", "Caffe2" or "MMDetection", whose names it has.
+        prefix: what stands before its names.
+        names: the state dict's names by those of the common spelling; its classifier is ``fc``.
+    """
+
+    depth: int | None
+    spelling: str
+    prefix: str
+    names: dict[str, str]
+
+    @property
+    def architecture(self) -> str:
+        """Such as "ResNet-50", or "MobileNetV2"."""
+        return "MobileNetV2" if self.depth is None else f"ResNet-{self.depth}"
+
+    def __str__(self) -> str:
+        blocks = len({n.partition(_ATTENTION)[0] for n in self.names if _ATTENTION in n})
+        attention = f" with triplet attention in {blocks} blocks" if blocks else ""
+        below = f" below {self.prefix!r}" if self.prefix else ""
+        return f"{self.architecture}{attention}, {self.spelling}'s names{below}"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A backbone's tensors for a target.
+
+    Attributes:
+        tensors: by the target's names, in its data types.
+        matched: names of the target that the source has too.
+        implied: names of the target whose values follow from what the source has.
+        fresh: names of the target that keep their initial values.
+        unused: names of the source that the target has no place for.
+    """
+
+    tensors: dict[str, Tensor]
+    matched: list[str]
+    implied: list[str]
+    fresh: list[str]
+    unused: list[str]
+
+
+def find_backbone(names: Iterable[str]) -> Backbone:
+    """Find the backbone that a state dict holds, alone or in a whole detector.
+
+    Args:
+        names: of the state dict's tensors.
+
+    Raises:
+        ValueError: if there is none that is known, or there are several.
+    """
+    known = dict.fromkeys(names)
+    found: list[tuple[_Spelling, str]] = []
+    for spelling in _SPELLINGS:
+        for name in known:
+            prefix = name.removesuffix(spelling.stem)
+            is_stem = prefix != name and prefix[-1:] in ("", ".")
+            if is_stem and prefix + spelling.block in known:
+                found.append((spelling, prefix))
+    if not found:
+        raise ValueError(
+            "no ResNet and no MobileNetV2 in torchvision's, Detectron2's, Caffe2's or "
+            f"MMDetection's names; it holds {', '.join([*known][:3]) or 'no tensors'} …"
+        )
+    if len(found) > 1:
+        prefixes = " and ".join(repr(prefix) for _, prefix in found)
+        raise ValueError(f"more than one backbone, below {prefixes}; expected a file with one")
+    spelling, prefix = found[0]
+    if spelling.translate is None:
+        raise ValueError(
+            "a ResNet-D, whose stem is three convolutions; only ResNets whose stem is one 7×7 "
+            "convolution can be converted"
+        )
+    common_names: dict[str, str] = {}
+    for name in known:
+        elsewhere = _STAGE_OF_ROI_HEAD.fullmatch(name)
+        if elsewhere or name.startswith(prefix):
+            relative = elsewhere[1] if elsewhere else name.removeprefix(prefix)
+            common = spelling.translate(relative)
+            for published, ours in _PUBLISHED_SPELLING.items():
+                common = common.replace(f"{_ATTENTION}{published}", f"{_ATTENTION}{ours}")
+            if _NAME.match(common):
+                common_names.setdefault(common, name)
+    is_mobilenet = "conv1.conv.weight" in common_names
+    depth = None if is_mobilenet else _resnet_depth(common_names)
+    return Backbone(depth, spelling.owner, prefix, common_names)
+
+
+def attention_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What :class:`plugin_core.TripletAttention` was built with; empty where there is none."""
+    names = find_backbone(state_dict).names
+    gates = [n for n in names if n.endswith(f"{_ATTENTION}cw.conv.conv.weight")]
+    if not gates:
+        return {}
+    return {
+        "kernel_size": state_dict[names[gates[0]]].shape[-1],
+        "no_spatial": not any(f"{_ATTENTION}hw." in n for n in names),
+        "warm_start": any(n.endswith(f"{_ATTENTION}alpha") for n in names),
+    }
+
+
+def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Conversion:
+    """Give a target the tensors of the backbone in a source, whatever the spelling of each.
+
+    Args:
+        source: a state dict that holds a backbone, maybe among other things.
+        target: state dict of the backbone that the tensors are for.
+
+    Raises:
+        ValueError: if there is no backbone in one of them, they are of different architectures, a
+            tensor's shape differs, or the target would compute something else without an error.
+    """
+    from_backbone, to_backbone = find_backbone(source), find_backbone(target)
+    if from_backbone.architecture != to_backbone.architecture:
+        raise ValueError(
+            f"these are weights of a {from_backbone.architecture}, "
+            f"but the model has a {to_backbone.architecture}"
+        )
+    values = {common: source[name] for common, name in from_backbone.names.items()}
+    for common in values:
+        block, attention, parameter = common.partition(_ATTENTION)
+        has_gates = f"{block}{_ATTENTION}cw.conv.conv.weight" in to_backbone.names
+        if attention and parameter == "alpha" and has_gates and common not in to_backbone.names:
+            raise ValueError(
+                "these weights' triplet attention was trained with warm_start=True (it has alpha); "
+                "the model's needs warm_start=True too, "
+                "MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START in Detectron2"
+            )
+    conversion = Conversion({}, [], [], [], [])
+    misfits = []
+    for common, name in to_backbone.names.items():
+        value = values.get(common)
+        if value is not None:
+            conversion.matched.append(name)
+        elif (value := _implied(common, values)) is not None:
+            conversion.implied.append(name)
+        elif common.endswith("num_batches_tracked"):
+            continue
+        else:
+            conversion.fresh.append(name)
+            continue
+        if value.shape != target[name].shape:
+            misfits.append(f"{name} is {tuple(value.shape)}, not {tuple(target[name].shape)}")
+        # A copy: of a view or a parameter more than the values would be written.
+        conversion.tensors[name] = value.detach().to(target[name].dtype, copy=True).contiguous()
+    if misfits:
+        more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
+        raise ValueError(f"shapes that do not fit the model: {'; '.join(misfits[:3])}{more}")
+    used = {name for common, name in from_backbone.names.items() if common in to_backbone.names}
+    conversion.unused.extend(
+        name for name in source if name not in used and not name.endswith("num_batches_tracked")
+    )
+    return conversion
+
+
+def _implied(name: str, values: Mapping[str, Tensor]) -> Tensor | None:
+    """The value of a parameter that the source does without, if that is known."""
+    module, _, parameter = name.rpartition(".")
+    scale = values.get(f"{module}.weight")
+    # Caffe2's norms are scale and shift alone: so is one with these statistics.
+    if scale is not None and parameter == "running_mean":
+        return torch.zeros_like(scale)
+    if scale is not None and parameter == "running_var":
+        return torch.ones_like(scale) - 1e-5  # the norms' eps
+    if parameter == "alpha" and f"{module}.cw.conv.conv.weight" in values:
+        return torch.ones(())  # gates without alpha are the published function
+    return None
+
+
+def _resnet_depth(names: Iterable[str]) -> int:
+    convolutions = [m.groups() for m in map(_BLOCK_CONVOLUTION.fullmatch, names) if m]
+    counts = tuple(
+        max((int(block) for s, block, _ in convolutions if s == stage), default=-1) + 1
+        for stage in "1234"
+    )
+    has_third = any(convolution == "3" for _, _, convolution in convolutions)
+    for (known, known_has_third), depth in _RESNET_DEPTHS.items():
+        # A C4 detector's backbone alone has three stages.
+        if has_third == known_has_third and counts in (known, (*known[:3], 0)):
+            return depth
+    raise ValueError(
+        f"a ResNet whose stages have {', '.join(map(str, counts))} blocks; there are those of "
+        f"{', '.join(map(str, _RESNET_DEPTHS.values()))} layers"
+    )
+
+
+def _unchanged(name: str) -> str:
+    return name
+
+
+def _from_detectron2(name: str) -> str:
+    name = re.sub(r"^linear\.", "fc.", name.removeprefix("stem."))
+    name = re.sub(r"^res([2-5])\.", lambda m: f"layer{int(m[1]) - 1}.", name)
+    name = re.sub(r"\bconv(\d)\.norm\.", r"bn\1.", name)
+    return name.replace("shortcut.norm.", "downsample.1.").replace("shortcut.", "downsample.0.")
+
+
+def _from_caffe2(name: str) -> str:
+    parts = [_CAFFE2_PARTS.get(part, part) for part in name.removeprefix("res_").split("_")]
+    return _from_detectron2(".".join(parts))
+
+
+def _from_torchvision_mobilenet(name: str) -> str:
+    match = re.fullmatch(r"features\.(\d+)\.(?:conv\.)?(\d(?:\.\d)?)\.(.+)", name)
+    if match is None:
+        return name.replace("classifier.1.", "fc.")
+    index, part, parameter = int(match[1]), match[2], match[3]
+    last = len(_INVERTED_RESIDUALS) + 1
+    if index in (0, last):
+        module, parts = ("conv1" if index == 0 else "conv2"), {"0": "conv", "1": "bn"}
+    elif index < last:
+        module = _INVERTED_RESIDUALS[index - 1]
+        parts = _FIRST_BLOCK_PARTS if index == 1 else _BLOCK_PARTS
+    else:
+        return name
+    return f"{module}.{parts[part]}.{parameter}" if part in parts else name
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How names are spelled: two that tell it, and how one is translated; None for unsupported."""
+
+    owner: str
+    stem: str
+    block: str
+    translate: Callable[[str], str] | None
+
+
+_SPELLINGS = (
+    # MMDetection's ResNets have torchvision's names.
+    _Spelling("torchvision", "conv1.weight", "layer1.0.conv1.weight", _unchanged),
+    _Spelling("timm", "conv1.0.weight", "layer1.0.conv1.weight", None),
+    _Spelling("MMDetection", "stem.0.weight", "layer1.0.conv1.weight", None),
+    _Spelling("Detectron2", "stem.conv1.weight", "res2.0.conv1.weight", _from_detectron2),
+    _Spelling("Caffe2", "conv1_w", "res2_0_branch2a_w", _from_caffe2),
+    _Spelling(
+        "torchvision",
+        "features.0.0.weight",
+        "features.1.conv.0.0.weight",
+        _from_torchvision_mobilenet,
+    ),
+    _Spelling(
+        "MMDetection", "conv1.conv.weight", "layer1.0.depthwise_conv.conv.weight", _unchanged
+    ),
+)

@@ -1,0 +1,166 @@
+"""What images a pretrained backbone was trained on: order of channels, mean and deviation.
+
+Weights work on no others, and a framework does not notice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from plugin_core.checkpoint import find_state_dict, read_checkpoint
+from plugin_core.conversion import find_backbone
+
+# Of 255. Means that differ by less are averages over other images of the same set.
+_TOLERANCE = 3.0
+
+
+@dataclass(frozen=True)
+class PixelFormat:
+    """Pixels that a backbone takes, and where it strides, which goes with them.
+
+    Attributes:
+        channel_order: "RGB" or "BGR".
+        mean: of each channel in that order, 0 … 255; it is subtracted.
+        std: of each channel in that order; it is divided by.
+        stride_in_1x1: whether a stage's stride is in its first 1×1 convolution, as Caffe2's is, or
+            in its 3×3; None if that is unknown, or of no matter to the architecture.
+    """
+
+    channel_order: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    stride_in_1x1: bool | None
+
+
+TORCHVISION = PixelFormat("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False)
+MSRA = PixelFormat("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), True)
+
+# Of the frameworks' own catalogs, by a part of the address
+_CATALOGS = {
+    "ImageNetPretrained/MSRA/": MSRA,
+    "ImageNetPretrained/torchvision/": TORCHVISION,
+    "torchvision://": TORCHVISION,
+    "open-mmlab://mmdet/mobilenet_v2": TORCHVISION,
+    "open-mmlab://detectron/resnet50_caffe": MSRA,
+    "open-mmlab://detectron/resnet101_caffe": MSRA,
+    "open-mmlab://detectron2/resnet50_caffe": MSRA,
+    "open-mmlab://detectron2/resnet101_caffe": MSRA,
+}
+
+
+def find_pixel_format(weights: str) -> PixelFormat | None:
+    """The pixel format of pretrained weights; None if it is unknown.
+
+    Args:
+        weights: path of a checkpoint, or an address of one of the frameworks' catalogs. A file that
+            cannot be read is unknown too.
+    """
+    if "://" in weights:
+        return next((known for part, known in _CATALOGS.items() if part in weights), None)
+    try:
+        return pixel_format_of(read_checkpoint(weights))
+    except ValueError:
+        return None
+
+
+def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
+    """The pixel format of a checkpoint's content; None if it is unknown.
+
+    Args:
+        checkpoint: as :func:`plugin_core.checkpoint.read_checkpoint` returns it.
+    """
+    meta = checkpoint.get("meta")
+    for holder in (checkpoint, meta if isinstance(meta, Mapping) else {}):
+        if isinstance(holder.get("pixel_format"), Mapping):
+            return _from_record(holder["pixel_format"])
+    state_dict = find_state_dict(checkpoint)
+    if "pixel_mean" in state_dict and "pixel_std" in state_dict:
+        return _of_detector(state_dict["pixel_mean"], state_dict["pixel_std"])
+    try:
+        backbone = find_backbone(state_dict)
+    except ValueError:
+        return None
+    names = backbone.names
+    wanted = None
+    if backbone.spelling == "Caffe2":
+        # Those with groups (ResNeXt) or GroupNorm are others', and were trained on other pixels.
+        inner = state_dict[names["layer1.0.conv2.weight"]]
+        if inner.shape[0] == inner.shape[1] and "res_conv1_bn_s" in state_dict:
+            wanted = MSRA
+    elif backbone.spelling == "torchvision":
+        classifier = names.get("fc.weight")
+        of_imagenet = classifier is not None and len(state_dict[classifier]) == 1000
+        if of_imagenet and any(n.endswith(".running_mean") for n in names):
+            wanted = TORCHVISION
+    elif checkpoint.get("__author__") == "torchvision":
+        wanted = TORCHVISION
+    if wanted is not None and "layer1.0.conv3.weight" not in names:
+        wanted = replace(wanted, stride_in_1x1=None)  # there is no 1×1 convolution to stride in
+    return wanted
+
+
+def describe_mismatch(wanted: PixelFormat, used: PixelFormat) -> list[str]:
+    """Names of the fields in which ``used`` has to change to be ``wanted``, in their order.
+
+    Means and deviations that are a few units apart count as the same, and a stride that is unknown
+    as any.
+    """
+    names = []
+    for field in fields(PixelFormat):
+        ours, theirs = getattr(wanted, field.name), getattr(used, field.name)
+        if field.name in ("mean", "std"):
+            same = len(ours) == len(theirs) and all(
+                abs(a - b) < _TOLERANCE for a, b in zip(ours, theirs, strict=True)
+            )
+        else:
+            same = ours == theirs or None in (ours, theirs)
+        if not same:
+            names.append(field.name)
+    return names
+
+
+def explain_mismatch(
+    weights: str,
+    wanted: PixelFormat,
+    used: PixelFormat,
+    settings: Callable[[PixelFormat], Mapping[str, tuple[str, Any]]],
+) -> list[str]:
+    """A sentence for each setting that disagrees with the weights.
+
+    Args:
+        weights: path or address.
+        wanted: the weights' pixel format.
+        used: that of the config.
+        settings: gives a framework's setting and its value for each field of a pixel format.
+    """
+    right, wrong = settings(wanted), settings(used)
+    return [
+        f"{wrong[field][0]} is {wrong[field][1]!r}, but the weights {weights!r} were trained with "
+        f"{right[field][1]!r}: the results will be worse"
+        for field in describe_mismatch(wanted, used)
+    ]
+
+
+def _from_record(record: Mapping[str, Any]) -> PixelFormat | None:
+    try:
+        return PixelFormat(
+            channel_order=str(record["channel_order"]),
+            mean=tuple(map(float, record["mean"])),
+            std=tuple(map(float, record["std"])),
+            stride_in_1x1=record["stride_in_1x1"],
+        )
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _of_detector(pixel_mean: Tensor, pixel_std: Tensor) -> PixelFormat | None:
+    mean, std = (tuple(map(float, t.flatten())) for t in (pixel_mean, pixel_std))
+    # ImageNet's, and photographs' in general, are brightest in red and darkest in blue.
+    order = {tuple(sorted(mean)): "BGR", tuple(sorted(mean, reverse=True)): "RGB"}.get(mean)
+    if order is None or len(set(mean)) < 3:
+        return None
+    return PixelFormat(order, mean, std, stride_in_1x1=None)

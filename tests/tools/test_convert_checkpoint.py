@@ -1,0 +1,664 @@
+"""tools/convert_checkpoint.py: what it makes, loaded by the frameworks themselves."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plugin_core import TripletAttention
+
+torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import convert_checkpoint  # noqa: E402
+
+GATES = {"cw.conv": "ChannelGateH", "hc.conv": "ChannelGateW", "hw.conv": "SpatialGate"}
+
+
+def needs(framework: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(framework) is None
+    return pytest.mark.skipif(missing, reason=f"{framework} is not installed")
+
+
+BOTH = pytest.mark.parametrize(
+    "to", [pytest.param("d2", marks=needs("detectron2")), pytest.param("mm", marks=needs("mmdet"))]
+)
+
+
+# ------------------------------------------------------------------------------- the authors' side
+
+
+def authors_resnet(depth: int, *, attention: bool = True) -> nn.Module:
+    """torchvision's classifier with attention in its blocks, every norm with its own values."""
+    net = getattr(torchvision.models, f"resnet{depth}")()
+    for block in residual_blocks(net) if attention else ():
+        block.triplet_attention = TripletAttention()
+    return randomized(net)
+
+
+def authors_mobilenet() -> nn.Module:
+    net = torchvision.models.mobilenet_v2()
+    for feature in net.features[1:18]:
+        feature.conv.append(TripletAttention())
+    return randomized(net)
+
+
+def randomized(net: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.3, 0.9)
+                module.bias.uniform_(-0.5, 0.5)
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 1.5)
+                module.num_batches_tracked.fill_(7)
+    return net.eval()
+
+
+def residual_blocks(net: nn.Module) -> Iterator[nn.Module]:
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        yield from stage
+
+
+@torch.no_grad()
+def resnet_features(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """The four stages' outputs, computed without either framework."""
+    x = F.max_pool2d(F.relu(net.bn1(net.conv1(x))), 3, stride=2, padding=1)
+    outputs = []
+    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
+        for block in stage:
+            y = F.relu(block.bn1(block.conv1(x)))
+            y = block.bn2(block.conv2(y))
+            if hasattr(block, "conv3"):
+                y = block.bn3(block.conv3(F.relu(y)))
+            if hasattr(block, "triplet_attention"):
+                y = block.triplet_attention(y)
+            x = F.relu(y + (x if block.downsample is None else block.downsample(x)))
+        outputs.append(x)
+    return outputs
+
+
+@torch.no_grad()
+def mobilenet_features(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """The outputs of the stages that MMDetection gives by default."""
+    outputs = []
+    for index, feature in enumerate(net.features):
+        x = feature(x)
+        if index in (3, 6, 13, 18):
+            outputs.append(x)
+    return outputs
+
+
+# ----------------------------------------------------------------------------- the frameworks' side
+
+
+D2_CONFIG = """
+VERSION: 2
+INPUT: {{FORMAT: RGB}}
+MODEL:
+  META_ARCHITECTURE: ProposalNetwork
+  PIXEL_MEAN: {mean}
+  PIXEL_STD: [58.395, 57.12, 57.375]
+  BACKBONE: {{NAME: build_resnet_plugin_backbone}}
+  RPN: {{IN_FEATURES: [res4]}}
+  RESNETS:
+    DEPTH: {depth}
+    RES2_OUT_CHANNELS: {channels}
+    OUT_FEATURES: [res2, res3, res4, res5]
+    STRIDE_IN_1X1: {stride_in_1x1}
+    TRIPLET_ATTENTION: {{STAGES: {stages}}}
+"""
+
+
+def detectron2_config(
+    tmp_path: Path,
+    depth: int,
+    *,
+    attention: bool = True,
+    mean: str = "[123.675, 116.28, 103.53]",
+    stride_in_1x1: bool = False,
+) -> str:
+    path = tmp_path / f"r{depth}.yaml"
+    text = D2_CONFIG.format(
+        depth=depth,
+        channels=256 if depth >= 50 else 64,
+        stages="[res2, res3, res4, res5]" if attention else "[]",
+        mean=mean,
+        stride_in_1x1=stride_in_1x1,
+    )
+    path.write_text(text)
+    return str(path)
+
+
+@torch.no_grad()
+def detectron2_features(config: str, weights: str, x: Tensor) -> list[Tensor]:
+    """Features with weights as Detectron2's trainer loads ``MODEL.WEIGHTS``."""
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_backbone
+
+    from d2_plugins import add_plugin_config, merge_config
+
+    cfg = get_cfg()
+    add_plugin_config(cfg)
+    merge_config(cfg, config)
+    backbone = nn.ModuleDict({"backbone": build_backbone(cfg)})
+    left_over = DetectionCheckpointer(backbone).load(weights)
+    assert set(left_over) <= {"matching_heuristics", "__author__", "pixel_format"}
+    return list(backbone["backbone"].eval()(x).values())
+
+
+@torch.no_grad()
+def mmdetection_features(backbone: dict[str, Any], weights: str, x: Tensor) -> list[Tensor]:
+    """Features with weights as MMDetection loads ``init_cfg``."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.registry import DefaultScope
+
+    import mm_plugins  # noqa: F401  # registers the plugins
+
+    register_all_modules(init_default_scope=False)
+    init = {"type": "Pretrained", "checkpoint": weights}
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        built = MODELS.build({**backbone, "init_cfg": init})
+        built.init_weights()
+    built.eval()
+    return list(built(x))
+
+
+def mmdetection_backbone(depth: int, *, attention: bool = True) -> dict[str, Any]:
+    position = "after_conv3" if depth >= 50 else "after_conv2"
+    plugins = [{"cfg": {"type": "TripletAttention"}, "position": position}]
+    resnet = {"type": "PluginResNet", "depth": depth}
+    return resnet | {"plugins": plugins} if attention else resnet
+
+
+def features(to: str, depth: int, tmp_path: Path, weights: Path, x: Tensor) -> list[Tensor]:
+    if to == "d2":
+        return detectron2_features(detectron2_config(tmp_path, depth), str(weights), x)
+    return mmdetection_features(mmdetection_backbone(depth), str(weights), x)
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert b.std() > 1e-3  # there is something to compare
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+
+
+def run(source: Path, out: Path, to: str, *options: str) -> int:
+    return convert_checkpoint.main([str(source), str(out), "--to", to, *options])
+
+
+# ----------------------------------------------------------------------------- authors' classifiers
+
+
+def plain(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    return state_dict
+
+
+def nested(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    return {
+        "epoch": 90,
+        "arch": "resnet",
+        "state_dict": {f"module.{n}": t for n, t in state_dict.items()},
+    }
+
+
+def other_spelling(state_dict: dict[str, Tensor]) -> dict[str, Any]:
+    for gate, name in GATES.items():
+        state_dict = {n.replace(f".{gate}.", f".{name}.spatial."): t for n, t in state_dict.items()}
+    assert any("SpatialGate.spatial.bn.running_var" in name for name in state_dict)
+    return {"model": state_dict}
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("depth", "layout"), [(50, nested), (18, plain), (18, nested), (18, other_spelling)]
+)
+def test_authors_classifier_computes_the_same_features(tmp_path, capsys, to, depth, layout):
+    net, x = authors_resnet(depth), torch.randn(1, 3, 64, 64)
+    source, out = tmp_path / "source.pth", tmp_path / "out.pth"
+    torch.save(layout(dict(net.state_dict())), source)
+    assert run(source, out, to) == 0
+    assert_same(features(to, depth, tmp_path, out, x), resnet_features(net, x))
+    said = capsys.readouterr().out
+    blocks = 16 if depth == 50 else 8
+    assert f"ResNet-{depth} with triplet attention in {blocks} blocks, torchvision's" in said
+    assert "fresh, as SOURCE has none: none" in said
+    assert "unused of SOURCE: fc.weight, fc.bias" in said
+
+
+@needs("detectron2")
+@needs("mmdet")
+def test_there_and_back_again(tmp_path, capsys):
+    net, x = authors_resnet(18), torch.randn(1, 3, 64, 64)
+    torch.save(net.state_dict(), tmp_path / "authors.pth")
+    expected = resnet_features(net, x)
+    source = tmp_path / "authors.pth"
+    for to, out in (("d2", "a.pth"), ("mm", "b.pth"), ("d2", "c.pkl"), ("mm", "d.pth")):
+        assert run(source, tmp_path / out, to) == 0
+        source = tmp_path / out
+        assert_same(features(to, 18, tmp_path, source, x), expected)
+    # The pixel format goes along, though the classifier that told it does not.
+    assert capsys.readouterr().out.count("[123.675, 116.28, 103.53]") == 4
+
+
+@BOTH
+def test_plain_classifier_leaves_the_attention_fresh(tmp_path, capsys, to):
+    net, x = authors_resnet(50, attention=False), torch.randn(1, 3, 64, 64)
+    torch.save(net.state_dict(), tmp_path / "resnet50.pth")
+    assert run(tmp_path / "resnet50.pth", tmp_path / "out.pth", to) == 0
+    said = capsys.readouterr().out
+    stage = "res" if to == "d2" else "layer"
+    assert f"fresh, as SOURCE has none: {stage}*.*.triplet_attention (240)\n" in said
+    if to == "d2":
+        config = detectron2_config(tmp_path, 50, attention=False)
+        found = detectron2_features(config, str(tmp_path / "out.pth"), x)
+    else:
+        backbone = mmdetection_backbone(50, attention=False)
+        found = mmdetection_features(backbone, str(tmp_path / "out.pth"), x)
+    assert_same(found, resnet_features(net, x))
+
+
+@needs("mmdet")
+def test_mobilenet_v2_computes_the_same_features(tmp_path, capsys):
+    net, x = authors_mobilenet(), torch.randn(1, 3, 64, 64)
+    torch.save(nested(dict(net.state_dict())), tmp_path / "source.pth")
+    # The attention stands before the shortcut's sum, as the last element of a block's `conv`.
+    expected = mobilenet_features(net, x)
+    assert run(tmp_path / "source.pth", tmp_path / "out.pth", "mm") == 0
+    plugins = [{"cfg": {"type": "TripletAttention"}, "position": "after_linear_conv"}]
+    backbone = {"type": "PluginMobileNetV2", "out_indices": (1, 2, 4, 7), "plugins": plugins}
+    assert_same(mmdetection_features(backbone, str(tmp_path / "out.pth"), x), expected)
+    said = capsys.readouterr().out
+    assert "MobileNetV2 with triplet attention in 17 blocks" in said
+    assert "fresh, as SOURCE has none: none" in said
+
+
+def test_mobilenet_v2_for_detectron2_is_an_error(tmp_path, capsys):
+    torch.save(authors_mobilenet().state_dict(), tmp_path / "source.pth")
+    assert run(tmp_path / "source.pth", tmp_path / "out.pth", "d2") == 1
+    assert "Detectron2 has no MobileNetV2; convert it with --to mm" in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()
+
+
+@BOTH
+def test_attention_of_another_kernel_and_without_its_spatial_gate_is_kept(tmp_path, capsys, to):
+    net = authors_resnet(18, attention=False)
+    for block in residual_blocks(net):
+        block.triplet_attention = TripletAttention(kernel_size=3, no_spatial=True, warm_start=True)
+    torch.save(net.state_dict(), tmp_path / "source.pth")
+    assert run(tmp_path / "source.pth", tmp_path / "out.pth", to) == 0
+    said = capsys.readouterr().out
+    assert "fresh, as SOURCE has none: none" in said and "unused of SOURCE: fc." in said
+    content = torch.load(tmp_path / "out.pth")["model" if to == "d2" else "state_dict"]
+    name = ("res5" if to == "d2" else "layer4") + ".1.triplet_attention."
+    assert content[f"{name}cw.conv.conv.weight"].shape[-1] == 3
+    assert f"{name}alpha" in content and f"{name}hw.conv.conv.weight" not in content
+
+
+# ------------------------------------------------------------------------------ the frameworks' own
+
+
+def caffe2_weights(net: nn.Module) -> dict[str, np.ndarray]:
+    """A ResNet in Caffe2's names, its norms without statistics."""
+    weights: dict[str, np.ndarray] = {}
+
+    def add(conv: nn.Module, norm: nn.Module, conv_name: str, norm_name: str) -> None:
+        weights[f"{conv_name}_w"] = conv.weight.detach().numpy()
+        weights[f"{norm_name}_bn_s"] = norm.weight.detach().numpy()
+        weights[f"{norm_name}_bn_b"] = norm.bias.detach().numpy()
+
+    add(net.conv1, net.bn1, "conv1", "res_conv1")
+    weights["conv1_b"] = np.zeros(64, dtype=np.float32)
+    for stage in (1, 2, 3, 4):
+        for i, block in enumerate(getattr(net, f"layer{stage}")):
+            at = f"res{stage + 1}_{i}_branch"
+            for letter, number in (("a", 1), ("b", 2), ("c", 3)):
+                name = f"{at}2{letter}"
+                add(getattr(block, f"conv{number}"), getattr(block, f"bn{number}"), name, name)
+            if block.downsample is not None:
+                add(*block.downsample, f"{at}1", f"{at}1")
+    weights["fc1000_w"] = net.fc.weight.detach().numpy()
+    return weights
+
+
+@needs("detectron2")
+@needs("mmdet")
+def test_caffe2_weights_compute_what_detectron2_computes_with_them(tmp_path, capsys):
+    x = torch.randn(1, 3, 64, 64)
+    weights = caffe2_weights(authors_resnet(50, attention=False))
+    source = tmp_path / "R-50.pkl"
+    with open(source, "wb") as file:
+        pickle.dump(weights, file, protocol=2)
+    config = detectron2_config(tmp_path, 50, attention=False)
+    expected = detectron2_features(config, str(source), x)
+
+    assert run(source, tmp_path / "d2.pkl", "d2", "--config", config) == 0
+    printed = capsys.readouterr()
+    assert "Caffe2's names" in printed.out
+    assert "unused of SOURCE: conv1_b, fc1000_w" in printed.out
+    assert "MODEL.RESNETS.STRIDE_IN_1X1 = True" in printed.out
+    assert f"{config}: INPUT.FORMAT is 'RGB', but the weights " in printed.err
+    # Not to the bit: of norms without statistics Detectron2 takes a variance of 1, and adds 1e-5.
+    assert_same(detectron2_features(config, str(tmp_path / "d2.pkl"), x), expected)
+
+    assert run(source, tmp_path / "mm.pth", "mm") == 0
+    assert "model.backbone.style = 'caffe'" in capsys.readouterr().out
+    backbone = mmdetection_backbone(50, attention=False)
+    assert_same(mmdetection_features(backbone, str(tmp_path / "mm.pth"), x), expected)
+
+
+@needs("detectron2")
+@needs("mmdet")
+def test_backbone_is_taken_out_of_a_c4_detector(tmp_path, capsys):
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    cfg = get_cfg()  # Faster R-CNN R50-C4, whose last stage is in its RoI head
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    model = build_model(cfg).state_dict()
+    torch.save({"model": model, "iteration": 7}, tmp_path / "detector.pth")
+    assert run(tmp_path / "detector.pth", tmp_path / "out.pth", "mm") == 0
+    said = capsys.readouterr().out
+    assert "ResNet-50, Detectron2's names below 'backbone.'" in said
+    assert "proposal_generator.rpn_head" in said and "roi_heads.box_predictor" in said
+    state_dict = torch.load(tmp_path / "out.pth")["state_dict"]
+    assert torch.equal(state_dict["layer4.2.conv3.weight"], model["roi_heads.res5.2.conv3.weight"])
+    assert torch.equal(state_dict["bn1.running_var"], model["backbone.stem.conv1.norm.running_var"])
+
+
+@needs("detectron2")
+def test_c4_config_gets_its_last_stage_too(tmp_path, capsys):
+    net = authors_resnet(50)
+    torch.save(net.state_dict(), tmp_path / "source.pth")
+    config = tmp_path / "c4.yaml"
+    config.write_text(
+        "VERSION: 2\n"
+        "MODEL:\n"
+        "  BACKBONE: {NAME: build_resnet_plugin_backbone}\n"
+        "  ROI_HEADS: {NAME: Res5PluginROIHeads}\n"
+        "  RESNETS: {TRIPLET_ATTENTION: {STAGES: [res4, res5]}}\n"
+    )
+    out = tmp_path / "out.pth"
+    assert run(tmp_path / "source.pth", out, "d2", "--config", str(config)) == 0
+    assert "fresh, as SOURCE has none: none" in capsys.readouterr().out
+
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import get_cfg
+    from detectron2.modeling import build_model
+
+    from d2_plugins import add_plugin_config, merge_config
+
+    cfg = get_cfg()
+    add_plugin_config(cfg)
+    merge_config(cfg, str(config), ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    DetectionCheckpointer(model).load(str(out))
+    block, expected = model.roi_heads.res5[2], net.layer4[2]
+    assert torch.equal(block.conv3.norm.running_var, expected.bn3.running_var)
+    assert torch.equal(
+        block.triplet_attention.hw.conv.conv.weight,
+        expected.triplet_attention.hw.conv.conv.weight,
+    )
+    assert torch.equal(model.backbone.stem.conv1.weight, net.conv1.weight)
+
+
+@needs("mmdet")
+def test_backbone_is_taken_out_of_mmengines_checkpoint(tmp_path, capsys):
+    from mmengine.logging.history_buffer import HistoryBuffer
+
+    history = HistoryBuffer()
+    history.update(1.5)
+    names = {f"backbone.{n}": t for n, t in authors_resnet(18).state_dict().items()}
+    content = {
+        "meta": {"epoch": 1},
+        "state_dict": names | {"rpn_head.rpn_conv.weight": torch.zeros(1)},
+        "message_hub": {"log_scalars": {"train/loss": history}},
+    }
+    torch.save(content, tmp_path / "epoch_1.pth")
+    assert run(tmp_path / "epoch_1.pth", tmp_path / "out.pth", "mm") == 0
+    said = capsys.readouterr().out
+    assert "torchvision's names below 'backbone.'" in said
+    assert "rpn_head.rpn_conv.weight" in said
+
+
+# -------------------------------------------------------------------------------- config and pixels
+
+
+@needs("detectron2")
+def test_config_that_agrees_gets_no_warning_and_one_that_does_not_gets_one_a_setting(
+    tmp_path, capsys
+):
+    torch.save(authors_resnet(50).state_dict(), tmp_path / "source.pth")
+    source, out = tmp_path / "source.pth", tmp_path / "out.pth"
+    config = detectron2_config(tmp_path, 50)
+    assert run(source, out, "d2", "--config", config) == 0
+    assert "warning" not in capsys.readouterr().err
+    swapped = "[103.53, 116.28, 123.675]"
+    config = detectron2_config(tmp_path, 50, mean=swapped, stride_in_1x1=True)
+    assert run(source, out, "d2", "--config", config) == 0
+    mean, stride = capsys.readouterr().err.splitlines()
+    assert f"{config}: MODEL.PIXEL_MEAN is [103.53, 116.28, 123.675], but the weights" in mean
+    assert "trained with [123.675, 116.28, 103.53]" in mean
+    assert "MODEL.RESNETS.STRIDE_IN_1X1 is True" in stride and "trained with False" in stride
+
+
+MM_CONFIG = """
+custom_imports = dict(imports=["mm_plugins"])
+plugin = dict(cfg=dict(type="TripletAttention", warm_start=True), position="after_conv2")
+model = dict(
+    type="FasterRCNN",
+    data_preprocessor=dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
+    backbone=dict(
+        type="PluginResNet",
+        depth=18,
+        plugins=[plugin],
+        style="caffe",
+        init_cfg=dict(type="Pretrained", checkpoint="nowhere.pth"),
+    ),
+)
+"""
+
+
+@needs("mmdet")
+def test_mmdetections_config_is_the_target(tmp_path, capsys):
+    torch.save(authors_resnet(18).state_dict(), tmp_path / "source.pth")
+    (tmp_path / "r18.py").write_text(MM_CONFIG)
+    options = ("--config", str(tmp_path / "r18.py"))
+    assert run(tmp_path / "source.pth", tmp_path / "out.pth", "mm", *options) == 0
+    printed = capsys.readouterr()
+    # The published function, in a config that starts as the identity
+    assert "layer*.*.triplet_attention.alpha (8)" in printed.out
+    settings = [line.split()[2] for line in printed.err.splitlines()]
+    assert settings == [
+        "model.data_preprocessor.bgr_to_rgb",
+        "model.data_preprocessor.mean",
+        "model.data_preprocessor.std",
+    ]  # and no style: the stride is at the same place in a ResNet-18 of either
+    tensors = torch.load(tmp_path / "out.pth")["state_dict"]
+    assert tensors["layer3.1.triplet_attention.alpha"] == 1
+
+
+def test_pixels_that_are_unknown_are_said_to_be(tmp_path, capsys):
+    args = convert_checkpoint.parse_args(["a.pth", "b.pth", "--to", "mm"])
+    convert_checkpoint.report_pixels(args, None, convert_checkpoint.Target({}, dict))
+    assert capsys.readouterr().out.startswith("pixels: unknown; ")
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def no_file(path: Path) -> None:
+    pass
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(b"<html>not found</html>")
+
+
+def another_network(path: Path) -> None:
+    torch.save({"patch_embed.proj.weight": torch.zeros(1)}, path)
+
+
+def deep_stem(path: Path) -> None:
+    names = ["conv1.0.weight", "layer1.0.conv1.weight"]
+    torch.save(dict.fromkeys(names, torch.zeros(1)), path)
+
+
+def another_depth(path: Path) -> None:
+    torch.save(authors_resnet(34, attention=False).state_dict(), path)
+
+
+def another_width(path: Path) -> None:
+    net = authors_resnet(18, attention=False)
+    net.layer1[0].conv1 = nn.Conv2d(64, 32, 3, bias=False)
+    torch.save(net.state_dict(), path)
+
+
+def trained_with_warm_start(path: Path) -> None:
+    state_dict = authors_resnet(18).state_dict()
+    torch.save(state_dict | {"layer1.0.triplet_attention.alpha": torch.zeros(())}, path)
+
+
+class Trap:
+    def __init__(self, witness: Path) -> None:
+        self.command = f"touch {witness}"
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+def malicious(path: Path) -> None:
+    torch.save({"conv1.weight": Trap(path.with_name("witness"))}, path)
+
+
+@needs("detectron2")
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (no_file, "there is no checkpoint"),
+        (garbage, "cannot be read"),
+        (another_network, "no ResNet and no MobileNetV2"),
+        (deep_stem, "a ResNet-D"),
+        (another_depth, "weights of a ResNet-34, but the model has a ResNet-18"),
+        (another_width, "res2.0.conv1.weight is (32, 64, 3, 3), not (64, 64, 3, 3)"),
+        (trained_with_warm_start, "warm_start=True"),
+        (malicious, "system, which weights have no need of"),
+    ],
+)
+def test_source_that_cannot_be_converted_is_an_error_and_out_stays_as_it_was(
+    tmp_path, capsys, write: Callable[[Path], None], message
+):
+    source, out = tmp_path / "source.pth", tmp_path / "out.pth"
+    config = detectron2_config(tmp_path, 18)
+    write(source)
+    out.write_bytes(b"before")
+    assert run(source, out, "d2", "--config", config) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(source) in error and message in error
+    assert out.read_bytes() == b"before"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"source.pth", "out.pth", "r18.yaml"}  # no rest of a file, no witness
+
+
+@needs("detectron2")
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_disk_that_is_full_leaves_out_as_it_was(tmp_path, capsys, monkeypatch, suffix):
+    torch.save(authors_resnet(18, attention=False).state_dict(), tmp_path / "source.pth")
+    out = tmp_path / f"out{suffix}"
+    out.write_bytes(b"before")
+
+    def fill_up(content: Any, file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fill_up)
+    monkeypatch.setattr(pickle, "dump", fill_up)
+    assert run(tmp_path / "source.pth", out, "d2") == 1
+    assert capsys.readouterr().err == "error: No space left on device; nothing was written\n"
+    assert out.read_bytes() == b"before"
+    assert {path.name for path in tmp_path.iterdir()} == {"source.pth", out.name}
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("nowhere/out.pth", "there is no folder"),
+        ("out.onnx", "Detectron2 takes a file that ends in .pth or .pkl"),
+        ("source.pth", "is SOURCE"),
+        ("link.pth", "is SOURCE"),
+        ("folder.pth", "is a folder"),
+    ],
+)
+def test_out_that_cannot_be_written_is_an_error(tmp_path, capsys, out, message):
+    source = tmp_path / "source.pth"
+    another_network(source)
+    before = source.read_bytes()
+    (tmp_path / "link.pth").symlink_to(source)
+    (tmp_path / "folder.pth").mkdir()
+    assert run(source, tmp_path / out, "d2") == 1
+    assert message in capsys.readouterr().err
+    assert source.read_bytes() == before
+
+
+def test_mmdetections_weights_are_pth_only(tmp_path, capsys):
+    assert run(tmp_path / "source.pth", tmp_path / "out.pkl", "mm") == 1
+    assert "MMDetection takes a file that ends in .pth" in capsys.readouterr().err
+
+
+@BOTH
+def test_config_that_cannot_be_built_is_an_error_that_names_it(tmp_path, capsys, to):
+    torch.save(authors_resnet(18).state_dict(), tmp_path / "source.pth")
+    config = tmp_path / ("c.yaml" if to == "d2" else "c.py")
+    config.write_text("MODEL: {BACKBONE: {NAME: no_such}}\n" if to == "d2" else "model = dict()\n")
+    for path in (config, tmp_path / f"none{config.suffix}"):
+        options = ("--config", str(path))
+        assert run(tmp_path / "source.pth", tmp_path / "out.pth", to, *options) == 1
+        assert capsys.readouterr().err.startswith(f"error: --config {path}: ")
+    assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("to", "framework", "advice"),
+    [
+        ("d2", "detectron2", "pip install ./packaging/detectron2"),
+        ("mm", "mmdet", "pip install -e .[mmdet]"),
+    ],
+)
+def test_command_says_in_one_line_what_is_missing(tmp_path, to, framework, advice):
+    torch.save(authors_resnet(18, attention=False).state_dict(), tmp_path / "source.pth")
+    other = "mmdet" if to == "d2" else "detectron2"  # is not needed, and slow to import
+    code = (
+        f"import sys, runpy; sys.modules.update(dict.fromkeys([{framework!r}, {other!r}]))\n"
+        f"sys.argv[0] = {str(TOOLS / 'convert_checkpoint.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    arguments = [str(tmp_path / "source.pth"), str(tmp_path / "out.pth"), "--to", to]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 1
+    assert "source.pth: ResNet-18, torchvision's names" in result.stdout
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: --to {to}: ") and advice in line
