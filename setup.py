@@ -18,6 +18,7 @@ EXTRAS = {
         "fvcore>=0.1.5",
         "pycocotools>=2.0.6",
         "Pillow>=9.0",
+        "tabulate>=0.9",
         "tqdm>=4.60",
     ],
     "mmdet": [
@@ -27,9 +28,17 @@ EXTRAS = {
         "mmcv>=2.0.0rc4,<2.2.0",  # with its ops; mmdet 3.3 refuses 2.2.0
         "pycocotools>=2.0.6",
         "Pillow>=9.0",
+        "tabulate>=0.9",
         "tqdm>=4.60",
         "six",  # mmdet needs it
         "setuptools<81",  # mmengine imports pkg_resources
+    ],
+    # Detectron2 evaluates these datasets with their own packages.
+    "lvis": [
+        "lvis>=0.5.3",
+    ],
+    "cityscapes": [
+        "cityscapesscripts>=2.2",
     ],
     # Grounding DINO and GLIP read their prompts with it; mmdet 3.3 does not work with 5.
     "grounding": [
@@ -37,6 +46,7 @@ EXTRAS = {
     ],
     "dev": [
         "hypothesis>=6",
+        "lvis>=0.5.3",
         "mypy>=1.8",
         "onnx>=1.16",
         "onnxruntime>=1.17",

@@ -86,17 +86,19 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
     This is ``LazyConfig.load`` and ``LazyConfig.apply_overrides`` with errors that help.
 
     Args:
-        config_file: path of a Python file.
+        config_file: path of a Python file, or ``model_zoo://`` and the name of one of Detectron2's.
         overrides: each as "train.max_iter=100".
 
     Raises:
         ValueError: if the file is missing or does not load, an override cannot be read, or it sets
             a key that nothing reads (it names the likely one).
     """
-    if not PathManager.isfile(config_file):
-        raise ValueError(f"there is no config file {config_file!r}")
     try:
-        cfg = LazyConfig.load(config_file)
+        path = _path_of(config_file)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    try:
+        cfg = LazyConfig.load(path)
     except Exception as error:  # whatever the code in it raises
         raise ValueError(f"config file {config_file!r}: {error!r}") from error
     for override in overrides:
@@ -129,15 +131,20 @@ class _ModelZooBases(CN):
     def _open_cfg(cls, filename: str) -> IO[str]:
         # A base arrives joined to the folder of the file that names it. For a base in the model zoo
         # that folder is of no matter; for the base of such a base it is one of the model zoo.
-        _, in_model_zoo, name = filename.rpartition("model_zoo://")
-        if in_model_zoo:
-            try:
-                filename = model_zoo.get_config_file(posixpath.normpath(name))
-            except RuntimeError as error:
-                raise FileNotFoundError(f"Detectron2's model zoo has no config {name!r}") from error
-        elif not PathManager.isfile(filename):
-            raise FileNotFoundError(f"there is no file {filename!r}")
-        return super()._open_cfg(filename)
+        return super()._open_cfg(_path_of(filename))
+
+
+def _path_of(filename: str) -> str:
+    """Path of a config, of which ``model_zoo://`` may be a part; raises FileNotFoundError."""
+    _, in_model_zoo, name = filename.rpartition("model_zoo://")
+    if in_model_zoo:
+        try:
+            return model_zoo.get_config_file(posixpath.normpath(name))
+        except RuntimeError as error:
+            raise FileNotFoundError(f"Detectron2's model zoo has no config {name!r}") from error
+    if not PathManager.isfile(filename):
+        raise FileNotFoundError(f"there is no file {filename!r}")
+    return filename
 
 
 def _explain(error: Exception, cfg: CN, source: str) -> ValueError:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import (
@@ -40,7 +42,7 @@ def build_evaluator(
         "coco": (coco,),
         "coco_panoptic_seg": (SemSegEvaluator, coco, COCOPanopticEvaluator),
         "sem_seg": (SemSegEvaluator,),
-        "lvis": (LVISEvaluator,),
+        "lvis": (_NumpyLVISEvaluator,),
     }
     without_output: dict[str, type[DatasetEvaluator]] = {
         "pascal_voc": PascalVOCDetectionEvaluator,
@@ -57,3 +59,16 @@ def build_evaluator(
         )
     evaluators = [build(dataset_name, output_dir=output_dir) for build in builders[kind]]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+class _NumpyLVISEvaluator(LVISEvaluator):
+    """``LVISEvaluator`` on any NumPy: the last release of lvis, 0.5, is older than 1.24."""
+
+    def evaluate(self) -> Any:
+        if hasattr(np, "float"):
+            return super().evaluate()
+        np.float = float  # type: ignore[attr-defined]  # the alias that it looks up
+        try:
+            return super().evaluate()
+        finally:
+            del np.float  # type: ignore[attr-defined]

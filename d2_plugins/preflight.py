@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 
 from detectron2.config import CfgNode
@@ -17,6 +18,17 @@ _WITH_PLUGINS = {
     "build_resnet_backbone": "build_resnet_plugin_backbone",
     "build_resnet_fpn_backbone": "build_resnet_plugin_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_plugin_fpn_backbone",
+}
+
+# What Detectron2 needs besides itself for some datasets, and would miss only when it evaluates
+_PACKAGES = {
+    "lvis": ("lvis", "pip install lvis"),
+    "cityscapes_instance": ("cityscapesscripts", "pip install cityscapesscripts"),
+    "cityscapes_sem_seg": ("cityscapesscripts", "pip install cityscapesscripts"),
+    "coco_panoptic_seg": (
+        "panopticapi",
+        "pip install git+https://github.com/cocodataset/panopticapi.git",
+    ),
 }
 
 
@@ -100,12 +112,17 @@ def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -
                 f"registered by --register-coco {name} ANNOTATIONS.json IMAGES"
             )
         metadata = MetadataCatalog.get(name)
+        kind = metadata.get("evaluator_type")
+        if kind in _PACKAGES and not (train and kind == "coco_panoptic_seg"):
+            package, install = _PACKAGES[kind]
+            if importlib.util.find_spec(package) is None:
+                raise ValueError(f"{setting} {name!r}: it needs the package {package}: {install}")
         json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
         root = os.environ.get("DETECTRON2_DATASETS", "datasets")
         where = f"{setting} {name!r}"
         if str(json_file).startswith(os.path.join(root, "")):
             where += f" (below {root!r}, which DETECTRON2_DATASETS sets)"
-        if json_file and metadata.get("evaluator_type") in ("coco", "coco_panoptic_seg"):
+        if json_file and kind in ("coco", "coco_panoptic_seg"):
             needs_annotations = train and len(names) == 1
             check_coco_json(json_file, where, needs_annotations=needs_annotations)
         if image_root and not os.path.isdir(image_root):

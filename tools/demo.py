@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,24 +141,22 @@ def detectron2_config(cfg: Any, *options: Any) -> Any:
 def measure_detectron2() -> list[Row]:
     from detectron2.config import get_cfg
     from detectron2.modeling import build_model
-    from detectron2.utils.analysis import FlopCountAnalysis
     from detectron2.utils.events import EventStorage
 
+    from d2_plugins.analysis import analyze
     from d2_plugins.data import ResumableTrainLoader, register_coco
 
     for dataset in SPLITS:
         register_coco(*dataset)
     plain = ("MODEL.RESNETS.TRIPLET_ATTENTION.STAGES", ())
-    fixed = ("MODEL.RPN.NMS_THRESH", 1.0, "MODEL.RPN.POST_NMS_TOPK_TEST", PROPOSALS)
+    fixed = ("MODEL.RPN.POST_NMS_TOPK_TEST", PROPOSALS)
     batch = next(iter(ResumableTrainLoader(detectron2_config(get_cfg()))))
     steps, rows = [], []
     for model_name, options in (("plain", plain), ("triplet attention", ())):
-        counted = build_model(detectron2_config(get_cfg(), *fixed, *options)).eval()
-        image = {"image": torch.zeros(3, IMAGE_SIZE, IMAGE_SIZE)}
-        flops = FlopCountAnalysis(counted, [image])
-        parameters = sum(p.numel() for p in counted.parameters())
-        gflops = flops.unsupported_ops_warnings(False).total() / 1e9
-        rows.append(Row("Detectron2", f"R18-FPN, {model_name}", parameters, gflops, 0.0))
+        counted = detectron2_config(get_cfg(), *fixed, *options)
+        cost = analyze(counted, (IMAGE_SIZE, IMAGE_SIZE)).total
+        name = f"R18-FPN, {model_name}"
+        rows.append(Row("Detectron2", name, cost.parameters, cost.flops / 1e9, 0.0))
         model = build_model(detectron2_config(get_cfg(), *options)).train()
         steps.append(training_step(model, lambda m=model: sum(m(batch).values())))
     with EventStorage():  # where the losses are logged to
@@ -237,36 +234,28 @@ def mmdetection_device() -> str:
 
 def measure_mmdetection() -> list[Row]:
     from mmdet.registry import MODELS
-    from mmdet.structures import DetDataSample
     from mmdet.utils import register_all_modules
-    from mmengine.analysis import get_model_complexity_info
     from mmengine.runner import Runner
 
     import mm_plugins  # noqa: F401  # registers the plugins
+    from mm_plugins.analysis import analyze
 
     register_all_modules()
     cfg = mmdetection_config()
     batch = next(iter(Runner.build_dataloader(cfg.train_dataloader, seed=0)))
-    plain = cfg.model.copy()
-    plain.backbone = {k: v for k, v in plain.backbone.items() if k != "plugins"}
+    cfg.model.test_cfg.rpn.max_per_img = PROPOSALS
+    plain = copy.deepcopy(cfg)
+    plain.model.backbone.pop("plugins")
     steps, rows = [], []
-    for model_name, model_cfg in (("plain", plain), ("triplet attention", cfg.model)):
-        model = MODELS.build(model_cfg).to(mmdetection_device()).train()
+    for model_name, counted in (("plain", plain), ("triplet attention", cfg)):
+        model = MODELS.build(counted.model).to(mmdetection_device()).train()
         data = model.data_preprocessor(batch, training=True)
         steps.append(
             training_step(model, lambda m=model, d=data: m.parse_losses(m(**d, mode="loss"))[0])
         )
-        fixed = copy.deepcopy(model_cfg)
-        fixed.test_cfg.rpn.update(max_per_img=PROPOSALS, nms={"type": "nms", "iou_threshold": 1.0})
-        counted = MODELS.build(fixed).eval()
-        sample = DetDataSample(metainfo={"img_shape": (IMAGE_SIZE, IMAGE_SIZE)})
-        # As MMDetection's own tool for FLOPs does it: all but the pixels is bound beforehand.
-        counted.forward = partial(counted.forward, data_samples=[sample])
-        complexity = get_model_complexity_info(
-            counted, inputs=(torch.zeros(1, 3, IMAGE_SIZE, IMAGE_SIZE),), show_table=False
-        )
-        gflops = complexity["flops"] / 1e9
-        rows.append(Row("MMDetection", f"R18-FPN, {model_name}", complexity["params"], gflops, 0.0))
+        cost = analyze(counted, (IMAGE_SIZE, IMAGE_SIZE)).total
+        name = f"R18-FPN, {model_name}"
+        rows.append(Row("MMDetection", name, cost.parameters, cost.flops / 1e9, 0.0))
     for row, seconds in zip(rows, time_alternately(steps), strict=True):
         row.seconds_a_step = seconds
     return rows

@@ -1,0 +1,111 @@
+"""Counts what a detector of MMDetection costs, from its config; no weights and no data are read."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmdet.utils import get_test_pipeline_cfg, register_all_modules
+from mmengine.analysis import ActivationAnalyzer, FlopAnalyzer
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData
+from torch import nn
+
+from plugin_core.analysis import Report, make_report, prepare_model
+
+
+def load_config(config_file: str) -> Config:
+    """Read a config.
+
+    Args:
+        config_file: path, or ``mmdet::`` and the name of one of MMDetection's own.
+
+    Raises:
+        ValueError: if it defines no model.
+    """
+    in_package = config_file.startswith("mmdet::")
+    cfg = get_config(config_file) if in_package else Config.fromfile(config_file)
+    if "model" not in cfg:
+        raise ValueError("it defines no `model`")
+    return cfg
+
+
+def analyze(cfg: Config, image_size: tuple[int, int] | None = None) -> Report:
+    """Count a detector's parameters, FLOPs and activations for one image, on the CPU.
+
+    It is counted as MMDetection's own tool does it, up to what the heads put out, but with as many
+    proposals as the config lets through at most. A mask head gets some of these: the first 100, or
+    in a cascade all.
+
+    Args:
+        cfg: the whole config; it is not changed.
+        image_size: (height, width) in pixels; by default what the config tests at.
+
+    Raises:
+        ValueError: if the config does not say at which size it tests.
+    """
+    height, width = image_size or _test_size(cfg)
+    register_all_modules(init_default_scope=False)
+    model_cfg = copy.deepcopy(cfg.model)
+    rpn = (model_cfg.get("test_cfg") or {}).get("rpn")
+    if rpn:
+        rpn.nms = {"type": "nms", "iou_threshold": 1.0}  # drops none
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+        model: Any = prepare_model(revert_sync_batchnorm(MODELS.build(model_cfg)))
+        regions = _count_regions(model)
+        shape = {"ori_shape": (height, width), "img_shape": (height, width)}
+        sample = DetDataSample(metainfo={"img_id": 0, "scale_factor": (1.0, 1.0), **shape})
+        # Some heads look for ground truth, and do not use it.
+        none = {"bboxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+        sample.gt_instances = InstanceData(**none)
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        data = model.data_preprocessor({"inputs": [image], "data_samples": [sample]})
+        # As MMDetection's own tool for FLOPs does it: all but the pixels is bound beforehand.
+        model.forward = partial(model.forward, data_samples=data["data_samples"])
+        with torch.no_grad():
+            flops = _by_module(FlopAnalyzer(model, data["inputs"]))
+            activations = _by_module(ActivationAnalyzer(model, data["inputs"]))
+    return make_report(model, flops, activations, (height, width), regions)
+
+
+def _test_size(cfg: Config) -> tuple[int, int]:
+    try:
+        pipeline = get_test_pipeline_cfg(cfg)
+    except (AttributeError, RuntimeError):
+        pipeline = []
+    for transform in pipeline:
+        if str(transform.get("type")).endswith("Resize") and "scale" in transform:
+            width, height = transform["scale"]
+            return height, width
+    raise ValueError(
+        "test_dataloader.dataset.pipeline has no Resize with a `scale`, so the size of test images "
+        "is not known; say for which size to count"
+    )
+
+
+def _count_regions(model: nn.Module) -> dict[str, int]:
+    """How many boxes the heads are given, once the model has run."""
+    regions: dict[str, int] = {}
+
+    def note(what: str, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        regions[what] = int(args[0].shape[0])
+
+    for what, name in (("proposals", "bbox_head"), ("masks", "mask_head")):
+        head = getattr(getattr(model, "roi_head", None), name, None)
+        if isinstance(head, nn.ModuleList):  # of the stages of a cascade
+            head = head[0]
+        if head is not None:
+            head.register_forward_pre_hook(partial(note, what))
+    return regions
+
+
+def _by_module(analysis: Any) -> dict[str, float]:
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    return analysis.tracer_warnings("none").by_module()

@@ -1,0 +1,110 @@
+"""What a detector of Detectron2 is counted to cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.analysis import FlopCountAnalysis
+
+from d2_plugins import merge_config
+from d2_plugins.analysis import analyze, load_config
+from plugin_core.analysis import Cost, prepare_model
+
+FASTER_RCNN = "model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+MASK_RCNN = "model_zoo://COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"
+ATTENTION = (
+    *("MODEL.BACKBONE.NAME", "build_resnet_plugin_fpn_backbone"),
+    *("MODEL.RESNETS.TRIPLET_ATTENTION.STAGES", ("res2", "res3", "res4", "res5")),
+)
+# Quick to count. Where a stage is frozen, Detectron2 makes buffers of its norms' parameters.
+SMALL = (
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", 16, "MODEL.ROI_HEADS.NUM_CLASSES", 2),
+    *("MODEL.FPN.OUT_CHANNELS", 16),
+)
+RESNET18 = ("MODEL.RESNETS.DEPTH", 18, "MODEL.RESNETS.RES2_OUT_CHANNELS", 64)
+RESNET50 = ("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+THAWED = ("MODEL.BACKBONE.FREEZE_AT", 0)
+PROPOSALS = ("MODEL.RPN.POST_NMS_TOPK_TEST", 700)  # of 1023 anchors in 64x64 pixels
+
+
+def config(*options: Any, base: str = FASTER_RCNN) -> CfgNode:
+    cfg = load_config(base)
+    merge_config(cfg, options=SMALL + RESNET18 + THAWED + PROPOSALS + options)
+    return cfg
+
+
+@pytest.mark.parametrize(("warm_start", "parameters"), [(False, 4_800), (True, 4_816)])
+def test_resnet50_gets_dearer_by_its_attention_and_nothing_else(warm_start, parameters):
+    warm = ("MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START", warm_start)
+    report = analyze(config(*RESNET50, *ATTENTION, *warm), (64, 64))
+    baseline = analyze(config(*RESNET50), (64, 64))
+    assert report.attention_modules == 16 and report.attention.parameters == parameters
+    assert report.total - baseline.total == report.attention
+    assert baseline.attention_modules == 0 and baseline.attention == Cost()
+    changed = {s for s, cost in report.stages.items() if cost != baseline.stages[s]}
+    assert changed == {f"backbone.bottom_up.res{i}" for i in (2, 3, 4, 5)}
+
+
+def test_attention_in_resnet50_takes_the_flops_of_the_paper_at_224_pixels():
+    cfg = config("MODEL.META_ARCHITECTURE", "ProposalNetwork", *RESNET50, *ATTENTION)
+    report = analyze(cfg, (224, 224))
+    assert report.attention.flops / 1e9 == pytest.approx(4.1587 - 4.1114, abs=1e-4)
+
+
+def test_total_is_what_detectron2_counts_for_the_whole_model():
+    cfg = config("MODEL.DEVICE", "cpu", "MODEL.RPN.NMS_THRESH", 1.0)
+    report = analyze(cfg, (64, 96))
+    model = prepare_model(build_model(cfg))
+    flops = FlopCountAnalysis(model, [{"image": torch.zeros(3, 64, 96)}])
+    assert report.total.flops == flops.unsupported_ops_warnings(False).total()
+    assert report.total.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_heads_work_on_as_many_boxes_as_the_config_allows_whatever_the_weights():
+    small = ("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.CONV_DIM", 8)
+    reports = []
+    for seed, detections in ((0, 11), (1, 11), (1, 22)):
+        torch.manual_seed(seed)
+        most = ("TEST.DETECTIONS_PER_IMAGE", detections)
+        reports.append(analyze(config(*small, *most, base=MASK_RCNN), (64, 64)))
+    assert reports[0] == reports[1]
+    assert reports[0].regions == {"proposals": 700, "detections": 11}
+    flops = [report.stages["roi_heads.mask_head"].flops for report in reports]
+    assert flops[2] == 2 * flops[0]
+
+
+def test_image_is_as_large_as_in_testing_unless_told():
+    cfg = config("INPUT.MIN_SIZE_TEST", 40, "INPUT.MAX_SIZE_TEST", 70)
+    report, padded = analyze(cfg), analyze(cfg, (64, 96))  # FPN needs multiples of 32
+    assert report.image_size == (40, 70) and padded.image_size == (64, 96)
+    assert report.stages["proposal_generator"] == padded.stages["proposal_generator"]
+
+
+def test_config_that_tests_at_any_size_needs_one():
+    with pytest.raises(ValueError, match=r"INPUT.MIN_SIZE_TEST is 0, .* say for which size"):
+        analyze(config("INPUT.MIN_SIZE_TEST", 0))
+
+
+def test_config_stays_as_it_is_and_no_weights_are_read():
+    cfg = config("MODEL.WEIGHTS", "there/is/no/such.pkl", "MODEL.DEVICE", "cuda")
+    cfg.freeze()
+    before = cfg.dump()
+    analyze(cfg, (64, 64))
+    assert cfg.dump() == before and cfg.is_frozen()
+
+
+def test_lazy_config_costs_what_the_yaml_of_the_same_detector_costs():
+    name = "model_zoo://COCO-Detection/retinanet_R_50_FPN_1x"
+    lazy, yaml = (analyze(load_config(name + end), (64, 64)) for end in (".py", ".yaml"))
+    assert lazy == yaml
+    assert lazy.regions == {} and lazy.total.parameters == 37_915_572
+
+
+def test_lazy_config_without_model_is_an_error(tmp_path):
+    (tmp_path / "schedule.py").write_text("from detectron2.config import LazyCall\nsteps = 3\n")
+    with pytest.raises(ValueError, match="defines no `model`"):
+        load_config(str(tmp_path / "schedule.py"))

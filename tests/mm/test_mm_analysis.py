@@ -1,0 +1,118 @@
+"""What a detector of MMDetection is counted to cost."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.analysis import get_model_complexity_info
+from mmengine.config import Config
+
+from mm_plugins.analysis import analyze, load_config
+from plugin_core.analysis import Cost, prepare_model
+
+FASTER_RCNN = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+MASK_RCNN = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
+SSDLITE = "mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py"
+
+
+def config(base: str = FASTER_RCNN, **attention: Any) -> Config:
+    """A detector of few proposals, with attention where its arguments are given."""
+    cfg = load_config(base)
+    cfg.model.test_cfg.rpn.max_per_img = 37
+    cfg.model.roi_head.bbox_head.fc_out_channels = 16
+    if attention:
+        layer = {"type": "TripletAttention", **attention}
+        cfg.model.backbone.plugins = [{"cfg": layer, "position": "after_conv3"}]
+    return cfg
+
+
+@pytest.mark.parametrize(("warm_start", "parameters"), [(False, 4_800), (True, 4_816)])
+def test_resnet50_gets_dearer_by_its_attention_and_nothing_else(warm_start, parameters):
+    report = analyze(config(warm_start=warm_start), (64, 64))
+    baseline = analyze(config(), (64, 64))
+    assert report.attention_modules == 16 and report.attention.parameters == parameters
+    assert report.total - baseline.total == report.attention
+    assert baseline.attention_modules == 0 and baseline.attention == Cost()
+    changed = {s for s, cost in report.stages.items() if cost != baseline.stages[s]}
+    assert changed == {f"backbone.layer{i}" for i in (1, 2, 3, 4)}
+
+
+def test_attention_in_resnet50_takes_the_flops_of_the_paper_at_224_pixels():
+    report = analyze(config(kernel_size=7), (224, 224))
+    assert report.attention.flops / 1e9 == pytest.approx(4.1587 - 4.1114, abs=1e-4)
+
+
+def test_total_is_what_mmengine_counts_for_the_whole_model():
+    cfg = config()
+    report = analyze(cfg, (64, 96))
+    cfg.model.test_cfg.rpn.nms.iou_threshold = 1.0
+    model = prepare_model(MODELS.build(cfg.model))
+    sample = DetDataSample(metainfo={"img_shape": (64, 96)})
+    model.forward = partial(model.forward, data_samples=[sample])
+    image = torch.zeros(1, 3, 64, 96)
+    counted = get_model_complexity_info(model, inputs=(image,), show_table=False, show_arch=False)
+    assert report.total == Cost(counted["params"], counted["flops"], counted["activations"])
+
+
+def test_heads_work_on_as_many_boxes_as_the_config_allows_whatever_the_weights():
+    reports = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        cfg = config(MASK_RCNN)
+        cfg.model.roi_head.mask_head.update(num_convs=1, conv_out_channels=8)
+        cfg.model.test_cfg.rpn.max_per_img = 700  # of 1023 anchors
+        reports.append(analyze(cfg, (64, 64)))
+    assert reports[0] == reports[1]
+    assert reports[0].regions == {"proposals": 700, "masks": 100}
+
+
+def test_image_is_as_large_as_in_testing_unless_told():
+    report = analyze(load_config(SSDLITE))
+    assert report.image_size == (320, 320)
+    assert list(report.stages)[:2] == ["backbone.stem", "backbone.layer1"]
+    cfg = config()
+    cfg.test_dataloader.dataset.pipeline[1].scale = (70, 40)  # width, height
+    report, padded = analyze(cfg), analyze(cfg, (64, 96))  # it is padded to multiples of 32
+    assert report.image_size == (40, 70) and padded.image_size == (64, 96)
+    assert report.stages["rpn_head"] == padded.stages["rpn_head"]
+
+
+@pytest.mark.parametrize("missing", ["test_dataloader", "pipeline", "Resize"])
+def test_config_without_size_of_test_images_needs_one(missing):
+    cfg = config()
+    if missing == "test_dataloader":
+        cfg.pop("test_dataloader")
+    elif missing == "pipeline":
+        cfg.test_dataloader.dataset.pop("pipeline")
+    else:
+        cfg.test_dataloader.dataset.pipeline.pop(1)
+    with pytest.raises(ValueError, match=r"no Resize with a `scale`.* say for which size"):
+        analyze(cfg)
+
+
+def test_config_stays_as_it_is_and_no_weights_are_read():
+    cfg = config()
+    cfg.load_from = "there/is/no/such.pth"
+    cfg.model.backbone.init_cfg = {"type": "Pretrained", "checkpoint": "there/is/no/such.pth"}
+    before = copy.deepcopy(cfg.to_dict())
+    analyze(cfg, (64, 64))
+    assert cfg.to_dict() == before
+
+
+def test_head_that_looks_for_ground_truth_is_counted():
+    cfg = load_config("mmdet::sparse_rcnn/sparse-rcnn_r50_fpn_1x_coco.py")
+    cfg.model.roi_head.update(num_stages=1, stage_loss_weights=[1])
+    cfg.model.roi_head.bbox_head = cfg.model.roi_head.bbox_head[:1]
+    assert analyze(cfg, (64, 64)).regions == {"proposals": 100}
+
+
+def test_config_without_model_is_an_error(tmp_path):
+    (tmp_path / "schedule.py").write_text("max_epochs = 3\n")
+    with pytest.raises(ValueError, match="defines no `model`"):
+        load_config(str(tmp_path / "schedule.py"))

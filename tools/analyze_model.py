@@ -1,0 +1,186 @@
+#!/usr/bin/env python
+"""Count a detector's parameters, GFLOPs and activations, by stage, and what its attention costs.
+
+    tools/analyze_model.py configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml \\
+        --baseline model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml
+    tools/analyze_model.py configs/mm/triplet_attention/faster-rcnn_r50-triplet_fpn_1x_coco.py \\
+        --baseline mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py --shape 800 1333
+
+A config is one of Detectron2 (.yaml, or .py in LazyConfig's style) or of MMDetection (.py); only
+its framework need be installed. No weights are loaded and no data is read. The frameworks count one
+image, with as many proposals and detections as the config lets through at most. FLOPs are
+multiply-adds of convolutions, matrix products and norms; pooling, sums and products of maps and
+deformable convolutions are not counted. A norm that Detectron2 freezes has no parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
+
+from tabulate import tabulate
+
+from plugin_core.analysis import Cost, Report
+
+FRAMEWORKS = {"d2_plugins": "Detectron2", "mm_plugins": "MMDetection"}
+# Of a cost: attribute, header, unit and digits
+QUANTITIES = [
+    ("parameters", "parameters", 1, 0),
+    ("flops", "GFLOPs", 1e9, 4),
+    ("activations", "M activations", 1e6, 3),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        image_size = parse_shape(args.shape)
+        if args.json and not args.json.parent.is_dir():
+            raise ValueError(f"--json {args.json}: there is no folder {str(args.json.parent)!r}")
+        sides = [side_of(config) for config in (args.config, args.baseline) if config]
+        if len(set(sides)) > 1:
+            first, second = (FRAMEWORKS[side] for side in sides)
+            raise ValueError(
+                f"--baseline {args.baseline}: a config of {second}, but {args.config} is one of "
+                f"{first}; both must be of the same framework"
+            )
+        report = count(sides[0], args.config, image_size)
+        # Both at the same size, or else they could not be compared
+        baseline = count(sides[0], args.baseline, report.image_size) if args.baseline else None
+        if args.json:
+            write_json(args.json, as_json(args, report, baseline))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    beside = f", baseline {args.baseline}" if args.baseline else ""
+    print(f"{FRAMEWORKS[sides[0]]}: {args.config}{beside}\n\n{describe(report, baseline)}")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a path, model_zoo://… of Detectron2, or mmdet::…")
+    parser.add_argument("--baseline", metavar="CONFIG", help="to compare with")
+    parser.add_argument(
+        "--shape",
+        nargs=2,
+        metavar=("H", "W"),
+        help="of the image in pixels, before padding (default: what the config tests at)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here as well")
+    return parser.parse_args(argv)
+
+
+def parse_shape(shape: Sequence[str] | None) -> tuple[int, int] | None:
+    if shape is None:
+        return None
+    if not all(side.isdecimal() and int(side) > 0 for side in shape):
+        raise ValueError(f"--shape {' '.join(shape)}: expected a height and a width in pixels")
+    return int(shape[0]), int(shape[1])
+
+
+def side_of(config: str) -> str:
+    """The package that knows what to do with a config."""
+    if config.startswith("model_zoo://"):
+        return "d2_plugins"
+    if config.startswith("mmdet::"):
+        return "mm_plugins"
+    if not os.path.isfile(config):
+        raise ValueError(f"{config}: there is no such config file")
+    if config.endswith((".yaml", ".yml")):
+        return "d2_plugins"
+    if not config.endswith(".py"):
+        raise ValueError(f"{config}: a config of neither framework; expected .yaml or .py")
+    return "d2_plugins" if is_lazy_config(config) else "mm_plugins"
+
+
+def is_lazy_config(path: str) -> bool:
+    """Whether a .py config is in Detectron2's style, which imports Detectron2 or other configs.
+
+    MMDetection's new style imports other configs too, but below ``with read_base():``.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(Path(path).read_bytes())))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: not Python: {error}") from error
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += [node.module or "" for node in imports if node.level == 0]
+    names = {alias.name for node in imports for alias in node.names}
+    packages = {module.split(".")[0] for module in modules}
+    relative = any(node.level for node in imports)
+    return bool(packages & {"detectron2", "d2_plugins"}) or (relative and "read_base" not in names)
+
+
+def count(side: str, config: str, image_size: tuple[int, int] | None) -> Report:
+    try:
+        analysis = importlib.import_module(f"{side}.analysis")
+        return analysis.analyze(analysis.load_config(config), image_size)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{config}: {error}") from error
+    except Exception as error:  # of a config's own code, or a model that takes no image like this
+        raise ValueError(f"{config}: {error!r}") from error
+
+
+def as_json(args: argparse.Namespace, report: Report, baseline: Report | None) -> dict[str, Any]:
+    content = {"config": args.config, **report.as_dict()}
+    if baseline is not None:
+        content["baseline"] = {"config": args.baseline, **baseline.as_dict()}
+        content["difference"] = asdict(report.total - baseline.total)
+    return content
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def describe(report: Report, baseline: Report | None) -> str:
+    """The table, and for what image and how many boxes it holds."""
+    other = Report(report.image_size, {}, {}, 0, Cost()) if baseline is None else baseline
+    stages = dict.fromkeys([*report.stages, *other.stages])
+    rows = [(s, report.stages.get(s, Cost()), other.stages.get(s, Cost())) for s in stages]
+    rows.append(("total", report.total, other.total))
+    attention = f"of it attention ({report.attention_modules} modules)"
+    rows.append((attention, report.attention, other.attention))
+    headers = ["stage"]
+    for _, header, _, _ in QUANTITIES:
+        headers += [header] if baseline is None else [header, "baseline", "difference"]
+    cells = []
+    for name, cost, base in rows:
+        row = [name]
+        for attribute, _, unit, digits in QUANTITIES:
+            here, there = getattr(cost, attribute) / unit, getattr(base, attribute) / unit
+            row.append(f"{here:,.{digits}f}")
+            if baseline is not None:
+                row += [f"{there:,.{digits}f}", f"{here - there:+,.{digits}f}"]
+        cells.append(row)
+    align = ["left", *["right"] * (len(headers) - 1)]
+    table = tabulate(cells, headers, "github", disable_numparse=True, colalign=align)
+    height, width = report.image_size
+    notes = [f"one image of {height}x{width} pixels{boxes(report)}"]
+    if baseline is not None and baseline.regions != report.regions:
+        notes.append(f"baseline{boxes(baseline)}")
+    return f"{table}\n\n{'; '.join(notes)}"
+
+
+def boxes(report: Report) -> str:
+    return "".join(f", {number} {what}" for what, number in report.regions.items())
+
+
+if __name__ == "__main__":
+    main()
