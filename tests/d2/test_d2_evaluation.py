@@ -76,7 +76,7 @@ def test_panoptic_segmentation_is_evaluated_in_three_ways(cfg, tiny_coco, tmp_pa
     assert {e._output_dir for e in evaluator._evaluators} == {str(tmp_path / "inference")}
 
 
-def test_lvis(cfg, tmp_path, monkeypatch):
+def test_lvis(cfg, tmp_path):
     pytest.importorskip("lvis", reason="lvis is not installed")
     category = {"id": 1, "name": "thing", "frequency": "f", "image_count": 2, "instance_count": 2}
     images = [
@@ -95,7 +95,7 @@ def test_lvis(cfg, tmp_path, monkeypatch):
         thing_dataset_id_to_contiguous_id={1: 0},
         thing_classes=["thing"],
     )
-    evaluator = build_evaluator(cfg, name)
+    evaluator = build_evaluator(cfg, name, str(tmp_path))
     evaluator.reset()
     found = Instances((16, 24))
     found.pred_boxes = Boxes(torch.tensor([[2.0, 3.0, 12.0, 11.0]]))

@@ -7,7 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,34 +76,44 @@ def residual_blocks(net: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def resnet_features(net: nn.Module, x: Tensor) -> list[Tensor]:
-    """The four stages' outputs, computed without either framework."""
+    """The outputs of all blocks, computed without either framework."""
     x = F.max_pool2d(F.relu(net.bn1(net.conv1(x))), 3, stride=2, padding=1)
     outputs = []
-    for stage in (net.layer1, net.layer2, net.layer3, net.layer4):
-        for block in stage:
-            y = F.relu(block.bn1(block.conv1(x)))
-            y = block.bn2(block.conv2(y))
-            if hasattr(block, "conv3"):
-                y = block.bn3(block.conv3(F.relu(y)))
-            if hasattr(block, "triplet_attention"):
-                y = block.triplet_attention(y)
-            x = F.relu(y + (x if block.downsample is None else block.downsample(x)))
+    for block in residual_blocks(net):
+        y = F.relu(block.bn1(block.conv1(x)))
+        y = block.bn2(block.conv2(y))
+        if hasattr(block, "conv3"):
+            y = block.bn3(block.conv3(F.relu(y)))
+        if hasattr(block, "triplet_attention"):
+            y = block.triplet_attention(y)
+        x = F.relu(y + (x if block.downsample is None else block.downsample(x)))
         outputs.append(x)
     return outputs
 
 
 @torch.no_grad()
 def mobilenet_features(net: nn.Module, x: Tensor) -> list[Tensor]:
-    """The outputs of the stages that MMDetection gives by default."""
+    """The outputs of all inverted residuals."""
     outputs = []
-    for index, feature in enumerate(net.features):
+    for index, feature in enumerate(net.features[:18]):
         x = feature(x)
-        if index in (3, 6, 13, 18):
+        if index > 0:
             outputs.append(x)
     return outputs
 
 
 # ----------------------------------------------------------------------------- the frameworks' side
+
+
+@torch.no_grad()
+def outputs_of_blocks(net: nn.Module, x: Tensor, stages: Iterable[str]) -> list[Tensor]:
+    outputs: list[Tensor] = []
+    for stage in stages:
+        for block in getattr(net, stage):
+            block.register_forward_hook(lambda _block, _inputs, output: outputs.append(output))
+    net.eval()
+    net(x)
+    return outputs
 
 
 D2_CONFIG = """
@@ -146,7 +156,7 @@ def detectron2_config(
 
 @torch.no_grad()
 def detectron2_features(config: str, weights: str, x: Tensor) -> list[Tensor]:
-    """Features with weights as Detectron2's trainer loads ``MODEL.WEIGHTS``."""
+    """The outputs of all blocks, with weights as Detectron2's trainer loads ``MODEL.WEIGHTS``."""
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import get_cfg
     from detectron2.modeling import build_backbone
@@ -159,12 +169,12 @@ def detectron2_features(config: str, weights: str, x: Tensor) -> list[Tensor]:
     backbone = nn.ModuleDict({"backbone": build_backbone(cfg)})
     left_over = DetectionCheckpointer(backbone).load(weights)
     assert set(left_over) <= {"matching_heuristics", "__author__", "pixel_format"}
-    return list(backbone["backbone"].eval()(x).values())
+    return outputs_of_blocks(backbone["backbone"], x, ("res2", "res3", "res4", "res5"))
 
 
 @torch.no_grad()
 def mmdetection_features(backbone: dict[str, Any], weights: str, x: Tensor) -> list[Tensor]:
-    """Features with weights as MMDetection loads ``init_cfg``."""
+    """The outputs of all blocks, with weights as MMDetection loads ``init_cfg``."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
     from mmengine.registry import DefaultScope
@@ -176,8 +186,8 @@ def mmdetection_features(backbone: dict[str, Any], weights: str, x: Tensor) -> l
     with DefaultScope.overwrite_default_scope("mmdet"):
         built = MODELS.build({**backbone, "init_cfg": init})
         built.init_weights()
-    built.eval()
-    return list(built(x))
+    stages = getattr(built, "res_layers", None) or [f"layer{i}" for i in range(1, 8)]
+    return outputs_of_blocks(built, x, stages)
 
 
 def mmdetection_backbone(depth: int, *, attention: bool = True) -> dict[str, Any]:
