@@ -184,6 +184,10 @@ def _check_arguments(kind: type, arguments: Iterable[str], setting: str) -> None
 
 
 def _check_weights(path: str, setting: str, backbone: ConfigDict, backbone_setting: str) -> None:
-    if "://" not in path and "depth" in backbone:
+    if "://" in path:
+        return
+    if "depth" in backbone:
         depth_setting = f"{backbone_setting}.depth"
         check_resnet_checkpoint(path, backbone["depth"], setting, depth_setting)
+    elif not os.path.isfile(path):
+        raise ValueError(f"{setting}: there is no checkpoint {path!r}")

@@ -445,8 +445,14 @@ def test_pretrained_backbone_does_not_matter_where_the_whole_model_is_loaded(tmp
     assert "there is no checkpoint 'none.pth'" in error_of(config(resnet(init_cfg=pretrained)))
 
 
-def test_weights_of_a_backbone_without_a_depth_are_left_alone():
+def test_weights_of_a_backbone_without_a_depth_must_be_there_and_no_more(tmp_path):
     pretrained = {"type": "Pretrained", "checkpoint": "none.pth"}
-    check(config({"type": "RegNet", "arch": "regnetx_400mf", "init_cfg": pretrained}))
+    regnet = {"type": "RegNet", "arch": "regnetx_400mf", "init_cfg": pretrained}
+    assert "there is no checkpoint 'none.pth'" in error_of(config(regnet))
+    pretrained["checkpoint"] = resnet_checkpoint(tmp_path / "r50.pth", (3, 4, 6, 3))
+    check(config(regnet))
+
+
+def test_other_initializations_have_no_weights():
     check(config(resnet(init_cfg={"type": "Kaiming", "layer": "Conv2d"})))
     check(config(resnet(init_cfg=None)))
