@@ -183,7 +183,8 @@ def check_resnet_plugins(cfg: CfgNode) -> None:
     # Detectron2 builds the stages up to the last one that is asked for.
     last = max((_STAGES.index(f) for f in out_features if f in _STAGES), default=-1)
     built = list(_STAGES[: last + 1])
-    roi_heads = cfg.MODEL.ROI_HEADS.NAME
+    has_roi_heads = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    roi_heads = cfg.MODEL.ROI_HEADS.NAME if has_roi_heads else None
     if roi_heads == "Res5PluginROIHeads":
         built.append("res5")
     for stage in cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES:

@@ -30,7 +30,12 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 from torchvision.ops import deform_conv2d
 
-from d2_plugins.backbone import check_resnet_plugins, insert_after_residual_branch
+from d2_plugins.backbone import (
+    build_resnet_with_plugins,
+    check_resnet_plugins,
+    insert_after_residual_branch,
+    insert_triplet_attention,
+)
 from plugin_core import TripletAttention
 
 ALL_STAGES = ("res2", "res3", "res4", "res5")
@@ -105,13 +110,27 @@ def test_parameters_are_the_plain_backbones_and_the_attentions(resnet_cfg, depth
 
 def test_settings_reach_the_attention(resnet_cfg):
     node = resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION
-    node.KERNEL_SIZE, node.NO_SPATIAL, node.WARM_START = 5, True, True
+    node.KERNEL_SIZE, node.NO_SPATIAL, node.WARM_START, node.NORM = 5, True, True, "SyncBN"
     for module in build_backbone(resnet_cfg).modules():
         if isinstance(module, TripletAttention):
             assert module.kernel_size == 5 and module.hw is None and module.alpha is not None
+            assert module.norm == "SyncBN"
     node.NO_SPATIAL = node.WARM_START = False
     attention = build_backbone(resnet_cfg).res2[0].triplet_attention
     assert attention.hw is not None and attention.alpha is None
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_norm_of_the_gates_is_not_the_backbones(resnet_cfg, norm):
+    resnet_cfg.MODEL.RESNETS.NORM = "FrozenBN" if norm == "BN" else "BN"
+    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.NORM = norm
+    backbone = build_backbone(resnet_cfg).train()
+    backbone(torch.randn(2, 3, 32, 32))
+    bn = backbone.res2[0].triplet_attention.cw.conv.bn
+    assert bn.num_batches_tracked == (norm == "BN")
+    assert bn.weight.requires_grad == (norm == "BN")
+    own = backbone.res2[0].conv1.norm
+    assert isinstance(own, FrozenBatchNorm2d if norm == "BN" else nn.BatchNorm2d)
 
 
 def test_every_block_has_an_attention_of_its_own(resnet_cfg):
@@ -276,6 +295,25 @@ def test_second_insertion_of_one_name_is_refused():
         insert_after_residual_branch(block, "triplet_attention", TripletAttention())
 
 
+def test_every_block_of_a_stage_gets_an_attention_of_its_own(caplog):
+    blocks = [BasicBlock(4, 4, norm="BN") for _ in range(3)]
+    with caplog.at_level(logging.WARNING, logger="d2_plugins.backbone"):
+        insert_triplet_attention(iter(blocks), "res2", kernel_size=5, no_spatial=True)
+    found = [block.triplet_attention for block in blocks]
+    assert len({id(attention) for attention in found}) == 3
+    assert all(a.kernel_size == 5 and a.hw is None and a.alpha is None for a in found)
+    assert not caplog.records
+
+
+def test_stage_that_is_frozen_in_part_keeps_that_part_frozen(caplog):
+    frozen, trained = BasicBlock(4, 4, norm="BN").freeze(), BasicBlock(4, 4, norm="BN")
+    with caplog.at_level(logging.WARNING, logger="d2_plugins.backbone"):
+        insert_triplet_attention([frozen, trained], "res2")
+    assert not any(p.requires_grad for p in frozen.parameters())
+    assert all(p.requires_grad for p in trained.parameters())
+    assert [r.getMessage().split(",")[0] for r in caplog.records] == ["res2 is frozen"]
+
+
 def block_with_activation() -> BasicBlock:
     block = BasicBlock(4, 4, norm="BN")
     block.conv2.activation = F.relu
@@ -366,6 +404,114 @@ def one_labelled_image() -> dict[str, Any]:
     return {"image": torch.rand(3, 64, 64) * 255, "instances": instances}
 
 
+# --------------------------------------------------------------------------------- C4's RoI head
+
+
+@pytest.fixture
+def c4_cfg(resnet_cfg: CfgNode) -> CfgNode:
+    """A C4 detector: the backbone ends in res4, and res5 is in the RoI head."""
+    resnet_cfg.MODEL.RESNETS.OUT_FEATURES = ["res4"]
+    resnet_cfg.MODEL.ROI_HEADS.NAME = "Res5PluginROIHeads"
+    return resnet_cfg
+
+
+@pytest.mark.parametrize("stages", [("res4", "res5"), ("res5",), ("res4",), ()])
+def test_roi_heads_res5_has_attention_exactly_where_the_stages_name_it(c4_cfg, stages):
+    c4_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = stages
+    c4_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = True
+    model = build_model(c4_cfg)
+    assert {".".join(n.split(".")[:2]) for n in model.state_dict() if is_attention(n)} == {
+        {"res4": "backbone.res4", "res5": "roi_heads.res5"}[stage] for stage in stages
+    }
+    for block in model.roi_heads.res5 if "res5" in stages else ():
+        attention = block.triplet_attention
+        assert attention.kernel_size == 3 and attention.alpha is not None
+
+
+def test_c4_detector_with_attention_in_its_roi_head_trains_and_detects(c4_cfg):
+    c4_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    model = build_model(c4_cfg)
+    image = one_labelled_image()
+    with EventStorage():
+        sum(model([image]).values()).backward()
+    gate = model.roi_heads.res5[2].triplet_attention.cw
+    assert gate.conv.conv.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        (output,) = model.eval()([image])
+    assert len(output["instances"]) > 0
+
+
+def test_warm_start_gives_exactly_the_plain_c4_detectors_boxes(c4_cfg):
+    c4_cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
+    c4_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = True
+    plain_cfg = without_plugins(c4_cfg)
+    plain_cfg.MODEL.ROI_HEADS.NAME = "Res5ROIHeads"
+    plain, warm = build_model(plain_cfg).eval(), build_model(c4_cfg).eval()
+    missing, unexpected = warm.load_state_dict(plain.state_dict(), strict=False)
+    assert set(missing) == attention_of(warm) and not unexpected
+    image = one_labelled_image()
+    with torch.no_grad():
+        instances, expected = (model([image])[0]["instances"] for model in (warm, plain))
+    assert len(instances) > 0
+    assert torch.equal(instances.pred_boxes.tensor, expected.pred_boxes.tensor)
+    assert torch.equal(instances.scores, expected.scores)
+
+
+# --------------------------------------------------------------------------------- for a LazyConfig
+
+
+def lazy_resnet(freeze_at: int = 0, **attention: Any) -> ResNet:
+    stages = ResNet.make_default_stages(18, norm="BN")
+    return build_resnet_with_plugins(
+        triplet_attention=attention or None,
+        stem=BasicStem(norm="BN"),
+        stages=stages,
+        out_features=["res2", "res5"],
+        freeze_at=freeze_at,
+    )
+
+
+def test_resnet_of_a_lazy_config_is_detectron2s_with_attention():
+    resnet = lazy_resnet(stages=["res2", "res4"], kernel_size=3, warm_start=True)
+    assert type(resnet) is ResNet and set(resnet.output_shape()) == {"res2", "res5"}
+    found = {n: m for n, m in resnet.named_modules() if isinstance(m, TripletAttention)}
+    expected = [f"{s}.{i}.triplet_attention" for s in ("res2", "res4") for i in (0, 1)]
+    assert list(found) == expected
+    assert all(m.kernel_size == 3 and m.alpha is not None for m in found.values())
+
+
+@pytest.mark.parametrize("attention", [{}, {"stages": []}, {"kernel_size": 3}])
+def test_resnet_of_a_lazy_config_without_stages_is_plain(attention):
+    assert not any(isinstance(m, TripletAttention) for m in lazy_resnet(**attention).modules())
+
+
+def test_unknown_stage_in_a_lazy_config_is_named_with_those_that_exist():
+    with pytest.raises(ValueError) as error:
+        lazy_resnet(stages=["res3", "res6"])
+    assert str(error.value) == (
+        "triplet_attention.stages: unknown stage 'res6'; this ResNet has res2, res3, res4, res5"
+    )
+
+
+def test_wrong_argument_in_a_lazy_config_is_named():
+    with pytest.raises(TypeError, match="'kernal_size'"):
+        lazy_resnet(stages=["res3"], kernal_size=3)
+    with pytest.raises(ValueError, match="kernel_size must be a positive odd number.*got 4"):
+        lazy_resnet(stages=["res3"], kernel_size=4)
+    with pytest.raises(ValueError, match="norm must be one of BN, SyncBN, FrozenBN, got 'GN'"):
+        lazy_resnet(stages=["res3"], norm="GN")
+
+
+def test_frozen_stage_of_a_lazy_config_freezes_its_attention_and_warns(caplog):
+    with caplog.at_level(logging.WARNING, logger="d2_plugins.backbone"):
+        resnet = lazy_resnet(freeze_at=2, stages=["res2", "res3"])
+    assert not any(p.requires_grad for p in resnet.res2.parameters())
+    assert all(p.requires_grad for p in resnet.res3.parameters())
+    (record,) = caplog.records
+    assert record.getMessage().startswith("res2 is frozen")
+    assert "freeze_at and triplet_attention.stages" in record.getMessage()
+
+
 # -------------------------------------------------------------------------------------- checkpoints
 
 SECOND_SPELLING = {
@@ -426,8 +572,10 @@ def test_published_detection_checkpoint_loads_whole(resnet_cfg, tmp_path, freeze
         torch.testing.assert_close(feature, expected[name])
 
 
-@pytest.mark.parametrize("file", ["model.pth", "R-50.pkl"])
-def test_plain_checkpoint_lacks_the_attention_only(resnet_cfg, tmp_path, file):
+@DEPTHS
+@pytest.mark.parametrize("file", ["model.pth", "R.pkl"])
+def test_plain_checkpoint_lacks_the_attention_only(resnet_cfg, tmp_path, file, depth):
+    set_depth(resnet_cfg, depth)
     plain = build_backbone(without_plugins(resnet_cfg)).eval()
     randomize(plain)
     state = plain.state_dict()
@@ -441,6 +589,40 @@ def test_plain_checkpoint_lacks_the_attention_only(resnet_cfg, tmp_path, file):
     resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = True
     warm = build_backbone(resnet_cfg).eval()
     missing, unexpected = load_checkpoint(warm, path)
+    assert set(missing) == attention_of(warm)
+    assert not unexpected
+    x = torch.randn(1, 3, 32, 32)
+    for name, feature in warm(x).items():
+        assert torch.equal(feature, plain(x)[name]), name
+
+
+def in_caffe2_spelling(name: str) -> str:
+    if name.startswith("stem."):
+        name = name.removeprefix("stem.").replace("conv1.norm", "res_conv1.norm")
+    else:
+        for ours, theirs in (("shortcut", "1"), ("conv1", "2a"), ("conv2", "2b"), ("conv3", "2c")):
+            name = name.replace(ours, f"branch{theirs}")
+    name = name.replace("norm.weight", "bn_s").replace("norm.bias", "bn_b")
+    return name.replace("weight", "w").replace(".", "_")
+
+
+@DEPTHS
+def test_warm_start_keeps_the_features_of_a_caffe2_checkpoint(resnet_cfg, tmp_path, depth):
+    # What Detectron2's own configs start from, MSRA/R-50.pkl: scales and shifts, no statistics.
+    set_depth(resnet_cfg, depth)
+    resnet_cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = True
+    plain = build_backbone(without_plugins(resnet_cfg)).eval()
+    for name, tensor in plain.state_dict().items():
+        if name.endswith(("norm.weight", "norm.bias")):
+            tensor.uniform_(0.5, 1.5)
+    state = plain.state_dict().items()
+    content = {in_caffe2_spelling(k): v.numpy() for k, v in state if ".running_" not in k}
+    assert {"conv1_w", "res_conv1_bn_s", "res5_1_branch2b_bn_b"} < content.keys()
+    (tmp_path / "R.pkl").write_bytes(pickle.dumps(content))
+    assert load_checkpoint(plain, tmp_path / "R.pkl") == ([], [])
+    warm = build_backbone(resnet_cfg).eval()
+    missing, unexpected = load_checkpoint(warm, tmp_path / "R.pkl")
     assert set(missing) == attention_of(warm)
     assert not unexpected
     x = torch.randn(1, 3, 32, 32)
@@ -630,6 +812,20 @@ def test_wrong_kernel_size_is_named(resnet_cfg, kernel_size):
     message = error_of(resnet_cfg)
     assert message.startswith("MODEL.RESNETS.TRIPLET_ATTENTION.KERNEL_SIZE: ")
     assert "positive odd number" in message and message.endswith(f"got {kernel_size}")
+
+
+@pytest.mark.parametrize("norm", ["GN", "bn", ""])
+def test_wrong_norm_is_named(resnet_cfg, norm):
+    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.NORM = norm
+    assert error_of(resnet_cfg) == (
+        "MODEL.RESNETS.TRIPLET_ATTENTION.NORM: "
+        f"norm must be one of BN, SyncBN, FrozenBN, got {norm!r}"
+    )
+
+
+def test_the_hint_is_for_the_roi_head_that_has_res5(c4_cfg):
+    c4_cfg.MODEL.ROI_HEADS.NAME = "StandardROIHeads"
+    assert error_of(c4_cfg).endswith("MODEL.RESNETS.OUT_FEATURES ['res4'] has res2, res3, res4")
 
 
 def test_no_stages_is_the_plain_backbone(resnet_cfg):

@@ -16,17 +16,30 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent.parent
 # On the CPU also where there is a GPU, whose kernels add up in an order that varies: the tests
 # compare weights bit by bit.
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {
+    **os.environ,
+    "CUDA_VISIBLE_DEVICES": "",
+    "PYTHONPATH": str(Path(__file__).parent),  # of what the tests add to a tool
+}
 Run = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="session")
 def run_tool() -> Run:
-    """Runs ``python tools/<tool> arguments…`` and gives what it printed; fails if it fails."""
+    """Runs ``python tools/<tool> arguments…`` and gives what it printed; fails if it fails.
 
-    def run(tool: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    With ``processes`` it is torchrun that starts the tool.
+    """
+
+    def run(
+        tool: str, *arguments: object, check: bool = True, processes: int = 0
+    ) -> subprocess.CompletedProcess:
+        line = command(tool, arguments)
+        if processes:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+            line = [sys.executable, *torchrun, str(processes), *line[1:]]
         result = subprocess.run(
-            command(tool, arguments),
+            line,
             capture_output=True,
             text=True,
             cwd=ROOT,

@@ -9,33 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmdet_sample import CONFIG, options, results, scalars
 
 import mm_plugins  # noqa: F401  # lets torch.load read mmengine's checkpoints
-
-CONFIG = Path(__file__).parent / "faster-rcnn_r50-triplet_fpn_coco-sample.py"
-
-
-def options(sample: Path, output: Path, *more: str) -> list[str]:
-    """What points the config to the sample, and the results to the output folder."""
-    json_file = sample / "annotations" / "instances_val2017.json"
-    loaders = [
-        f"{part}_dataloader.dataset.data_root={sample}/" for part in ("train", "val", "test")
-    ]
-    evaluators = [
-        f"{part}_evaluator.{key}={value}"
-        for part in ("val", "test")
-        for key, value in (("ann_file", json_file), ("outfile_prefix", output / "results"))
-    ]
-    return ["--work-dir", str(output), "--cfg-options", *loaders, *evaluators, *more]
-
-
-def results(output: Path) -> list[dict]:
-    return json.loads((output / "results.bbox.json").read_text())
-
-
-def scalars(output: Path) -> list[dict]:
-    file = next(output.glob("*/vis_data/scalars.json"))
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,160 @@
+"""The checkpoints that triplet attention's authors published evaluate without any conversion.
+
+They cannot be downloaded here, so the tests write such files: the shipped configs' detectors with
+random weights, under the names and with the rest of what the authors' frameworks saved in 2020.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import get_cfg
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2_sample import CONFIG as FASTER_RCNN
+from detectron2_sample import register
+from detectron2_sample import results as detectron2_results
+from mmdet.apis import init_detector
+from mmdet_sample import ONE_STAGE, options, results
+from torch import Tensor, nn
+
+from d2_plugins import add_plugin_config, merge_config
+from plugin_core import TripletAttention
+
+ROOT = Path(__file__).resolve().parents[2]
+SPELLING = {
+    "triplet_attention.cw.conv.": "triplet_attention.ChannelGateH.spatial.",
+    "triplet_attention.hc.conv.": "triplet_attention.ChannelGateW.spatial.",
+    "triplet_attention.hw.conv.": "triplet_attention.SpatialGate.spatial.",
+}
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Give norms and gates values as training does; ``alpha`` is 1, which is the published gate."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm2d)):
+                module.weight.uniform_(0.1, 0.9)
+                module.bias.uniform_(-0.5, 0.5)
+                module.running_mean.uniform_(-0.5, 0.5)
+                module.running_var.uniform_(0.5, 1.5)
+            elif isinstance(module, TripletAttention):
+                module.alpha.fill_(1)
+    return model.eval()
+
+
+def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict under the authors' names."""
+    renamed = {}
+    for name, value in state.items():
+        if name.endswith("triplet_attention.alpha"):
+            continue
+        for ours, theirs in SPELLING.items():
+            name = name.replace(ours, theirs)
+        renamed[name] = value
+    return renamed
+
+
+# --------------------------------------------------------------------------------------- Detectron2
+
+
+def detectron2_detector(config: str, *changes: str) -> nn.Module:
+    cfg = get_cfg()
+    add_plugin_config(cfg)
+    merge_config(cfg, str(ROOT / config), ["MODEL.DEVICE", "cpu", *changes])
+    return randomize(build_model(cfg))
+
+
+def save_as_in_2020(model: nn.Module, path: Path) -> None:
+    """Write what the authors' script left, in the format of PyTorch before 1.6."""
+    # Buffers that Detectron2 no longer saves: the anchors, and how pixels are normalized.
+    state = published({**dict(model.named_buffers()), **model.state_dict()})
+    gate = "backbone.bottom_up.res2.0.triplet_attention.ChannelGateH.spatial"
+    assert {f"{gate}.conv.weight", f"{gate}.bn.running_var"} < state.keys()
+    assert state["pixel_mean"].shape == (3, 1, 1)
+    assert any(name.endswith("anchor_generator.cell_anchors.0") for name in state)
+    momentum = {"momentum_buffer": torch.zeros(3)}
+    content = {
+        "model": state,
+        "optimizer": {"state": {0: momentum}, "param_groups": [{"lr": 2e-4, "params": [0]}]},
+        "scheduler": {"milestones": (60000, 80000), "base_lrs": [0.02], "last_epoch": 90000},
+        "iteration": 89999,
+    }
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FASTER_RCNN,
+        "configs/d2/COCO-Detection/retinanet_R_50_triplet_FPN_1x.yaml",
+        "configs/d2/COCO-InstanceSegmentation/mask_rcnn_R_50_triplet_FPN_1x.yaml",
+        "configs/d2/COCO-Keypoints/keypoint_rcnn_R_50_triplet_FPN_1x.yaml",
+    ],
+    ids=["faster-rcnn", "retinanet", "mask-rcnn", "keypoint-rcnn"],
+)
+def test_every_tensor_of_a_detectron2_checkpoint_is_loaded(config, tmp_path):
+    # The authors froze res2, whose norms then count no batches.
+    source = detectron2_detector(config, "MODEL.BACKBONE.FREEZE_AT", "2")
+    save_as_in_2020(source, tmp_path / "model.pth")
+    target = detectron2_detector(config)
+    checkpointer = DetectionCheckpointer(target)
+    names = checkpointer._load_model(checkpointer._load_file(str(tmp_path / "model.pth")))
+    assert names.missing_keys == []
+    assert sorted(names.unexpected_keys) == ["pixel_mean", "pixel_std"]  # the config's are used
+    loaded = target.state_dict()
+    saved = source.state_dict()
+    assert sum(name.endswith("triplet_attention.alpha") for name in saved) == 16
+    assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+
+
+def test_detectron2_evaluates_a_published_checkpoint_as_one_of_ours(
+    coco_sample, run_tool, tmp_path
+):
+    model = detectron2_detector(FASTER_RCNN)
+    save_as_in_2020(model, tmp_path / "published.pth")
+    torch.save({"model": model.state_dict()}, tmp_path / "ours.pth")
+    settings = {
+        "DATASETS.TEST": "('sample_val',)",
+        "DATALOADER.NUM_WORKERS": "0",
+        "INPUT.MIN_SIZE_TEST": "96",
+        "MODEL.RPN.POST_NMS_TOPK_TEST": "50",
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": "0.0",
+        "TEST.DETECTIONS_PER_IMAGE": "5",
+    }
+    pairs = [word for pair in settings.items() for word in pair]
+    line = ["--config-file", FASTER_RCNN, *register(coco_sample), "--eval-only", *pairs]
+    for name in ("published", "ours"):
+        files = ["MODEL.WEIGHTS", tmp_path / f"{name}.pth", "OUTPUT_DIR", tmp_path / name]
+        printed = run_tool("train_net.py", *line, *files).stdout
+        assert f"Loading from {tmp_path / name}.pth" in printed
+        assert "not found in the checkpoint" not in printed
+        assert "triplet_attention." not in printed  # the name of a parameter that was not used
+    assert detectron2_results(tmp_path / "published") == detectron2_results(tmp_path / "ours") != []
+
+
+# -------------------------------------------------------------------------------------- MMDetection
+
+
+def test_mmdetection_evaluates_a_published_checkpoint_as_one_of_ours(
+    coco_sample, run_tool, tmp_path
+):
+    config = "configs/mm/triplet_attention/retinanet_r50-triplet_fpn_1x_coco.py"
+    state = randomize(init_detector(ROOT / config, device="cpu")).state_dict()
+    assert sum(name.endswith("triplet_attention.alpha") for name in state) == 16
+    torch.save({"state_dict": state}, tmp_path / "ours.pth")
+    gate = "backbone.layer1.0.triplet_attention.ChannelGateH.spatial"
+    assert {f"{gate}.conv.weight", f"{gate}.bn.running_var"} < published(state).keys()
+    meta = {"mmdet_version": "2.3.0", "epoch": 12, "iter": 87960, "CLASSES": ("person", "car")}
+    content = {"meta": meta, "state_dict": published(state)}
+    torch.save(content, tmp_path / "published.pth", _use_new_zipfile_serialization=False)
+    tiny = "test_dataloader.dataset.pipeline.1.scale=(160,96)"
+    for name in ("published", "ours"):
+        settings = options(coco_sample, tmp_path / name, tiny, model=ONE_STAGE)
+        printed = run_tool("test_mmdet.py", config, tmp_path / f"{name}.pth", *settings).stdout
+        assert f"Load checkpoint from {tmp_path / name}.pth" in printed
+        assert "do not match exactly" not in printed
+    assert results(tmp_path / "published") == results(tmp_path / "ours") != []
