@@ -20,7 +20,7 @@ SMALL = {
     "INPUT.MIN_SIZE_TRAIN": "(160,)",
     "INPUT.MIN_SIZE_TEST": "160",
     "SOLVER.IMS_PER_BATCH": "2",
-    "SOLVER.BASE_LR": "0.005",
+    "SOLVER.BASE_LR": "0.001",
     "SOLVER.WARMUP_ITERS": "20",
     "SOLVER.MAX_ITER": "20",
     "SOLVER.STEPS": "()",

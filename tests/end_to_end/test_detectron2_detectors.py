@@ -10,7 +10,12 @@ from detectron2_sample import arguments, metrics, register
 
 BOXES = "AP,AP50,AP75,APs,APm,APl"
 KEYPOINTS = "AP,AP50,AP75,APm,APl"
-FEW = {"SOLVER.MAX_ITER": "6", "SOLVER.CHECKPOINT_PERIOD": "100"}
+FEW = {
+    "SOLVER.MAX_ITER": "3",
+    "SOLVER.CHECKPOINT_PERIOD": "100",
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": "16",
+    "TEST.DETECTIONS_PER_IMAGE": "10",
+}
 
 
 @pytest.mark.parametrize(
@@ -70,8 +75,9 @@ def lazy_arguments(sample, output, *flags: str, **options: object) -> list[str]:
         "model.backbone.bottom_up.stages.norm": "BN",
         "model.proposal_generator.pre_nms_topk": "[300,300]",
         "model.proposal_generator.post_nms_topk": "[200,100]",
-        "model.roi_heads.batch_size_per_image": 64,
+        "model.roi_heads.batch_size_per_image": 16,
         "model.roi_heads.box_predictor.test_score_thresh": 0.0,
+        "model.roi_heads.box_predictor.test_topk_per_image": 10,
         "optimizer.lr": 0.0005,
         "dataloader.train.dataset.names": "sample_train",
         "dataloader.test.dataset.names": "sample_val",

@@ -1,0 +1,43 @@
+"""configs/README.md names every config, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+DEMO = ("Synthetic-Detection", "synthetic")
+
+
+def test_every_config_has_a_row_with_its_command():
+    files = [p for p in (ROOT / "configs").rglob("*") if p.suffix in (".py", ".yaml")]
+    paths = {str(p.relative_to(ROOT)) for p in files if p.parent.name not in DEMO}
+    commands = re.findall(r"`(tools/\w+\.py) (?:--config-file )?(configs/\S+)`", TEXT)
+    assert {path for _, path in commands} == paths
+    assert len(commands) == len(paths)
+    for tool, path in commands:
+        assert (ROOT / tool).is_file()
+        framework = "train_mmdet" if path.startswith("configs/mm") else "train_net"
+        assert framework in tool and ("lazyconfig" in tool) == path.startswith("configs/d2/") * (
+            path.endswith(".py")
+        )
+
+
+def test_published_numbers_are_the_authors():
+    file = ROOT.parent / "shared" / "published_results.json"
+    if not file.is_file():
+        pytest.skip(f"no published results in {file}")
+    published = [
+        (row["detector"], row["task"].removesuffix("s"), row["AP"])
+        for row in json.loads(file.read_text())["detection"]
+        if row["method"] == "triplet attention k=7"
+    ]
+    rows = re.findall(r"\| ([\w -]+?) R50-FPN \|(?:[^|]*\|){4} ([^|]*\d)\s*\|", TEXT)
+    cited = [
+        (detector, *part.split()) for detector, numbers in rows for part in numbers.split(", ")
+    ]
+    assert sorted((d, t, float(ap)) for d, t, ap in cited) == sorted(published)
