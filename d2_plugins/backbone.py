@@ -7,7 +7,7 @@ The builders call Detectron2's own and then insert the modules, so that every se
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -30,7 +30,7 @@ from plugin_core import TripletAttention
 logger = logging.getLogger(__name__)
 
 _DEPTHS = (18, 34, 50, 101, 152)
-_STAGES = ("res2", "res3", "res4", "res5")
+RESNET_STAGES = ("res2", "res3", "res4", "res5")
 
 
 @BACKBONE_REGISTRY.register()
@@ -81,15 +81,40 @@ def build_resnet_with_plugins(
     """
     model = ResNet(**resnet)
     if triplet_attention is not None:
+        check_triplet_attention(triplet_attention, model.stage_names)
         arguments = dict(triplet_attention)
         for name in arguments.pop("stages", ()):
-            if name not in model.stage_names:
-                raise ValueError(
-                    f"triplet_attention.stages: unknown stage {name!r}; this ResNet has "
-                    f"{', '.join(model.stage_names)}"
-                )
             insert_triplet_attention(getattr(model, name), name, **arguments)
     return model
+
+
+def check_triplet_attention(node: Mapping[str, Any], stage_names: Sequence[str]) -> None:
+    """Check what a LazyConfig says of triplet attention.
+
+    Args:
+        node: ``stages`` and arguments of :class:`plugin_core.TripletAttention`.
+        stage_names: that the ResNet may have.
+
+    Raises:
+        ValueError: if a stage does not exist or an argument of the attention is wrong.
+        TypeError: if the attention has no such argument.
+    """
+    arguments = dict(node)
+    stages = arguments.pop("stages", ())
+    if isinstance(stages, str) or not isinstance(stages, Iterable):
+        raise ValueError(
+            f"triplet_attention.stages: expected a list such as ['res4', 'res5'], got {stages!r}"
+        )
+    for name in stages:
+        if name not in stage_names:
+            raise ValueError(
+                f"triplet_attention.stages: unknown stage {name!r}; this ResNet has "
+                f"{', '.join(stage_names)}"
+            )
+    try:
+        TripletAttention(**arguments)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"triplet_attention: {error}") from error
 
 
 def insert_triplet_attention(
@@ -181,8 +206,8 @@ def check_resnet_plugins(cfg: CfgNode) -> None:
         )
     out_features = cfg.MODEL.RESNETS.OUT_FEATURES
     # Detectron2 builds the stages up to the last one that is asked for.
-    last = max((_STAGES.index(f) for f in out_features if f in _STAGES), default=-1)
-    built = list(_STAGES[: last + 1])
+    last = max((RESNET_STAGES.index(f) for f in out_features if f in RESNET_STAGES), default=-1)
+    built = list(RESNET_STAGES[: last + 1])
     has_roi_heads = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     roi_heads = cfg.MODEL.ROI_HEADS.NAME if has_roi_heads else None
     if roi_heads == "Res5PluginROIHeads":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from detectron2.engine import default_argument_parser, launch
 
+from d2_plugins.config import find_config_file
 from d2_plugins.data import register_coco
 
 logger = logging.getLogger("detectron2.plugins")
@@ -32,11 +33,14 @@ def parse_args(description: str) -> argparse.Namespace:
 
 
 def apply_arguments(args: argparse.Namespace) -> None:
-    """Register the datasets of the command line, and check the number of processes.
+    """Find the config file, register the datasets, and check the number of processes.
 
     Raises:
-        ValueError: if a dataset cannot be registered, or there are fewer GPUs than asked for.
+        ValueError: if there is no such file, a dataset cannot be registered, or there are fewer
+            GPUs than asked for.
     """
+    if args.config_file:
+        args.config_file = find_config_file(args.config_file)  # Detectron2 opens it once more
     gpus = torch.cuda.device_count()
     # Without any, the processes share the CPU.
     if gpus and args.num_gpus > gpus:
@@ -73,7 +77,7 @@ def run(
         cfg = setup(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if args.num_gpus * args.num_machines == 1:
+    if args.num_gpus * args.num_machines <= 1:
         main(args, cfg)
         return
     launch(

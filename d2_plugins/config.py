@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 # What Detectron2 reads although its own configs do not set it
-_OPTIONAL_LAZY_KEYS = ("train.seed", "train.cudnn_benchmark")
+_OPTIONAL_LAZY_KEYS = ("train.seed", "train.cudnn_benchmark", "train.float32_precision")
 
 
 def add_plugin_config(cfg: CN) -> None:
@@ -80,6 +80,18 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
             raise ValueError(f"the command line: there is no config key {key}") from error
 
 
+def find_config_file(config_file: str) -> str:
+    """Path of a config file, which may be ``model_zoo://`` and the name of one of Detectron2's.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    try:
+        return _path_of(config_file)
+    except FileNotFoundError as error:
+        raise ValueError(f"config file {config_file!r}: {error}") from error
+
+
 def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Load a LazyConfig and apply command-line overrides.
 
@@ -93,16 +105,14 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
         ValueError: if the file is missing or does not load, an override cannot be read, or it sets
             a key that nothing reads (it names the likely one).
     """
-    try:
-        path = _path_of(config_file)
-    except FileNotFoundError as error:
-        raise ValueError(str(error)) from error
+    path = find_config_file(config_file)
     try:
         cfg = LazyConfig.load(path)
     except Exception as error:  # whatever the code in it raises
         raise ValueError(f"config file {config_file!r}: {error!r}") from error
     for override in overrides:
-        _check_lazy_key(cfg, override.partition("=")[0].lstrip("+"))
+        if not override.startswith("+"):  # which is to add a key
+            _check_lazy_key(cfg, override.partition("=")[0])
         try:
             LazyConfig.apply_overrides(cfg, [override])
         except (HydraException, OmegaConfBaseException, KeyError, NotImplementedError) as error:

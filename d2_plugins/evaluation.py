@@ -37,28 +37,30 @@ def build_evaluator(
         ValueError: if the dataset's ``evaluator_type`` is missing or unknown.
     """
     output_dir = output_dir or os.path.join(cfg.OUTPUT_DIR, "inference")
+    kind = check_evaluator(dataset_name)
+    if kind in _WITHOUT_OUTPUT:
+        return _WITHOUT_OUTPUT[kind](dataset_name)
     coco = partial(COCOEvaluator, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
-    builders: dict[str, tuple[Callable[..., DatasetEvaluator], ...]] = {
-        "coco": (coco,),
-        "coco_panoptic_seg": (SemSegEvaluator, coco, COCOPanopticEvaluator),
-        "sem_seg": (SemSegEvaluator,),
-        "lvis": (_NumpyLVISEvaluator,),
-    }
-    without_output: dict[str, type[DatasetEvaluator]] = {
-        "pascal_voc": PascalVOCDetectionEvaluator,
-        "cityscapes_instance": CityscapesInstanceEvaluator,
-        "cityscapes_sem_seg": CityscapesSemSegEvaluator,
-    }
+    evaluators = [
+        (coco if build is COCOEvaluator else build)(dataset_name, output_dir=output_dir)
+        for build in _WITH_OUTPUT[kind]
+    ]
+    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+
+
+def check_evaluator(dataset_name: str) -> str:
+    """The ``evaluator_type`` of a registered dataset.
+
+    Raises:
+        ValueError: if it is missing or unknown.
+    """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
-    if kind in without_output:
-        return without_output[kind](dataset_name)
-    if kind not in builders:
+    if kind not in _WITH_OUTPUT and kind not in _WITHOUT_OUTPUT:
         raise ValueError(
             f"dataset {dataset_name!r}: no evaluator for evaluator_type {kind!r} of its metadata; "
-            f"there are {', '.join(sorted([*builders, *without_output]))}"
+            f"there are {', '.join(sorted([*_WITH_OUTPUT, *_WITHOUT_OUTPUT]))}"
         )
-    evaluators = [build(dataset_name, output_dir=output_dir) for build in builders[kind]]
-    return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
+    return kind
 
 
 class _NumpyLVISEvaluator(LVISEvaluator):
@@ -72,3 +74,16 @@ class _NumpyLVISEvaluator(LVISEvaluator):
             return super().evaluate()
         finally:
             del np.float  # type: ignore[attr-defined]
+
+
+_WITH_OUTPUT: dict[str, tuple[Callable[..., DatasetEvaluator], ...]] = {
+    "coco": (COCOEvaluator,),
+    "coco_panoptic_seg": (SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator),
+    "sem_seg": (SemSegEvaluator,),
+    "lvis": (_NumpyLVISEvaluator,),
+}
+_WITHOUT_OUTPUT: dict[str, type[DatasetEvaluator]] = {
+    "pascal_voc": PascalVOCDetectionEvaluator,
+    "cityscapes_instance": CityscapesInstanceEvaluator,
+    "cityscapes_sem_seg": CityscapesSemSegEvaluator,
+}

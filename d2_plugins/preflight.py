@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import mmap
 import os
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from omegaconf import DictConfig, OmegaConf
 
-from d2_plugins.backbone import check_resnet_plugins
+from d2_plugins.backbone import RESNET_STAGES, check_resnet_plugins, check_triplet_attention
+from d2_plugins.evaluation import check_evaluator
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint
 
 # Detectron2's builders of ResNets, and the same with plugins
@@ -20,6 +23,12 @@ _WITH_PLUGINS = {
     "build_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_plugin_fpn_backbone",
 }
 
+# Folders that a dataset's metadata may name
+_FOLDERS = {
+    "image_root": "image",
+    "panoptic_root": "panoptic annotations'",
+    "sem_seg_root": "semantic annotations'",
+}
 # What Detectron2 needs besides itself for some datasets, and would miss only when it evaluates
 _PACKAGES = {
     "lvis": ("lvis", "pip install lvis"),
@@ -71,7 +80,8 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
         if names is not None:  # else a loader of another kind
             names = (names,) if isinstance(names, str) else tuple(names)
             _check_datasets(key, names, train=split == "train")
-    weights = cfg.train.init_checkpoint
+    _check_lazy_attention(cfg)
+    weights = cfg.train.init_checkpoint.partition("?")[0]
     resumed = resume and os.path.isfile(os.path.join(cfg.train.output_dir, "last_checkpoint"))
     if eval_only and not weights:
         raise ValueError("train.init_checkpoint: --eval-only needs the checkpoint to evaluate")
@@ -83,6 +93,17 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
         check_resnet_checkpoint(weights, depth, "train.init_checkpoint", depth_key)
     elif not os.path.isfile(weights):
         raise ValueError(f"train.init_checkpoint: there is no checkpoint {weights!r}")
+    _check_spelling(weights, "train.init_checkpoint")
+
+
+def _check_lazy_attention(cfg: DictConfig) -> None:
+    node: Any = OmegaConf.select(cfg, "model.backbone.bottom_up.triplet_attention")
+    if node is None:
+        return
+    try:
+        check_triplet_attention(node, RESNET_STAGES)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.backbone.bottom_up.{error}") from error
 
 
 def _check_backbone(cfg: CfgNode) -> None:
@@ -117,7 +138,7 @@ def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -
             package, install = _PACKAGES[kind]
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"{setting} {name!r}: it needs the package {package}: {install}")
-        json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
+        json_file = metadata.get("json_file")
         root = os.environ.get("DETECTRON2_DATASETS", "datasets")
         where = f"{setting} {name!r}"
         if str(json_file).startswith(os.path.join(root, "")):
@@ -125,8 +146,15 @@ def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -
         if json_file and kind in ("coco", "coco_panoptic_seg"):
             needs_annotations = train and len(names) == 1
             check_coco_json(json_file, where, needs_annotations=needs_annotations)
-        if image_root and not os.path.isdir(image_root):
-            raise ValueError(f"{where}: there is no image folder {image_root!r}")
+        for key, what in _FOLDERS.items():
+            folder = metadata.get(key)
+            if folder and not os.path.isdir(folder):
+                raise ValueError(f"{where}: there is no {what} folder {folder!r}")
+        if not train:
+            try:
+                check_evaluator(name)
+            except ValueError as error:
+                raise ValueError(f"{setting}: {error}") from error
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
@@ -141,3 +169,19 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
         )
     elif not os.path.isfile(weights):
         raise ValueError(f"MODEL.WEIGHTS: there is no checkpoint {weights!r}")
+    _check_spelling(weights, "MODEL.WEIGHTS")
+
+
+def _check_spelling(weights: str, setting: str) -> None:
+    """Check that Detectron2 will find the attention in a file whose names it guesses.
+
+    It matches names by their ends there, before the attention can tell its second spelling.
+    """
+    with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        guessed = data.find(b"matching_heuristics") >= 0
+        if guessed and data.find(b".ChannelGateH.") >= 0:
+            raise ValueError(
+                f"{setting}: {weights!r} spells its attention ChannelGateH…, which Detectron2 does "
+                "not find in a file with matching_heuristics; convert it: "
+                f"tools/convert_checkpoint.py {weights} converted.pth --to d2"
+            )

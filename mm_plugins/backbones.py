@@ -97,6 +97,9 @@ class PluginMobileNetV2(MobileNetV2):
             for index, wanted in enumerate(stages, start=1):
                 for block in getattr(self, f"layer{index}") if wanted else ():
                     _insert_after_linear_conv(block, plugin["cfg"])
+        # As ResNet does. MobileNetV2 freezes when the training starts, which is after a distributed
+        # one has been told to wait for these parameters' gradients.
+        self._freeze_stages()
 
 
 def _insert_after_linear_conv(block: InvertedResidual, cfg: dict) -> None:

@@ -27,7 +27,8 @@ class TripletAttention(plugin_core.TripletAttention):
         norm_cfg: of the gates' norms: ``type`` "BN" or "SyncBN", and ``requires_grad``, which is
             False for a scale and shift that do not train.
         norm_eval: use the running statistics in training too. The backbone's ``norm_eval`` is for
-            its own, pretrained norms: fresh gates would never gather statistics.
+            its own, pretrained norms: fresh gates would never gather statistics. To freeze the
+            gates' norms set this one: ``eval()`` on a norm alone does not last.
 
     Raises:
         ValueError: if ``kernel_size`` or ``norm_cfg`` is wrong.

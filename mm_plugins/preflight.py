@@ -186,6 +186,7 @@ def _check_arguments(kind: type, arguments: Iterable[str], setting: str) -> None
 def _check_weights(path: str, setting: str, backbone: ConfigDict, backbone_setting: str) -> None:
     if "://" in path:
         return
+    path = os.path.expanduser(path)  # as mmengine does
     if "depth" in backbone:
         depth_setting = f"{backbone_setting}.depth"
         check_resnet_checkpoint(path, backbone["depth"], setting, depth_setting)

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import mmdet
 import torch
@@ -47,6 +48,9 @@ def run(name: str) -> None:
         sys.exit(f"error: this MMDetection has no {path}; install it with pip or mim")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")  # mpirun's, which MMDetection ignores
+    if local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", local_rank)
     args = script.parse_args()
     try:
         if not Path(args.config).is_file():
@@ -59,7 +63,8 @@ def run(name: str) -> None:
         check_config(cfg, train=name == "train", resumes=resumes)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if not resumes and os.environ.get("RANK", "0") == "0":
+    ranks = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    if not resumes and all(os.environ.get(rank, "0") == "0" for rank in ranks):
         for text in find_mismatches(cfg):
             print(f"warning: {text}", file=sys.stderr, flush=True)
     if args.launcher == "pytorch" and not torch.cuda.is_available():
@@ -71,13 +76,13 @@ def _distribute_over_cpus(cfg: Config) -> None:
     """Make torchrun's processes train together on the CPU, which mmengine takes for GPUs'."""
     # mmengine keeps a process group that it finds, and lets a config say how a model is wrapped.
     distributed.init_process_group("gloo")
-    wrapper = {
-        "type": "MMDistributedDataParallel",
-        "find_unused_parameters": cfg.get("find_unused_parameters", False),
-        "broadcast_buffers": False,
-        **(cfg.get("model_wrapper_cfg") or {}),
-        "device_ids": None,
-    }
+    wrapper: dict[str, Any] = {"device_ids": None}
+    if not cfg.get("model_wrapper_cfg"):  # what mmengine does by itself
+        wrapper |= {
+            "type": "MMDistributedDataParallel",
+            "find_unused_parameters": cfg.get("find_unused_parameters", False),
+            "broadcast_buffers": False,
+        }
     sys.argv += ["--cfg-options", *(f"model_wrapper_cfg.{k}={v}" for k, v in wrapper.items())]
 
 

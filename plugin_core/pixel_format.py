@@ -5,6 +5,7 @@ Weights work on no others, and a framework does not notice.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -61,8 +62,9 @@ def find_pixel_format(weights: str) -> PixelFormat | None:
     """
     if "://" in weights:
         return next((known for part, known in _CATALOGS.items() if part in weights), None)
+    path = os.path.expanduser(weights.partition("?")[0])  # what follows is for Detectron2's loader
     try:
-        return pixel_format_of(read_checkpoint(weights))
+        return pixel_format_of(read_checkpoint(path))
     except ValueError:
         return None
 
@@ -139,8 +141,8 @@ def explain_mismatch(
     """
     right, wrong = settings(wanted), settings(used)
     return [
-        f"{wrong[field][0]} is {wrong[field][1]!r}, but the weights {weights!r} were trained with "
-        f"{right[field][1]!r}: the results will be worse"
+        f"{wrong[field][0]} is {wrong[field][1]!r}, but the weights {weights!r} look like ones "
+        f"that want {right[field][1]!r}; a wrong value makes results worse without an error"
         for field in describe_mismatch(wanted, used)
     ]
 

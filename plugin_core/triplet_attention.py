@@ -53,6 +53,7 @@ class TripletAttention(nn.Module):
         norm: of the gates, "BN" as published; "SyncBN", whose statistics are those of the batches
             of all processes of a distributed training, on CPUs too; or "FrozenBN", which always
             uses the running statistics and learns no scale and shift. State dicts are the same.
+            PyTorch's ``convert_sync_batchnorm`` makes any of them a plain SyncBatchNorm.
 
     Shape: (B, C, H, W) → (B, C, H, W), same dtype and memory format; B may be 0.
 
@@ -152,7 +153,7 @@ class _GateNorm(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
-    momentum: float
+    momentum: float | None
 
     def __init__(self, norm: str) -> None:
         super().__init__(1, eps=1e-5, momentum=0.01)
@@ -187,8 +188,9 @@ class _GateNorm(nn.BatchNorm2d):
         with torch.no_grad():
             self.num_batches_tracked += 1
             unbiased = torch.where(few, variance, variance * count / (count - 1).clamp(min=1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
         normalized = (wide - mean) * torch.rsqrt(variance + self.eps)
         return (normalized * self.weight + self.bias).to(x.dtype)
 

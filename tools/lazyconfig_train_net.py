@@ -43,8 +43,10 @@ def main(args: argparse.Namespace, cfg: DictConfig) -> Any:
     default_setup(cfg, args)
     warn(cfg.train.device, find_lazy_mismatches(cfg))
     model = instantiate(cfg.model).to(cfg.train.device)
+    if cfg.train.device == "cpu":
+        cfg.train.ddp.device_ids = None  # of several processes; else they are those of GPUs
     if args.eval_only:
-        model = create_ddp_model(model)
+        model = create_ddp_model(model, **cfg.train.ddp)
         DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
         return evaluate(cfg, model)
     return train(args, cfg, model)

@@ -31,10 +31,10 @@ def test_shipped_lazy_configs_agree_with_their_weights(path):
 def test_each_wrong_setting_is_a_sentence_with_both_values(cfg):
     cfg.MODEL.WEIGHTS = TORCHVISION  # Detectron2's defaults are MSRA's
     order, mean, std, stride = find_mismatches(cfg)
-    assert order.startswith(f"INPUT.FORMAT is 'BGR', but the weights {TORCHVISION!r} were trained")
-    assert "with 'RGB'" in order
+    assert order.startswith(f"INPUT.FORMAT is 'BGR', but the weights {TORCHVISION!r} look like")
+    assert "ones that want 'RGB'" in order
     assert mean.startswith("MODEL.PIXEL_MEAN is [103.53, 116.28, 123.675]")
-    assert "with [123.675, 116.28, 103.53]" in mean
+    assert "want [123.675, 116.28, 103.53]" in mean
     assert std.startswith("MODEL.PIXEL_STD is [1.0, 1.0, 1.0]")
     assert stride.startswith("MODEL.RESNETS.STRIDE_IN_1X1 is True")
 

@@ -466,8 +466,8 @@ def test_config_that_agrees_gets_no_warning_and_one_that_does_not_gets_one_a_set
     assert run(source, out, "d2", "--config", config) == 0
     mean, stride = capsys.readouterr().err.splitlines()
     assert f"{config}: MODEL.PIXEL_MEAN is [103.53, 116.28, 123.675], but the weights" in mean
-    assert "trained with [123.675, 116.28, 103.53]" in mean
-    assert "MODEL.RESNETS.STRIDE_IN_1X1 is True" in stride and "trained with False" in stride
+    assert "that want [123.675, 116.28, 103.53]" in mean
+    assert "MODEL.RESNETS.STRIDE_IN_1X1 is True" in stride and "want False" in stride
 
 
 MM_CONFIG = """
