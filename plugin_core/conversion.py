@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugin_core.preflight import _RESNET_DEPTHS
-from plugin_core.triplet_attention import _PUBLISHED_SPELLING
+from plugin_core.preflight import RESNET_DEPTHS, resnet_depth
+from plugin_core.triplet_attention import PUBLISHED_SPELLING
 
 _ATTENTION = ".triplet_attention."
 _NAME = re.compile(r"(conv[12]|bn1|fc|layer\d\.\d+)\.")
+_BLOCK = re.compile(r"layer\d\.\d+\.")
 _BLOCK_CONVOLUTION = re.compile(r"layer([1-4])\.(\d+)\.conv([123])\.weight")
 # A C4 detector has its last stage in its RoI head: Detectron2's, MMDetection's.
 _STAGE_OF_ROI_HEAD = re.compile(r"(?:roi_heads|roi_head\.shared_head)\.((?:res5|layer4)\..+)")
@@ -129,7 +130,7 @@ def find_backbone(names: Iterable[str]) -> Backbone:
         if elsewhere or name.startswith(prefix):
             relative = elsewhere[1] if elsewhere else name.removeprefix(prefix)
             common = spelling.translate(relative)
-            for published, ours in _PUBLISHED_SPELLING.items():
+            for published, ours in PUBLISHED_SPELLING.items():
                 common = common.replace(f"{_ATTENTION}{published}", f"{_ATTENTION}{ours}")
             if _NAME.match(common):
                 common_names.setdefault(common, name)
@@ -178,6 +179,7 @@ def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Conve
                 "the model's needs warm_start=True too, "
                 "MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START in Detectron2"
             )
+    _check_same_function(from_backbone, to_backbone)
     conversion = Conversion({}, [], [], [], [])
     misfits = []
     for common, name in to_backbone.names.items():
@@ -205,6 +207,34 @@ def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Conve
     return conversion
 
 
+def _check_same_function(source: Backbone, target: Backbone) -> None:
+    """Check that the source's blocks have nothing that the target's do without."""
+    blocks = {match[0] for match in map(_BLOCK.match, target.names) if match}
+    for common, name in source.names.items():
+        block = _BLOCK.match(common)
+        if (
+            block
+            and block[0] in blocks
+            and common not in target.names
+            and not common.endswith(("num_batches_tracked", "momentum"))
+            and _ATTENTION not in common  # a config that leaves it out has decided so
+        ):
+            raise ValueError(
+                f"these weights' blocks have {name}, which the model's have no place for: they are "
+                "another network's"
+            )
+    for common in target.names:
+        module, _, parameter = common.rpartition(".")
+        scale = source.names.get(f"{module}.weight")
+        if parameter != "running_var" or scale is None or common in source.names:
+            continue
+        if not (source.spelling == "Caffe2" and scale.endswith("_bn_s")):
+            raise ValueError(
+                f"these weights' norm of {scale} has no running statistics, as GroupNorm has none; "
+                "the model's BatchNorm needs them"
+            )
+
+
 def _implied(name: str, values: Mapping[str, Tensor]) -> Tensor | None:
     """The value of a parameter that the source does without, if that is known."""
     module, _, parameter = name.rpartition(".")
@@ -226,13 +256,12 @@ def _resnet_depth(names: Iterable[str]) -> int:
         for stage in "1234"
     )
     has_third = any(convolution == "3" for _, _, convolution in convolutions)
-    for (known, known_has_third), depth in _RESNET_DEPTHS.items():
-        # A C4 detector's backbone alone has three stages.
-        if has_third == known_has_third and counts in (known, (*known[:3], 0)):
-            return depth
+    depth = resnet_depth(counts, has_third)
+    if depth is not None:
+        return depth
     raise ValueError(
         f"a ResNet whose stages have {', '.join(map(str, counts))} blocks; there are those of "
-        f"{', '.join(map(str, _RESNET_DEPTHS.values()))} layers"
+        f"{', '.join(map(str, RESNET_DEPTHS))} layers"
     )
 
 

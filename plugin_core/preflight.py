@@ -28,6 +28,7 @@ _RESNET_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
     ((3, 4, 23, 3), True): 101,
     ((3, 8, 36, 3), True): 152,
 }
+RESNET_DEPTHS = tuple(_RESNET_DEPTHS.values())
 
 
 def check_coco_json(path: str, setting: str, *, needs_annotations: bool = False) -> None:
@@ -121,8 +122,18 @@ def find_resnet_depths(path: str) -> set[int]:
         counts = tuple(
             max((b for s, b in found if s == stage), default=-1) + 1 for stage in _STAGES
         )
-        for (known, has_third), depth in _RESNET_DEPTHS.items():
-            # The last stage may stand elsewhere: a C4 detector has it in its RoI head.
-            if has_third == (network in deep) and counts in (known, (*known[:3], 0)):
-                depths.add(depth)
+        depth = resnet_depth(counts, network in deep)
+        if depth is not None:
+            depths.add(depth)
     return depths
+
+
+def resnet_depth(blocks: tuple[int, ...], has_third_convolution: bool) -> int | None:
+    """Depth of the ResNet whose four stages have so many blocks; None if there is none.
+
+    The last stage may have 0: a C4 detector has it in its RoI head.
+    """
+    for (known, has_third), depth in _RESNET_DEPTHS.items():
+        if has_third == has_third_convolution and blocks in (known, (*known[:3], 0)):
+            return depth
+    return None

@@ -25,7 +25,7 @@ from torch import Tensor, distributed, nn
 
 # Checkpoints of the paper exist in two spellings. Ours is the first one, so that what is saved
 # here loads there; the second one, used by the published detectors, is renamed on loading.
-_PUBLISHED_SPELLING = {
+PUBLISHED_SPELLING = {
     "ChannelGateH.spatial.": "cw.conv.",
     "ChannelGateW.spatial.": "hc.conv.",
     "SpatialGate.spatial.": "hw.conv.",
@@ -110,7 +110,7 @@ class TripletAttention(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for published, ours in _PUBLISHED_SPELLING.items():
+        for published, ours in PUBLISHED_SPELLING.items():
             for key in [k for k in state_dict if k.startswith(prefix + published)]:
                 renamed = prefix + ours + key.removeprefix(prefix + published)
                 state_dict[renamed] = state_dict.pop(key)

@@ -26,11 +26,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
-
 from tabulate import tabulate
 
 from plugin_core.analysis import Cost, Report
+from plugin_core.files import replacing
 
 FRAMEWORKS = {"d2_plugins": "Detectron2", "mm_plugins": "MMDetection"}
 # Of a cost: attribute, header, unit and digits
@@ -58,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Both at the same size, or else they could not be compared
         baseline = count(sides[0], args.baseline, report.image_size) if args.baseline else None
         if args.json:
-            write_json(args.json, as_json(args, report, baseline))
+            with replacing(args.json) as file:
+                file.write(json.dumps(as_json(args, report, baseline), indent=2).encode() + b"\n")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     beside = f", baseline {args.baseline}" if args.baseline else ""
@@ -138,15 +138,6 @@ def as_json(args: argparse.Namespace, report: Report, baseline: Report | None) -
         content["baseline"] = {"config": args.baseline, **baseline.as_dict()}
         content["difference"] = asdict(report.total - baseline.total)
     return content
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def describe(report: Report, baseline: Report | None) -> str:

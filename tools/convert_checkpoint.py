@@ -40,6 +40,7 @@ from plugin_core.conversion import (
     convert,
     find_backbone,
 )
+from plugin_core.files import replacing
 from plugin_core.pixel_format import PixelFormat, explain_mismatch, pixel_format_of
 
 FRAMEWORKS = {"d2": "Detectron2", "mm": "MMDetection"}
@@ -263,16 +264,11 @@ def write(
         model = {n: t.numpy() if out.endswith(".pkl") else t for n, t in tensors.items()}
         content = {"model": model, "matching_heuristics": True, "__author__": "detection-plugins"}
         content |= record
-    part = f"{out}.part-{os.getpid()}"
-    try:
-        with open(part, "wb") as file:
-            if out.endswith(".pkl"):
-                pickle.dump(content, file)
-            else:
-                torch.save(content, file)
-        os.replace(part, out)
-    finally:
-        Path(part).unlink(missing_ok=True)
+    with replacing(out) as file:
+        if out.endswith(".pkl"):
+            pickle.dump(content, file)
+        else:
+            torch.save(content, file)
 
 
 if __name__ == "__main__":

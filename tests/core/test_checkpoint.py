@@ -330,13 +330,11 @@ def test_batch_counters_are_nobodys_loss():
         assert conversion.fresh == conversion.unused == []
 
 
-def test_norm_without_statistics_gets_those_that_compute_the_same():
+def test_norm_without_statistics_is_no_batch_norm():
     source = resnet(50)
     del source["bn1.running_mean"], source["bn1.running_var"]
-    conversion = convert(source, resnet(50))
-    assert conversion.implied == ["bn1.running_mean", "bn1.running_var"]
-    mean, variance = (conversion.tensors[name] for name in conversion.implied)
-    assert (mean == 0).all() and torch.allclose((variance + 1e-5).sqrt(), torch.ones(2, 2))
+    with pytest.raises(ValueError, match="norm of bn1.weight has no running statistics"):
+        convert(source, resnet(50))
 
 
 def test_gates_without_alpha_are_the_published_function():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -17,9 +18,10 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from d2_plugins.command_line import parse_args
+from d2_plugins.command_line import parse_args, run
+from d2_plugins.config import load_lazy_config
 from d2_plugins.data import register_coco
-from d2_plugins.preflight import check_config
+from d2_plugins.preflight import check_config, check_lazy_config
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml"
@@ -354,3 +356,119 @@ def test_depth_of_a_builder_of_the_users_own_is_not_judged(good_cfg):
     good_cfg.MODEL.BACKBONE.NAME = "build_my_resnet_backbone"
     good_cfg.MODEL.RESNETS.DEPTH = 26
     check_config(good_cfg, eval_only=False, resume=False)
+
+
+# -------------------------------------------------------------------- datasets that cannot evaluate
+
+
+@pytest.mark.parametrize(
+    ("kind", "package"),
+    [
+        ("lvis", "lvis"),
+        ("coco_panoptic_seg", "panopticapi"),
+        ("cityscapes_instance", "cityscapesscripts"),
+    ],
+)
+def test_package_that_a_dataset_needs_is_asked_for(good_cfg, monkeypatch, kind, package):
+    DatasetCatalog.register("needing_a_package", list)
+    MetadataCatalog.get("needing_a_package").set(evaluator_type=kind)
+    good_cfg.DATASETS.TEST = ("needing_a_package",)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else found(name)
+    )
+    message = error_of(good_cfg)
+    assert f"needs the package {package}: pip install" in message and "DATASETS.TEST" in message
+
+
+def test_dataset_without_an_evaluator_is_found_before_training(good_cfg):
+    DatasetCatalog.register("without_an_evaluator", list)
+    MetadataCatalog.get("without_an_evaluator").set(evaluator_type="depth")
+    good_cfg.DATASETS.TEST = ("without_an_evaluator",)
+    message = error_of(good_cfg)
+    assert message.startswith("DATASETS.TEST: ") and "'depth'" in message
+
+
+def test_missing_folder_of_annotations_is_found(good_cfg, tmp_path):
+    MetadataCatalog.get(good_cfg.DATASETS.TEST[0]).set(sem_seg_root=str(tmp_path / "none"))
+    assert f"no semantic annotations' folder {str(tmp_path / 'none')!r}" in error_of(good_cfg)
+
+
+def test_spelling_that_heuristics_drop_is_refused_with_the_remedy(good_cfg, tmp_path):
+    name = "res2.0.triplet_attention.ChannelGateH.spatial.conv.weight"
+    content = {"model": {name: torch.zeros(1)}, "matching_heuristics": True}
+    torch.save(content, tmp_path / "weights.pth")
+    good_cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    message = error_of(good_cfg)
+    assert "MODEL.WEIGHTS" in message and "tools/convert_checkpoint.py" in message
+    del content["matching_heuristics"]
+    torch.save(content, tmp_path / "weights.pth")
+    check_config(good_cfg, eval_only=False, resume=False)
+
+
+# ------------------------------------------------------------------------------------- LazyConfigs
+
+
+@pytest.fixture
+def lazy_cfg(good_cfg):
+    """A shipped LazyConfig on the datasets of ``good_cfg``."""
+    lazy = load_lazy_config(str(next((ROOT / "configs" / "d2").rglob("mask_rcnn_*.py"))))
+    lazy.dataloader.train.dataset.names = good_cfg.DATASETS.TRAIN[0]
+    lazy.dataloader.test.dataset.names = good_cfg.DATASETS.TEST[0]
+    lazy.train.init_checkpoint = ""
+    return lazy
+
+
+def lazy_error_of(lazy_cfg, **arguments: bool) -> str:
+    with pytest.raises(ValueError) as error:
+        check_lazy_config(lazy_cfg, **{"eval_only": False, "resume": False, **arguments})
+    return str(error.value)
+
+
+def test_good_lazy_config_passes(lazy_cfg):
+    check_lazy_config(lazy_cfg, eval_only=False, resume=False)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("stages", ["res7"], "triplet_attention.stages: unknown stage 'res7'"),
+        ("stages", "res5", "triplet_attention.stages: expected a list"),
+        ("kernel_size", 4, "triplet_attention: kernel_size must be a positive odd number"),
+        ("kernal_size", 7, "unexpected keyword argument 'kernal_size'"),
+    ],
+)
+def test_wrong_attention_of_a_lazy_config_is_named(lazy_cfg, key, value, reason):
+    lazy_cfg.model.backbone.bottom_up.triplet_attention[key] = value
+    message = lazy_error_of(lazy_cfg)
+    assert message.startswith("model.backbone.bottom_up.triplet_attention") and reason in message
+
+
+def test_weights_of_a_lazy_config_are_checked(lazy_cfg, tmp_path):
+    assert "--eval-only" in lazy_error_of(lazy_cfg, eval_only=True)
+    lazy_cfg.train.init_checkpoint = "none.pth"
+    assert "train.init_checkpoint" in lazy_error_of(lazy_cfg)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    lazy_cfg.train.init_checkpoint = f"{tmp_path}/a.pth?matching_heuristics=True"
+    check_lazy_config(lazy_cfg, eval_only=False, resume=False)
+
+
+# ------------------------------------------------------------------------------------ command lines
+
+
+def test_config_of_the_model_zoo_is_found_for_detectron2(train_net, tiny_coco, monkeypatch):
+    name = "model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    line = ["train_net.py", "--config-file", name, "--register-coco", "zoo_set", *tiny_coco]
+    options = ["DATASETS.TRAIN", "('zoo_set',)", "DATASETS.TEST", "('zoo_set',)"]
+    monkeypatch.setattr("sys.argv", [*line, *options, "MODEL.WEIGHTS", ""])
+    args = parse_args("A tool.")
+    train_net.setup(args)
+    assert Path(args.config_file).is_file()
+
+
+@pytest.mark.parametrize("gpus", ["0", "1"])
+def test_one_process_sets_up_once(monkeypatch, gpus):
+    monkeypatch.setattr("sys.argv", ["train_net.py", "--num-gpus", gpus])
+    calls: list[str] = []
+    run(parse_args("A tool."), lambda args: calls.append("setup"), lambda *_: calls.append("main"))
+    assert calls == ["setup", "main"]

@@ -132,6 +132,13 @@ def test_config_trains_a_step_and_evaluates(cfg, path, drawn, tmp_path):
 
 
 @pytest.mark.parametrize("path", LAZY, ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_shipped_lazy_config_trains_all_of_its_attention(path):
+    model = instantiate(load_lazy_config(str(path)).model)
+    parameters = {n: p for n, p in model.named_parameters() if ".triplet_attention." in n}
+    assert parameters and all(p.requires_grad for p in parameters.values())
+
+
+@pytest.mark.parametrize("path", LAZY, ids=lambda p: str(p.relative_to(CONFIGS)))
 def test_lazy_config_trains_a_step_and_evaluates(path, drawn):
     cfg = load_lazy_config(str(path))
     cfg.model.backbone.bottom_up.freeze_at = 0

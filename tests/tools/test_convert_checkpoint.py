@@ -255,15 +255,16 @@ def test_authors_classifier_computes_the_same_features(tmp_path, capsys, to, dep
 
 @needs("detectron2")
 @needs("mmdet")
-def test_there_and_back_again(tmp_path, capsys):
-    net, x = authors_resnet(18), torch.randn(1, 3, 64, 64)
+@pytest.mark.parametrize("depth", [18, 50])
+def test_there_and_back_again(tmp_path, capsys, depth):
+    net, x = authors_resnet(depth), torch.randn(1, 3, 64, 64)
     torch.save(net.state_dict(), tmp_path / "authors.pth")
     expected = resnet_features(net, x)
     source = tmp_path / "authors.pth"
     for to, out in (("d2", "a.pth"), ("mm", "b.pth"), ("d2", "c.pkl"), ("mm", "d.pth")):
         assert run(source, tmp_path / out, to) == 0
         source = tmp_path / out
-        assert_same(features(to, 18, tmp_path, source, x), expected)
+        assert_same(features(to, depth, tmp_path, source, x), expected)
     # The pixel format goes along, though the classifier that told it does not.
     assert capsys.readouterr().out.count("[123.675, 116.28, 103.53]") == 4
 
@@ -547,6 +548,16 @@ def trained_with_warm_start(path: Path) -> None:
     torch.save(state_dict | {"layer1.0.triplet_attention.alpha": torch.zeros(())}, path)
 
 
+def squeeze_and_excitation(path: Path) -> None:
+    state_dict = authors_resnet(18, attention=False).state_dict()
+    torch.save(state_dict | {"layer1.0.se.fc1.weight": torch.zeros(4, 64)}, path)
+
+
+def group_norm(path: Path) -> None:
+    state_dict = authors_resnet(18, attention=False).state_dict()
+    torch.save({n: t for n, t in state_dict.items() if ".running_" not in n}, path)
+
+
 class Trap:
     def __init__(self, witness: Path) -> None:
         self.command = f"touch {witness}"
@@ -570,6 +581,8 @@ def malicious(path: Path) -> None:
         (another_depth, "weights of a ResNet-34, but the model has a ResNet-18"),
         (another_width, "res2.0.conv1.weight is (32, 64, 3, 3), not (64, 64, 3, 3)"),
         (trained_with_warm_start, "warm_start=True"),
+        (squeeze_and_excitation, "blocks have layer1.0.se.fc1.weight, which the model's have no"),
+        (group_norm, "has no running statistics, as GroupNorm has none"),
         (malicious, "system, which weights have no need of"),
     ],
 )

@@ -1,0 +1,27 @@
+"""Writing files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file that takes the place of ``path`` when the block ends, and only then.
+
+    After an exception ``path`` is as it was.
+
+    Args:
+        path: of the file, in a folder that exists.
+    """
+    part = f"{os.fspath(path)}.part-{os.getpid()}"
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        with suppress(FileNotFoundError):
+            os.remove(part)
