@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +14,20 @@ from torch import Tensor, nn
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from detectron2.checkpoint import DetectionCheckpointer
+from backbones import (
+    ALL_STAGES,
+    DEPTHS,
+    attention_of,
+    is_attention,
+    randomize,
+    set_depth,
+    without_plugins,
+)
 from detectron2.config import CfgNode
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec, deform_conv
 from detectron2.modeling import ResNet, build_backbone, build_model
 from detectron2.modeling.backbone.resnet import (
     BasicBlock,
-    BasicStem,
     BottleneckBlock,
     DeformBottleneckBlock,
 )
@@ -31,48 +37,10 @@ from fvcore.nn import FlopCountAnalysis
 from torchvision.ops import deform_conv2d
 
 from d2_plugins.backbone import (
-    build_resnet_with_plugins,
     check_resnet_plugins,
     insert_after_residual_branch,
-    insert_triplet_attention,
 )
 from plugin_core import TripletAttention
-
-ALL_STAGES = ("res2", "res3", "res4", "res5")
-DEPTHS = pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
-
-
-def set_depth(cfg: CfgNode, depth: int) -> None:
-    cfg.MODEL.RESNETS.DEPTH = depth
-    if depth < 50:
-        cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64  # Detectron2 asks for it
-
-
-def without_plugins(cfg: CfgNode) -> CfgNode:
-    plain = cfg.clone()
-    plain.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("_plugin", "")
-    plain.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = ()
-    return plain
-
-
-def is_attention(name: str) -> bool:
-    return ".triplet_attention." in name
-
-
-def attention_of(model: nn.Module) -> set[str]:
-    """Names that a checkpoint has to hold for the attention (a count of batches is no loss)."""
-    names = set(filter(is_attention, model.state_dict()))
-    return {n for n in names if not n.endswith("num_batches_tracked")}
-
-
-def randomize(module: nn.Module) -> None:
-    """Give norms and gates values that differ from their initial ones, as training does."""
-    with torch.no_grad():
-        for m in module.modules():
-            if isinstance(m, nn.BatchNorm2d):
-                for tensor in (m.weight, m.bias, m.running_mean, m.running_var):
-                    tensor.uniform_(0.5, 1.5)
-
 
 # ------------------------------------------------------------------------------- where attention is
 
@@ -241,96 +209,6 @@ def test_attention_is_in_deformable_blocks_too(resnet_cfg, modulated, monkeypatc
     assert all(torch.isfinite(f).all() for f in backbone(torch.randn(1, 3, 32, 32)).values())
 
 
-# ---------------------------------------------------------------------------------------- insertion
-
-
-class Times(nn.Module):
-    def __init__(self, factor: float, plus: float) -> None:
-        super().__init__()
-        self.factor, self.plus = factor, plus
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor + self.plus
-
-
-def test_two_modules_are_applied_in_the_order_of_their_insertion():
-    block = BottleneckBlock(8, 8, bottleneck_channels=4, norm="BN").eval()
-    x = torch.randn(2, 8, 5, 5)
-    branch = block.conv3(F.relu(block.conv2(F.relu(block.conv1(x)))))
-    insert_after_residual_branch(block, "first", Times(2, 1))
-    insert_after_residual_branch(block, "second", Times(3, 0))
-    torch.testing.assert_close(block(x.clone()), F.relu((branch * 2 + 1) * 3 + x))
-    assert [n for n, _ in block.named_children()][-2:] == ["first", "second"]
-
-
-def test_replaced_child_takes_effect():
-    block = BasicBlock(4, 4, norm="BN").eval()
-    x = torch.randn(2, 4, 5, 5)
-    expected = block(x.clone())
-    insert_after_residual_branch(block, "scale", Times(2, 1))
-    block.scale = nn.Identity()
-    assert torch.equal(block(x.clone()), expected)
-
-
-def test_module_is_registered_once_and_the_block_keeps_its_class():
-    block = BasicBlock(4, 4, norm="BN")
-    names = set(block.state_dict())
-    insert_after_residual_branch(block, "triplet_attention", TripletAttention())
-    assert type(block) is BasicBlock
-    added = set(block.state_dict()) - names
-    assert added == {f"triplet_attention.{n}" for n in TripletAttention().state_dict()}
-
-
-@pytest.mark.parametrize("name", ["conv1", "shortcut", "forward", "stride"])
-def test_insertion_under_a_taken_name_is_refused(name):
-    block = BasicBlock(4, 4, norm="BN")
-    with pytest.raises(ValueError, match=f"block already has a '{name}'"):
-        insert_after_residual_branch(block, name, nn.Identity())
-
-
-def test_second_insertion_of_one_name_is_refused():
-    block = BasicBlock(4, 4, norm="BN")
-    insert_after_residual_branch(block, "triplet_attention", TripletAttention())
-    with pytest.raises(ValueError, match="block already has a 'triplet_attention'"):
-        insert_after_residual_branch(block, "triplet_attention", TripletAttention())
-
-
-def test_every_block_of_a_stage_gets_an_attention_of_its_own(caplog):
-    blocks = [BasicBlock(4, 4, norm="BN") for _ in range(3)]
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.backbone"):
-        insert_triplet_attention(iter(blocks), "res2", kernel_size=5, no_spatial=True)
-    found = [block.triplet_attention for block in blocks]
-    assert len({id(attention) for attention in found}) == 3
-    assert all(a.kernel_size == 5 and a.hw is None and a.alpha is None for a in found)
-    assert not caplog.records
-
-
-def test_stage_that_is_frozen_in_part_keeps_that_part_frozen(caplog):
-    frozen, trained = BasicBlock(4, 4, norm="BN").freeze(), BasicBlock(4, 4, norm="BN")
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.backbone"):
-        insert_triplet_attention([frozen, trained], "res2")
-    assert not any(p.requires_grad for p in frozen.parameters())
-    assert all(p.requires_grad for p in trained.parameters())
-    assert [r.getMessage().split(",")[0] for r in caplog.records] == ["res2 is frozen"]
-
-
-def block_with_activation() -> BasicBlock:
-    block = BasicBlock(4, 4, norm="BN")
-    block.conv2.activation = F.relu
-    return block
-
-
-@pytest.mark.parametrize(
-    "make_block", [BasicStem, lambda: nn.Sequential(nn.Conv2d(1, 1, 1)), block_with_activation]
-)
-def test_insertion_into_another_kind_of_block_is_refused(make_block):
-    block = make_block()
-    children = list(block.state_dict())
-    with pytest.raises(ValueError, match=f"expected a residual block.*{type(block).__name__}"):
-        insert_after_residual_branch(block, "triplet_attention", TripletAttention())
-    assert list(block.state_dict()) == children
-
-
 # ----------------------------------------------------------------------------------------- builders
 
 
@@ -455,194 +333,6 @@ def test_warm_start_gives_exactly_the_plain_c4_detectors_boxes(c4_cfg):
     assert len(instances) > 0
     assert torch.equal(instances.pred_boxes.tensor, expected.pred_boxes.tensor)
     assert torch.equal(instances.scores, expected.scores)
-
-
-# --------------------------------------------------------------------------------- for a LazyConfig
-
-
-def lazy_resnet(freeze_at: int = 0, **attention: Any) -> ResNet:
-    stages = ResNet.make_default_stages(18, norm="BN")
-    return build_resnet_with_plugins(
-        triplet_attention=attention or None,
-        stem=BasicStem(norm="BN"),
-        stages=stages,
-        out_features=["res2", "res5"],
-        freeze_at=freeze_at,
-    )
-
-
-def test_resnet_of_a_lazy_config_is_detectron2s_with_attention():
-    resnet = lazy_resnet(stages=["res2", "res4"], kernel_size=3, warm_start=True)
-    assert type(resnet) is ResNet and set(resnet.output_shape()) == {"res2", "res5"}
-    found = {n: m for n, m in resnet.named_modules() if isinstance(m, TripletAttention)}
-    expected = [f"{s}.{i}.triplet_attention" for s in ("res2", "res4") for i in (0, 1)]
-    assert list(found) == expected
-    assert all(m.kernel_size == 3 and m.alpha is not None for m in found.values())
-
-
-@pytest.mark.parametrize("attention", [{}, {"stages": []}, {"kernel_size": 3}])
-def test_resnet_of_a_lazy_config_without_stages_is_plain(attention):
-    assert not any(isinstance(m, TripletAttention) for m in lazy_resnet(**attention).modules())
-
-
-def test_unknown_stage_in_a_lazy_config_is_named_with_those_that_exist():
-    with pytest.raises(ValueError) as error:
-        lazy_resnet(stages=["res3", "res6"])
-    assert str(error.value) == (
-        "triplet_attention.stages: unknown stage 'res6'; this ResNet has res2, res3, res4, res5"
-    )
-
-
-def test_wrong_argument_in_a_lazy_config_is_named():
-    with pytest.raises(TypeError, match="'kernal_size'"):
-        lazy_resnet(stages=["res3"], kernal_size=3)
-    with pytest.raises(ValueError, match="kernel_size must be a positive odd number.*got 4"):
-        lazy_resnet(stages=["res3"], kernel_size=4)
-    with pytest.raises(ValueError, match="norm must be one of BN, SyncBN, FrozenBN, got 'GN'"):
-        lazy_resnet(stages=["res3"], norm="GN")
-
-
-def test_frozen_stage_of_a_lazy_config_freezes_its_attention_and_warns(caplog):
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.backbone"):
-        resnet = lazy_resnet(freeze_at=2, stages=["res2", "res3"])
-    assert not any(p.requires_grad for p in resnet.res2.parameters())
-    assert all(p.requires_grad for p in resnet.res3.parameters())
-    (record,) = caplog.records
-    assert record.getMessage().startswith("res2 is frozen")
-    assert "freeze_at and triplet_attention.stages" in record.getMessage()
-
-
-# -------------------------------------------------------------------------------------- checkpoints
-
-SECOND_SPELLING = {
-    "cw.conv.": "ChannelGateH.spatial.",
-    "hc.conv.": "ChannelGateW.spatial.",
-    "hw.conv.": "SpatialGate.spatial.",
-}
-
-
-def in_second_spelling(name: str) -> str:
-    for ours, published in SECOND_SPELLING.items():
-        name = name.replace(f".triplet_attention.{ours}", f".triplet_attention.{published}")
-    return name
-
-
-class Detector(nn.Module):
-    """The keys of a detection checkpoint: ``backbone.bottom_up.res2.0.…``."""
-
-    def __init__(self, cfg: CfgNode) -> None:
-        super().__init__()
-        self.backbone = build_backbone(cfg)
-
-
-def fpn_detector(cfg: CfgNode) -> Detector:
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_plugin_fpn_backbone"
-    model = Detector(cfg).eval()
-    randomize(model)
-    return model
-
-
-def load_checkpoint(model: nn.Module, path: Path) -> tuple[list[str], list[str]]:
-    """Load with Detectron2's checkpointer; names that it found missing, and those unexpected."""
-    found = []
-    checkpointer = DetectionCheckpointer(model)
-    checkpointer._log_incompatible_keys = found.append
-    checkpointer.load(str(path))
-    (incompatible,) = found
-    return incompatible.missing_keys, incompatible.unexpected_keys
-
-
-@pytest.mark.parametrize("freeze_at", [0, 3])
-@pytest.mark.parametrize("warm_start", [False, True], ids=["cold", "warm"])
-def test_published_detection_checkpoint_loads_whole(resnet_cfg, tmp_path, freeze_at, warm_start):
-    resnet_cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
-    source = fpn_detector(resnet_cfg)
-    with torch.no_grad():
-        for parameter in source.parameters():
-            parameter.add_(0.01)
-    state = {in_second_spelling(k): v for k, v in source.state_dict().items()}
-    assert "backbone.bottom_up.res2.0.triplet_attention.ChannelGateH.spatial.conv.weight" in state
-    torch.save({"model": state}, tmp_path / "model.pth")
-    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = warm_start
-    target = Detector(resnet_cfg).eval()
-    assert load_checkpoint(target, tmp_path / "model.pth") == ([], [])
-    x = torch.randn(1, 3, 64, 64).double()
-    expected = source.double().backbone(x)
-    for name, feature in target.double().backbone(x).items():
-        torch.testing.assert_close(feature, expected[name])
-
-
-@DEPTHS
-@pytest.mark.parametrize("file", ["model.pth", "R.pkl"])
-def test_plain_checkpoint_lacks_the_attention_only(resnet_cfg, tmp_path, file, depth):
-    set_depth(resnet_cfg, depth)
-    plain = build_backbone(without_plugins(resnet_cfg)).eval()
-    randomize(plain)
-    state = plain.state_dict()
-    path = tmp_path / file
-    if path.suffix == ".pkl":  # as Detectron2's model zoo has ResNets of ImageNet
-        model = {k: v.numpy() for k, v in state.items() if not k.endswith("num_batches_tracked")}
-        zoo = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
-        path.write_bytes(pickle.dumps(zoo))
-    else:
-        torch.save({"model": state}, path)
-    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = True
-    warm = build_backbone(resnet_cfg).eval()
-    missing, unexpected = load_checkpoint(warm, path)
-    assert set(missing) == attention_of(warm)
-    assert not unexpected
-    x = torch.randn(1, 3, 32, 32)
-    for name, feature in warm(x).items():
-        assert torch.equal(feature, plain(x)[name]), name
-
-
-def in_caffe2_spelling(name: str) -> str:
-    if name.startswith("stem."):
-        name = name.removeprefix("stem.").replace("conv1.norm", "res_conv1.norm")
-    else:
-        for ours, theirs in (("shortcut", "1"), ("conv1", "2a"), ("conv2", "2b"), ("conv3", "2c")):
-            name = name.replace(ours, f"branch{theirs}")
-    name = name.replace("norm.weight", "bn_s").replace("norm.bias", "bn_b")
-    return name.replace("weight", "w").replace(".", "_")
-
-
-@DEPTHS
-def test_warm_start_keeps_the_features_of_a_caffe2_checkpoint(resnet_cfg, tmp_path, depth):
-    # What Detectron2's own configs start from, MSRA/R-50.pkl: scales and shifts, no statistics.
-    set_depth(resnet_cfg, depth)
-    resnet_cfg.MODEL.RESNETS.NORM = "FrozenBN"
-    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = True
-    plain = build_backbone(without_plugins(resnet_cfg)).eval()
-    for name, tensor in plain.state_dict().items():
-        if name.endswith(("norm.weight", "norm.bias")):
-            tensor.uniform_(0.5, 1.5)
-    state = plain.state_dict().items()
-    content = {in_caffe2_spelling(k): v.numpy() for k, v in state if ".running_" not in k}
-    assert {"conv1_w", "res_conv1_bn_s", "res5_1_branch2b_bn_b"} < content.keys()
-    (tmp_path / "R.pkl").write_bytes(pickle.dumps(content))
-    assert load_checkpoint(plain, tmp_path / "R.pkl") == ([], [])
-    warm = build_backbone(resnet_cfg).eval()
-    missing, unexpected = load_checkpoint(warm, tmp_path / "R.pkl")
-    assert set(missing) == attention_of(warm)
-    assert not unexpected
-    x = torch.randn(1, 3, 32, 32)
-    for name, feature in warm(x).items():
-        assert torch.equal(feature, plain(x)[name]), name
-
-
-def test_converted_imagenet_checkpoint_brings_its_attention(resnet_cfg, tmp_path):
-    # Detectron2's convert-torchvision-to-d2.py: names without the detector's prefix, to be matched.
-    source = build_backbone(resnet_cfg).eval()
-    randomize(source)
-    model = {k: v.numpy() for k, v in source.state_dict().items()}
-    zoo = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
-    (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(zoo))
-    target = fpn_detector(resnet_cfg)
-    missing, unexpected = load_checkpoint(target, tmp_path / "R-50.pkl")
-    assert not [n for n in missing if is_attention(n)] and not unexpected
-    bottom_up = target.backbone.bottom_up.state_dict()
-    for name, value in source.state_dict().items():
-        assert torch.equal(bottom_up[name], value), name
 
 
 # --------------------------------------------------------------------- what frameworks do to models
