@@ -143,7 +143,7 @@ def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -
         where = f"{setting} {name!r}"
         if str(json_file).startswith(os.path.join(root, "")):
             where += f" (below {root!r}, which DETECTRON2_DATASETS sets)"
-        if json_file and kind in ("coco", "coco_panoptic_seg"):
+        if json_file and kind in ("coco", "coco_panoptic_seg", "lvis"):
             needs_annotations = train and len(names) == 1
             check_coco_json(json_file, where, needs_annotations=needs_annotations)
         for key, what in _FOLDERS.items():

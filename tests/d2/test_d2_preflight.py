@@ -185,7 +185,7 @@ def test_annotations_of_another_format_are_left_alone(good_cfg, tmp_path):
     (tmp_path / "lines.json").write_text('{"a": 1}\n["b"]\n')
     DatasetCatalog.register("preflight_other", list)
     MetadataCatalog.get("preflight_other").set(
-        json_file=str(tmp_path / "lines.json"), evaluator_type="lvis"
+        json_file=str(tmp_path / "lines.json"), evaluator_type="pascal_voc"
     )
     good_cfg.DATASETS.TRAIN = ("preflight_other",)
     check_config(good_cfg, eval_only=False, resume=False)
