@@ -49,6 +49,20 @@ def apply_arguments(args: argparse.Namespace) -> None:
         register_coco(name, json_file, image_root)
 
 
+def check_batch_size(args: argparse.Namespace, setting: str, batch_size: int | None) -> None:
+    """Check that the images of a batch can be shared by the processes of a training.
+
+    Raises:
+        ValueError: if not; it names the setting.
+    """
+    processes = max(1, args.num_gpus * args.num_machines)
+    if not args.eval_only and batch_size is not None and batch_size % processes:
+        raise ValueError(
+            f"{setting}: {batch_size} images cannot be shared by {processes} processes; "
+            f"set a multiple of {processes}"
+        )
+
+
 def warn(device: str, mismatches: Iterable[str]) -> None:
     """Log what may be unexpected of a run: that it is on the CPU, and wrong pixel settings."""
     if device == "cpu":

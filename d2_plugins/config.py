@@ -57,8 +57,17 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
         ValueError: if the file or a base of it is missing, a key does not exist (it names the
             likely one), or a value is of the wrong type.
     """
+    if any(str(option).startswith("--") for option in options):
+        raise ValueError(
+            f"options that begin with -- come before keys and values, got {' '.join(options)}"
+        )
     if len(options) % 2:
         raise ValueError(f"options come in pairs KEY VALUE, got an odd number: {' '.join(options)}")
+    if config_file.endswith(".py"):
+        raise ValueError(
+            f"config file {config_file!r}: expected yaml; tools/lazyconfig_train_net.py takes a "
+            "LazyConfig, tools/train_mmdet.py a config of MMDetection"
+        )
     if config_file:
         source = f"config file {config_file!r}"
         try:
@@ -106,6 +115,11 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
             a key that nothing reads (it names the likely one).
     """
     path = find_config_file(config_file)
+    if not path.endswith(".py"):
+        raise ValueError(
+            f"config file {config_file!r}: expected a LazyConfig, which is Python; "
+            "tools/train_net.py takes yaml"
+        )
     try:
         cfg = LazyConfig.load(path)
     except Exception as error:  # whatever the code in it raises

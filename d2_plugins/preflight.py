@@ -10,11 +10,12 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 
 from d2_plugins.backbone import RESNET_STAGES, check_resnet_plugins, check_triplet_attention
 from d2_plugins.evaluation import check_evaluator
-from plugin_core.preflight import check_coco_json, check_resnet_checkpoint
+from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
 
 # Detectron2's builders of ResNets, and the same with plugins
 _WITH_PLUGINS = {
@@ -91,15 +92,21 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
     depth = OmegaConf.select(cfg, depth_key)
     if depth is not None:
         check_resnet_checkpoint(weights, depth, "train.init_checkpoint", depth_key)
+        _check_spelling(weights, "train.init_checkpoint")
     elif not os.path.isfile(weights):
         raise ValueError(f"train.init_checkpoint: there is no checkpoint {weights!r}")
-    _check_spelling(weights, "train.init_checkpoint")
 
 
 def _check_lazy_attention(cfg: DictConfig) -> None:
     node: Any = OmegaConf.select(cfg, "model.backbone.bottom_up.triplet_attention")
     if node is None:
         return
+    target = cfg.model.backbone.bottom_up._target_
+    if getattr(target, "__name__", str(target)).endswith("ResNet"):
+        raise ValueError(
+            "model.backbone.bottom_up._target_: Detectron2's ResNet takes no triplet_attention; "
+            "use d2_plugins.backbone.build_resnet_with_plugins"
+        )
     try:
         check_triplet_attention(node, RESNET_STAGES)
     except (TypeError, ValueError) as error:
@@ -107,6 +114,13 @@ def _check_lazy_attention(cfg: DictConfig) -> None:
 
 
 def _check_backbone(cfg: CfgNode) -> None:
+    if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
+        known = [name for name, _ in BACKBONE_REGISTRY]
+        likely = difflib.get_close_matches(cfg.MODEL.BACKBONE.NAME, known)
+        hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME: no backbone is registered as {cfg.MODEL.BACKBONE.NAME!r}{hint}"
+        )
     if not _has_resnet(cfg):
         return  # a builder of the user's own, which may know other depths
     check_resnet_plugins(cfg)
@@ -169,19 +183,22 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
         )
     elif not os.path.isfile(weights):
         raise ValueError(f"MODEL.WEIGHTS: there is no checkpoint {weights!r}")
-    _check_spelling(weights, "MODEL.WEIGHTS")
+    if _has_resnet(cfg):
+        _check_spelling(weights, "MODEL.WEIGHTS")
 
 
 def _check_spelling(weights: str, setting: str) -> None:
-    """Check that Detectron2 will find the attention in a file whose names it guesses.
+    """Check that Detectron2 will find the tensors in a file by their names.
 
-    It matches names by their ends there, before the attention can tell its second spelling.
+    In a file with matching_heuristics it matches names by their ends, before the attention can tell
+    its second spelling.
     """
+    command = f"tools/convert_checkpoint.py {weights} converted.pth --to d2"
+    check_resnet_names(weights, "res", setting, command)
     with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         guessed = data.find(b"matching_heuristics") >= 0
         if guessed and data.find(b".ChannelGateH.") >= 0:
             raise ValueError(
                 f"{setting}: {weights!r} spells its attention ChannelGateH…, which Detectron2 does "
-                "not find in a file with matching_heuristics; convert it: "
-                f"tools/convert_checkpoint.py {weights} converted.pth --to d2"
+                f"not find in a file with matching_heuristics; convert it: {command}"
             )

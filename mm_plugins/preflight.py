@@ -19,7 +19,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 
 from mm_plugins.layers import TripletAttention
-from plugin_core.preflight import check_coco_json, check_resnet_checkpoint
+from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
 
 _RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 _MOBILENET_POSITIONS = ("after_linear_conv",)
@@ -190,5 +190,12 @@ def _check_weights(path: str, setting: str, backbone: ConfigDict, backbone_setti
     if "depth" in backbone:
         depth_setting = f"{backbone_setting}.depth"
         check_resnet_checkpoint(path, backbone["depth"], setting, depth_setting)
+        command = f"tools/convert_checkpoint.py {path} converted.pth --to mm"
+        networks = check_resnet_names(path, "layer", setting, command)
+        if setting == "load_from" and networks and networks <= {"", "module."}:
+            raise ValueError(
+                f"load_from: {path!r} holds a backbone alone, which is not loaded into a detector; "
+                f"use {backbone_setting}.init_cfg=dict(type='Pretrained', checkpoint={path!r})"
+            )
     elif not os.path.isfile(path):
         raise ValueError(f"{setting}: there is no checkpoint {path!r}")

@@ -55,8 +55,8 @@ def run(name: str) -> None:
     try:
         if not Path(args.config).is_file():
             raise ValueError(f"there is no config file {args.config!r}")
-        cfg = Config.fromfile(args.config)
-        cfg.merge_from_dict(args.cfg_options or {})
+        _check_launcher(args.launcher)
+        cfg = _read(args.config, args.cfg_options)
         if name == "test":
             cfg.load_from = args.checkpoint
         resumes = getattr(args, "resume", None) is not None or cfg.get("resume", False)
@@ -70,6 +70,34 @@ def run(name: str) -> None:
     if args.launcher == "pytorch" and not torch.cuda.is_available():
         _distribute_over_cpus(cfg)
     script.main()
+
+
+# What starts the processes, and what it tells them by
+_LAUNCHERS = {
+    "pytorch": ("torchrun --nproc_per_node …", "RANK"),
+    "slurm": ("srun", "SLURM_PROCID"),
+    "mpi": ("mpirun", "OMPI_COMM_WORLD_RANK"),
+}
+
+
+def _check_launcher(launcher: str) -> None:
+    command, variable = _LAUNCHERS.get(launcher, ("", ""))
+    if command and variable not in os.environ:
+        raise ValueError(f"--launcher {launcher}: start this command by {command}, or leave it out")
+
+
+def _read(config: str, options: dict[str, Any] | None) -> Config:
+    if not config.endswith(".py"):
+        raise ValueError(f"config {config!r}: expected Python; tools/train_net.py takes yaml")
+    try:
+        cfg = Config.fromfile(config)
+        cfg.merge_from_dict(options or {})
+    except Exception as error:  # of mmengine's reader, or whatever the code in it raises
+        reason = " ".join(str(error).split()) or "it cannot be read as a config of MMDetection"
+        raise ValueError(f"config {config!r}: {type(error).__name__}: {reason[:500]}") from error
+    if "model" not in cfg:
+        raise ValueError(f"config {config!r}: it defines no model, as MMDetection's do")
+    return cfg
 
 
 def _distribute_over_cpus(cfg: Config) -> None:

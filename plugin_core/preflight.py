@@ -96,6 +96,39 @@ def check_resnet_checkpoint(path: str, depth: int, setting: str, depth_setting: 
         )
 
 
+def check_resnet_names(path: str, spelling: str, setting: str, command: str) -> set[str]:
+    """Check that the ResNets in a checkpoint, if there are any, have names that a framework loads.
+
+    A framework finds none of its own in the others and goes on with random weights.
+
+    Args:
+        path: of a non-empty checkpoint.
+        spelling: "res" for Detectron2's and Caffe2's names, "layer" for torchvision's and
+            MMDetection's.
+        setting: that names the checkpoint, for the message.
+        command: that converts it, for the message.
+
+    Returns:
+        What comes before the names of each ResNet, such as "backbone."; empty if there is none.
+
+    Raises:
+        ValueError: if all have names of the other kind.
+    """
+    found = set()
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for match in _BLOCK_PARAMETER.finditer(data):
+            before = _NETWORK.search(data[max(0, match.start() - 128) : match.start()])
+            network = before[1].decode() if before else ""
+            found.add(("res" if match[1] else "layer", network))
+    if found and all(kind != spelling for kind, _ in found):
+        theirs = "torchvision's or MMDetection's" if spelling == "res" else "Detectron2's"
+        raise ValueError(
+            f"{setting}: {path!r} has {theirs} names, of which none would be loaded; convert it: "
+            f"{command}"
+        )
+    return {network for kind, network in found if kind == spelling}
+
+
 def find_resnet_depths(path: str) -> set[int]:
     """Depths of the ResNets whose parameters a checkpoint file holds; empty if that is unclear.
 

@@ -120,7 +120,11 @@ def run(args: argparse.Namespace) -> None:
     report(conversion)
     report_pixels(args, wanted, target)
     write(args.out, args.to, conversion.tensors, wanted)
-    print(f"wrote {args.out}")
+    use = {
+        "d2": f"MODEL.WEIGHTS {args.out}, or train.init_checkpoint={args.out} in a LazyConfig",
+        "mm": f"model.backbone.init_cfg=dict(type='Pretrained', checkpoint='{args.out}')",
+    }
+    print(f"wrote {args.out}; use it as {use[args.to]}")
 
 
 def check_out(out: str, source: str, to: str) -> None:

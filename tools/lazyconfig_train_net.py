@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig
 from torch import nn
 
-from d2_plugins.command_line import apply_arguments, parse_args, run, warn
+from d2_plugins.command_line import apply_arguments, check_batch_size, parse_args, run, warn
 from d2_plugins.config import load_lazy_config
 from d2_plugins.pixels import find_lazy_mismatches
 from d2_plugins.preflight import check_lazy_config
@@ -33,6 +33,14 @@ def setup(args: argparse.Namespace) -> DictConfig:
     """Register the datasets, load the config and check both; raises ValueError."""
     apply_arguments(args)
     cfg = load_lazy_config(args.config_file, args.opts)
+    missing = {"model", "train", "dataloader", "optimizer"} - set(cfg)
+    if missing:
+        raise ValueError(
+            f"config file {args.config_file!r}: a LazyConfig defines {', '.join(sorted(missing))}; "
+            "tools/train_mmdet.py takes configs of MMDetection"
+        )
+    batch_size = cfg.dataloader.train.get("total_batch_size")
+    check_batch_size(args, "dataloader.train.total_batch_size", batch_size)
     if str(cfg.train.device).startswith("cuda") and not torch.cuda.is_available():
         cfg.train.device = "cpu"
     check_lazy_config(cfg, eval_only=args.eval_only, resume=args.resume)

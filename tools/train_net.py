@@ -22,7 +22,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from d2_plugins import add_plugin_config, merge_config
-from d2_plugins.command_line import apply_arguments, parse_args, run, warn
+from d2_plugins.command_line import apply_arguments, check_batch_size, parse_args, run, warn
 from d2_plugins.pixels import find_mismatches
 from d2_plugins.preflight import check_config
 from d2_plugins.trainer import PluginTrainer
@@ -36,6 +36,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     merge_config(cfg, args.config_file, args.opts)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
+    check_batch_size(args, "SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH)
     check_config(cfg, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()
     return cfg

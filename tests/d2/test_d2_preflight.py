@@ -15,15 +15,28 @@ import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import BACKBONE_REGISTRY
 
 from d2_plugins.command_line import parse_args, run
-from d2_plugins.config import load_lazy_config
+from d2_plugins.config import load_lazy_config, merge_config
 from d2_plugins.data import register_coco
 from d2_plugins.preflight import check_config, check_lazy_config
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@BACKBONE_REGISTRY.register()
+def build_mnasnet_backbone(cfg, input_shape):
+    """Stands for a backbone that is no ResNet."""
+
+
+@BACKBONE_REGISTRY.register()
+def build_my_resnet_backbone(cfg, input_shape):
+    """Stands for a ResNet of the user's own."""
+
+
 CONFIG = ROOT / "configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml"
 
 pytestmark = pytest.mark.usefixtures("registered")
@@ -472,3 +485,54 @@ def test_one_process_sets_up_once(monkeypatch, gpus):
     calls: list[str] = []
     run(parse_args("A tool."), lambda args: calls.append("setup"), lambda *_: calls.append("main"))
     assert calls == ["setup", "main"]
+
+
+# ------------------------------------------------------------------------- mistakes of a first day
+
+
+def test_misspelt_backbone_is_named_with_the_likely_one(good_cfg):
+    good_cfg.MODEL.BACKBONE.NAME = "build_resnet_plugins_fpn_backbone"
+    assert "did you mean build_resnet_plugin_fpn_backbone" in error_of(good_cfg)
+
+
+def test_names_that_detectron2_does_not_load_are_refused_with_the_remedy(good_cfg, tmp_path):
+    names = [f"layer1.{block}.conv{i}.weight" for block in range(3) for i in (1, 2, 3)]
+    torch.save(dict.fromkeys(names, torch.zeros(1)), tmp_path / "resnet50.pth")
+    good_cfg.MODEL.WEIGHTS = str(tmp_path / "resnet50.pth")
+    message = error_of(good_cfg)
+    assert "torchvision's or MMDetection's names" in message
+    assert f"tools/convert_checkpoint.py {good_cfg.MODEL.WEIGHTS} converted.pth --to d2" in message
+
+
+def test_batch_that_cannot_be_shared_is_refused(train_net, tiny_coco, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    options = ["MODEL.WEIGHTS", "", "SOLVER.IMS_PER_BATCH", "3"]
+    line = ["train_net.py", "--config-file", str(CONFIG), "--num-gpus", "2", *options]
+    monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH: 3 images .* by 2 processes"):
+        train_net.setup(parse_args("A tool."))
+
+
+def test_plain_resnet_of_a_lazy_config_takes_no_attention(lazy_cfg):
+    lazy_cfg.model.backbone.bottom_up._target_ = "detectron2.modeling.ResNet"
+    assert "build_resnet_with_plugins" in lazy_error_of(lazy_cfg)
+
+
+@pytest.mark.parametrize(
+    ("load", "file", "advice"),
+    [
+        (lambda path: merge_config(get_cfg(), path), "a.py", "tools/train_mmdet.py"),
+        (load_lazy_config, "a.yaml", "tools/train_net.py takes yaml"),
+    ],
+    ids=["yaml", "lazy"],
+)
+def test_config_of_another_kind_is_refused_with_the_right_tool(tmp_path, load, file, advice):
+    (tmp_path / file).write_text("a = 1\n")
+    with pytest.raises(ValueError) as error:
+        load(str(tmp_path / file))
+    assert advice in str(error.value)
+
+
+def test_options_after_keys_and_values_are_refused():
+    with pytest.raises(ValueError, match="come before keys and values"):
+        merge_config(get_cfg(), "", ["SEED", "1", "--eval-only"])

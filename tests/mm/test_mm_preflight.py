@@ -456,3 +456,22 @@ def test_weights_of_a_backbone_without_a_depth_must_be_there_and_no_more(tmp_pat
 def test_other_initializations_have_no_weights():
     check(config(resnet(init_cfg={"type": "Kaiming", "layer": "Conv2d"})))
     check(config(resnet(init_cfg=None)))
+
+
+def test_names_that_mmdetection_does_not_load_are_refused_with_the_remedy(tmp_path):
+    names = [f"backbone.bottom_up.res2.{b}.conv{i}.weight" for b in range(3) for i in (1, 2, 3)]
+    path = str(tmp_path / "detectron2.pth")
+    torch.save({"model": dict.fromkeys(names, torch.zeros(1))}, path)
+    message = error_of(config(load_from=path))
+    assert "Detectron2's names" in message
+    assert f"tools/convert_checkpoint.py {path} converted.pth --to mm" in message
+
+
+def test_backbone_alone_is_no_detector(tmp_path):
+    path = resnet_checkpoint(tmp_path / "r50.pth", (3, 4, 6, 3))
+    state_dict = torch.load(path)["state_dict"]
+    bare = {name.removeprefix("backbone."): value for name, value in state_dict.items()}
+    torch.save(bare, path)
+    message = error_of(config(load_from=path))
+    assert message.startswith("load_from: ") and "model.backbone.init_cfg=dict(" in message
+    check(config(resnet(init_cfg={"type": "Pretrained", "checkpoint": path})))

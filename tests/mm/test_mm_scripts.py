@@ -58,3 +58,48 @@ def test_missing_config_is_one_line(started_anew, monkeypatch, script, gpu, oper
 def test_script_that_mmdetection_lacks_is_named():
     with pytest.raises(SystemExit, match="this MMDetection has no .*none.py"):
         scripts.run("none")
+
+
+@pytest.fixture
+def refused(monkeypatch, tmp_path):
+    """What the script is stopped with, for the words after its name."""
+    monkeypatch.chdir(tmp_path)
+    for _, variable in scripts._LAUNCHERS.values():
+        monkeypatch.delenv(variable, raising=False)
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(sys, "argv", ["train_mmdet.py", *words])
+        with pytest.raises(SystemExit) as error:
+            scripts.run("train")
+        assert not (tmp_path / "work_dirs").exists()
+        return str(error.value)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("launcher", "command"), [("pytorch", "torchrun"), ("slurm", "srun"), ("mpi", "mpirun")]
+)
+def test_launcher_that_did_not_start_the_command_is_named(refused, tmp_path, launcher, command):
+    (tmp_path / "a.py").write_text("model = dict(type='RetinaNet')\n")
+    message = refused("a.py", "--launcher", launcher)
+    assert message.startswith(f"error: --launcher {launcher}: start this command by {command}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("a.yaml", "MODEL: {}\n", "tools/train_net.py takes yaml"),
+        ("a.py", "x = 1\n", "it defines no model"),
+        ("a.py", "custom_imports = dict(imports=['mm_plugin'])\n", "mm_plugin"),
+        ("a.py", "model = dict(\n", "SyntaxError"),
+    ],
+)
+def test_file_that_is_no_config_of_mmdetection_is_one_line(
+    refused, tmp_path, file, content, reason
+):
+    (tmp_path / file).write_text(content)
+    message = refused(file)
+    assert message.startswith(f"error: config {file!r}: ") and reason in message
+    assert "\n" not in message
