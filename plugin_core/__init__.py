@@ -1,5 +1,6 @@
 """The methods themselves: PyTorch only, one file a method, no framework import."""
 
+from plugin_core.ida import IDABlock, IDAClassifier
 from plugin_core.triplet_attention import TripletAttention
 
-__all__ = ["TripletAttention"]
+__all__ = ["IDABlock", "IDAClassifier", "TripletAttention"]

@@ -1,0 +1,235 @@
+"""Interventional dual attention, IDA (Liu et al., ICLR 2023, openreview 8XqDnrmZQNF).
+
+For x of shape (B, C, H, W), cut along its channels into N heads x_n of D = C / N, with weights w_nk
+of each head n for each class k, and positions p:
+
+    s_nk(p) = <w_nk, x_n(p)> / (|w_nk| + beta)      score
+    E_nk    = sum_p softmax_p(s_nk) x_n(p)          first attention: over positions, for each class
+    Ê_nk                                            second attention: over a class's N samples E_nk
+    l_k     = sum_n <Ê_nk, w_nk> / (|w_nk| + beta)  logit
+
+The heads of a class are samples of it, and attending over them averages over the contexts that the
+class was seen in, instead of trusting one that occurs often. The light form attends once; the heavy
+one has two transformer layers and a projection of all samples.
+
+In the middle of a network nothing is decided. There the classes are K learned queries, and what
+they gathered is handed back to the positions that asked for it:
+
+    y_n(p) = sum_k softmax_k(s_nk(p)) Ê_nk,   out = x + gamma * conv1x1(y),   gamma = 0 at first
+
+The authors' detection code is not public: this second form is ours.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _DualAttention(nn.Module):
+    """Both attentions, which the classifier and the block share.
+
+    Parameters are named as in the public reproduction.
+    """
+
+    def __init__(
+        self, in_channels: int, num_classes: int, num_heads: int, beta: float, heavy: bool
+    ) -> None:
+        super().__init__()
+        for name, value in (("in_channels", in_channels), ("num_heads", num_heads)):
+            _check_positive(name, value)
+        if not beta > 0:
+            raise ValueError(f"beta must be positive, got {beta!r}")
+        if in_channels % num_heads:
+            raise ValueError(
+                f"in_channels must be a multiple of num_heads, got in_channels={in_channels} and "
+                f"num_heads={num_heads}"
+            )
+        channels = in_channels // num_heads
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.num_heads = num_heads
+        self.beta = beta
+        self.head = nn.ModuleList(
+            nn.Conv2d(channels, num_classes, 1, bias=False) for _ in range(num_heads)
+        )
+        self.att_layers = _SampleAttention(channels, heavy)
+        self.out_proj = nn.Linear(in_channels, in_channels) if heavy else None
+
+    def _class_weights(self) -> Tensor:
+        """w_nk / (|w_nk| + beta), of shape (N, K, D)."""
+        weights = _in_float32(
+            torch.stack([conv.get_parameter("weight").flatten(1) for conv in self.head])
+        )
+        return weights / (torch.linalg.vector_norm(weights, dim=2, keepdim=True) + self.beta)
+
+    def _attend(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and spatial attention (B, N, K, H·W), and the samples Ê (B, N, K, D)."""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"{type(self).__name__} takes an input (B, {self.in_channels}, H, W), got "
+                f"{tuple(x.shape)}"
+            )
+        heads = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)
+        scores = torch.einsum("nkd,bndp->bnkp", weights.to(x.dtype), heads)
+        attention = _in_float32(scores).softmax(dim=3)
+        samples = torch.einsum("bnkp,bndp->bknd", attention.to(x.dtype), heads)
+        batch, classes, samples_of_class, channels = samples.shape
+        attended = self.att_layers(samples.reshape(batch * classes, samples_of_class, channels))
+        if self.out_proj is not None:
+            attended = self.out_proj(attended.flatten(1))
+        attended = attended.reshape(batch, classes, samples_of_class, channels).transpose(1, 2)
+        return scores, attention, attended
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_channels={self.in_channels}, num_classes={self.num_classes}, "
+            f"num_heads={self.num_heads}, beta={self.beta:g}, heavy={self.out_proj is not None}"
+        )
+
+
+class IDAClassifier(_DualAttention):
+    """Classifies a feature map by what each class attends to in it.
+
+    Args:
+        in_channels: C.
+        num_classes: K.
+        num_heads: N, by which C can be divided.
+        beta: added to the norm of a class's weights, > 0.
+        heavy: attend over the samples with two transformer layers and a projection.
+
+    Shape: (B, C, H, W) → (B, K); B may be 0. Memory grows with N·K·H·W.
+
+    Raises:
+        ValueError: if an argument is not positive, ``num_heads`` does not divide ``in_channels``,
+            or the input is of another shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        num_heads: int = 4,
+        beta: float = 1 / 32,
+        heavy: bool = False,
+    ) -> None:
+        _check_positive("num_classes", num_classes)
+        super().__init__(in_channels, num_classes, num_heads, beta, heavy)
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits, and where it is asked for the spatial attention (B, N, K, H, W)."""
+        weights = self._class_weights()
+        _, attention, attended = self._attend(x, weights)
+        logits = torch.einsum("bnkd,nkd->bk", attended, weights.to(attended.dtype))
+        if return_attention:
+            return logits, attention.unflatten(3, x.shape[2:])
+        return logits
+
+
+class IDABlock(_DualAttention):
+    """Adds to each position what the learned queries that it resembles have gathered.
+
+    At first it is the identity, so that it can be put into a pretrained network.
+
+    Args:
+        in_channels: C.
+        num_queries: K.
+        num_heads: N, by which C can be divided.
+        beta: added to the norm of a query, > 0.
+        heavy: attend over the samples with two transformer layers and a projection.
+
+    Shape: (B, C, H, W) → (B, C, H, W), same dtype; B may be 0. Memory grows with N·K·H·W.
+
+    Raises:
+        ValueError: if an argument is not positive, ``num_heads`` does not divide ``in_channels``,
+            or the input is of another shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_queries: int = 80,
+        num_heads: int = 4,
+        beta: float = 1 / 32,
+        heavy: bool = False,
+    ) -> None:
+        _check_positive("num_queries", num_queries)
+        super().__init__(in_channels, num_queries, num_heads, beta, heavy)
+        self.proj = nn.Conv2d(in_channels, in_channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The features, and where it is asked for the spatial attention (B, N, K, H, W)."""
+        scores, attention, attended = self._attend(x, self._class_weights())
+        share = _in_float32(scores).softmax(dim=2).to(attended.dtype)
+        gathered = torch.einsum("bnkp,bnkd->bndp", share, attended)
+        y = self.proj(gathered.reshape(x.shape))
+        out = x + (self.gamma * y).to(x.dtype)
+        if return_attention:
+            return out, attention.unflatten(3, x.shape[2:])
+        return out
+
+
+class _SampleAttention(nn.Module):
+    """The second attention, over the N samples of a class: (B·K, N, D) → (B·K, N, D)."""
+
+    def __init__(self, channels: int, heavy: bool) -> None:
+        super().__init__()
+        layers = [_HeavyLayer(channels), _HeavyLayer(channels)] if heavy else [_Layer(channels)]
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class _Layer(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.att = _SelfAttention(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.att(x)
+
+
+class _HeavyLayer(_Layer):
+    """A post-norm transformer layer."""
+
+    def __init__(self, channels: int, feedforward_channels: int = 2048) -> None:
+        super().__init__(channels)
+        self.linear1 = nn.Linear(channels, feedforward_channels)
+        self.linear2 = nn.Linear(feedforward_channels, channels)
+        self.norm1 = nn.LayerNorm(channels)
+        self.norm2 = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(super().forward(x))
+        return self.norm2(x + self.linear2(F.relu(self.linear1(x))))
+
+
+class _SelfAttention(nn.Module):
+    """One head of attention, with the scale 1 / sqrt(D)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(channels, channels)
+        self.k_proj = nn.Linear(channels, channels)
+        self.v_proj = nn.Linear(channels, channels)
+        self.out_proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.q_proj(x) @ self.k_proj(x).transpose(1, 2) / x.shape[2] ** 0.5
+        value = self.v_proj(x)
+        return self.out_proj(_in_float32(scores).softmax(dim=2).to(value.dtype) @ value)
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    """Give x in float32, or as it is where it is more precise."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _check_positive(name: str, value: int) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")

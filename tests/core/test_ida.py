@@ -1,0 +1,240 @@
+"""Interventional dual attention: the published numbers, cases by hand, and odd input."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from plugin_core import IDABlock, IDAClassifier
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+HEAVY = pytest.mark.parametrize("heavy", [False, True], ids=["light", "heavy"])
+BOTH = pytest.mark.parametrize("kind", [IDAClassifier, IDABlock])
+
+
+def golden(heavy: bool) -> dict[str, Tensor]:
+    with np.load(GOLDEN / f"ida_{'heavy' if heavy else 'light'}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+def golden_classifier(heavy: bool) -> IDAClassifier:
+    model = IDAClassifier(32, 7, heavy=heavy)
+    state = {k.removeprefix("state/"): v for k, v in golden(heavy).items() if k[:6] == "state/"}
+    model.load_state_dict(state, strict=True)
+    return model
+
+
+# ------------------------------------------------------------------------------- published numbers
+
+
+@HEAVY
+def test_logits_and_gradient_equal_the_reproductions(heavy):
+    numbers, model = golden(heavy), golden_classifier(heavy)
+    x = numbers["x"].requires_grad_()
+    logits = model(x)
+    torch.testing.assert_close(logits, numbers["logits"], rtol=0, atol=1e-5)
+    (logits * numbers["r"]).sum().backward()
+    torch.testing.assert_close(x.grad, numbers["grad_x"], rtol=0, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------- by hand
+
+
+def silence_second_attention(model: nn.Module) -> None:
+    """Leave the samples as they are: what is added to them becomes zero."""
+    for layer in model.att_layers.layers:
+        nn.init.zeros_(layer.att.out_proj.weight)
+        nn.init.zeros_(layer.att.out_proj.bias)
+
+
+def test_logit_worked_out_by_hand():
+    # One head, one class of weight (3, 4), two positions x(0) = (5, 0) and x(1) = (0, 5), beta 5.
+    model = IDAClassifier(2, 1, num_heads=1, beta=5.0)
+    silence_second_attention(model)
+    with torch.no_grad():
+        model.head[0].weight.copy_(torch.tensor([3.0, 4.0]).view(1, 2, 1, 1))
+    x = torch.tensor([[5.0, 0.0], [0.0, 5.0]]).view(1, 2, 1, 2)
+    logits, attention = model(x, return_attention=True)
+    # |w| + beta = 10, so that the scores are 1.5 and 2.
+    share = 1 / (1 + torch.exp(torch.tensor(0.5)))
+    torch.testing.assert_close(attention.flatten(), torch.stack([share, 1 - share]))
+    # E = (5 share, 5 (1 - share)), and the logit its score
+    torch.testing.assert_close(logits, (1.5 * share + 2 * (1 - share)).view(1, 1))
+
+
+def test_constant_input_attends_everywhere_alike():
+    _, attention = IDAClassifier(8, 3)(torch.ones(2, 8, 4, 5), return_attention=True)
+    assert attention.shape == (2, 4, 3, 4, 5)
+    torch.testing.assert_close(attention, torch.full_like(attention, 1 / 20))
+
+
+def test_block_hands_a_class_back_to_the_positions_that_asked_for_it():
+    block = IDABlock(8, num_queries=3, num_heads=2).double()
+    block.gamma.data.fill_(0.7)
+    x = torch.randn(1, 8, 2, 3, dtype=torch.float64)
+    expected = torch.zeros(1, 8, 2, 3, dtype=torch.float64)
+    heads = x.view(2, 4, 6)
+    samples = torch.zeros(3, 2, 4, dtype=torch.float64)
+    scores = torch.zeros(2, 3, 6, dtype=torch.float64)
+    for n in range(2):
+        for k in range(3):
+            w = block.head[n].weight[k].flatten()
+            scores[n, k] = w @ heads[n] / (w.norm() + 1 / 32)
+            samples[k, n] = heads[n] @ scores[n, k].softmax(0)
+    attended = block.att_layers(samples)
+    for n in range(2):
+        share = scores[n].softmax(0)  # over the queries, at each position
+        expected[0, 4 * n : 4 * n + 4] = torch.einsum("kp,kd->dp", share, attended[:, n]).view(
+            4, 2, 3
+        )
+    torch.testing.assert_close(block(x), x + 0.7 * block.proj(expected))
+
+
+@HEAVY
+def test_block_is_exactly_the_identity_at_first(heavy):
+    x = torch.randn(2, 16, 5, 4)
+    assert torch.equal(IDABlock(16, num_queries=5, heavy=heavy)(x), x)
+
+
+@HEAVY
+def test_every_parameter_of_the_block_learns_once_gamma_has_moved(heavy):
+    block = IDABlock(16, num_queries=5, heavy=heavy)
+    x = torch.randn(2, 16, 5, 4)
+    (block(x) ** 2).sum().backward()
+    assert block.gamma.grad != 0
+    block.gamma.data.fill_(0.1)
+    block.zero_grad()
+    (block(x) ** 3).sum().backward()
+    silent = {name for name, p in block.named_parameters() if not p.grad.any()}
+    # A bias of all keys alike moves no softmax.
+    assert all(name.endswith("k_proj.bias") for name in silent)
+
+
+# -------------------------------------------------------------------------------- odd input, errors
+
+
+@BOTH
+@HEAVY
+@pytest.mark.parametrize("case", ["constant", "one position", "empty batch", "zero weight"])
+def test_values_and_gradients_are_finite(kind, heavy, case):
+    model = kind(8, 3, heavy=heavy)
+    shape = {"one position": (2, 8, 1, 1), "empty batch": (0, 8, 3, 3)}.get(case, (2, 8, 3, 3))
+    x = torch.ones(shape) if case == "constant" else torch.randn(shape)
+    x.requires_grad_()
+    if case == "zero weight":
+        with torch.no_grad():
+            model.head[0].weight[1] = 0
+    if kind is IDABlock:
+        model.gamma.data.fill_(0.5)
+    y = model(x)
+    assert y.shape == (x.shape if kind is IDABlock else (len(x), 3))
+    y.square().sum().backward()
+    for tensor in (y, x.grad, *(p.grad for p in model.parameters())):
+        assert torch.isfinite(tensor).all()
+
+
+@BOTH
+@HEAVY
+def test_gradients_are_those_of_finite_differences(kind, heavy):
+    model = kind(4, 2, num_heads=2, heavy=heavy).double()
+    if kind is IDABlock:
+        model.gamma.data.fill_(0.5)
+    x = torch.randn(1, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(model, x)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_softmaxes_and_norms_are_in_float32_under_autocast(kind, dtype):
+    kinds: dict[str, set[torch.dtype]] = {"softmax": set(), "norm": set()}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if name in ("_softmax", "linalg_vector_norm"):
+                kinds["norm" if "norm" in name else "softmax"].add(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 8, 3, 3)
+    model = kind(8, 3, heavy=True)
+    with torch.autocast("cpu", dtype), Watch():
+        y = model(x)
+    assert kinds == {"softmax": {torch.float32}, "norm": {torch.float32}}
+    assert torch.isfinite(y).all()
+    assert kind is IDAClassifier or y.dtype == x.dtype
+
+
+@BOTH
+def test_no_tensor_is_as_large_as_the_square_of_the_positions(kind):
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    model, x = kind(8, 3), torch.randn(1, 8, 20, 20)
+    with Watch():
+        model(x).sum().backward()
+    assert largest <= 4 * 3 * 400  # heads, classes, positions
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"in_channels": 10}, "in_channels=10 and num_heads=4"),
+        ({"in_channels": 0}, "in_channels must be a positive integer, got 0"),
+        ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
+        ({"beta": 0.0}, "beta must be positive, got 0.0"),
+    ],
+)
+def test_wrong_argument_is_named(kind, arguments, message):
+    count = "num_queries" if kind is IDABlock else "num_classes"
+    with pytest.raises(ValueError, match=message):
+        kind(**{"in_channels": 8, count: 3, **arguments})
+    with pytest.raises(ValueError, match=f"{count} must be a positive integer, got -1"):
+        kind(**{"in_channels": 8, count: -1})
+
+
+@BOTH
+@pytest.mark.parametrize("shape", [(8, 3, 3), (1, 4, 3, 3)])
+def test_input_of_another_shape_is_named(kind, shape):
+    with pytest.raises(ValueError, match=r"takes an input \(B, 8, H, W\), got"):
+        kind(8, 3)(torch.zeros(shape))
+
+
+# --------------------------------------------------------------------- what frameworks do to models
+
+
+@BOTH
+@HEAVY
+def test_compiles_without_a_graph_break(kind, heavy):
+    model, x = kind(8, 3, heavy=heavy), torch.randn(2, 8, 4, 4)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+@BOTH
+def test_deep_copy_is_independent(kind):
+    model, x = kind(8, 3), torch.randn(1, 8, 4, 4)
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(x), model(x))
+    assert not {p.data_ptr() for p in clone.parameters()} & {
+        p.data_ptr() for p in model.parameters()
+    }
+
+
+@BOTH
+def test_memory_format_of_the_input_does_not_matter(kind):
+    model, x = kind(8, 3), torch.randn(2, 8, 4, 5)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), model(x))
