@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 
 _EMPTY_LIST = re.compile(rb'"(images|annotations)"\s*:\s*\[\s*\]')
 _BLOCK_PARAMETER = re.compile(
@@ -114,12 +115,10 @@ def check_resnet_names(path: str, spelling: str, setting: str, command: str) -> 
     Raises:
         ValueError: if all have names of the other kind.
     """
-    found = set()
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for match in _BLOCK_PARAMETER.finditer(data):
-            before = _NETWORK.search(data[max(0, match.start() - 128) : match.start()])
-            network = before[1].decode() if before else ""
-            found.add(("res" if match[1] else "layer", network))
+    found = {
+        ("res" if match[1] else "layer", network.decode())
+        for network, match in _block_parameters(path)
+    }
     if found and all(kind != spelling for kind, _ in found):
         theirs = "torchvision's or MMDetection's" if spelling == "res" else "Detectron2's"
         raise ValueError(
@@ -142,14 +141,11 @@ def find_resnet_depths(path: str) -> set[int]:
     """
     blocks: defaultdict[bytes, set[tuple[int, int]]] = defaultdict(set)
     deep: set[bytes] = set()  # networks whose blocks have a third convolution
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for match in _BLOCK_PARAMETER.finditer(data):
-            res, layer, block, convolution = match.groups()
-            before = _NETWORK.search(data[max(0, match.start() - 128) : match.start()])
-            network = before[1] if before else b""
-            blocks[network].add((int(res) - 1 if res else int(layer), int(block)))
-            if convolution in (b"3", b"c"):
-                deep.add(network)
+    for network, match in _block_parameters(path):
+        res, layer, block, convolution = match.groups()
+        blocks[network].add((int(res) - 1 if res else int(layer), int(block)))
+        if convolution in (b"3", b"c"):
+            deep.add(network)
     depths = set()
     for network, found in blocks.items():
         counts = tuple(
@@ -170,3 +166,11 @@ def resnet_depth(blocks: tuple[int, ...], has_third_convolution: bool) -> int | 
         if has_third == has_third_convolution and blocks in (known, (*known[:3], 0)):
             return depth
     return None
+
+
+def _block_parameters(path: str) -> Iterator[tuple[bytes, re.Match[bytes]]]:
+    """Each parameter of a ResNet's block that a file names, after the name of its network."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for match in _BLOCK_PARAMETER.finditer(data):
+            before = _NETWORK.search(data[max(0, match.start() - 128) : match.start()])
+            yield before[1] if before else b"", match
