@@ -44,6 +44,11 @@ EXTRAS = {
     "grounding": [
         "transformers>=4.35,<5",
     ],
+    # Grad-CAM in tools/visualize_attention.py
+    "visualization": [
+        "grad-cam>=1.5",
+        "matplotlib>=3.5",
+    ],
     "dev": [
         "hypothesis>=6",
         "lvis>=0.5.3",

@@ -40,6 +40,32 @@ def add_plugin_config(cfg: CN) -> None:
     # "FrozenBN" to keep those of the checkpoint
     cfg.MODEL.RESNETS.TRIPLET_ATTENTION.NORM = "BN"
 
+    # ---------------------------------------------------------------------------- #
+    # IDA in a ResNet's blocks, at the same place. It starts as the identity.
+    # ---------------------------------------------------------------------------- #
+    cfg.MODEL.RESNETS.IDA = CN()
+    # Stages whose blocks get it, for example ("res4", "res5"); empty for none
+    cfg.MODEL.RESNETS.IDA.STAGES = ()
+    # How many queries are learned, in place of classes
+    cfg.MODEL.RESNETS.IDA.NUM_QUERIES = 80
+    # Heads, by which the stages' channels can be divided
+    cfg.MODEL.RESNETS.IDA.NUM_HEADS = 4
+    # Whether to attend over the heads with two transformer layers and a projection
+    cfg.MODEL.RESNETS.IDA.HEAVY = False
+
+    # In which order a block that has several plugins applies them
+    cfg.MODEL.RESNETS.PLUGIN_ORDER = ("TRIPLET_ATTENTION", "IDA")
+
+    # ---------------------------------------------------------------------------- #
+    # IDA as the classifier of regions. Read where MODEL.ROI_BOX_HEAD.NAME is "IDABoxHead" and
+    # MODEL.ROI_HEADS.NAME is "StandardPluginROIHeads" or "CascadePluginROIHeads".
+    # ---------------------------------------------------------------------------- #
+    cfg.MODEL.ROI_BOX_HEAD.IDA = CN()
+    # Heads, by which the channels of the regions' features can be divided
+    cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS = 4
+    # Whether to attend over the heads with two transformer layers and a projection
+    cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = False
+
 
 def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) -> None:
     """Merge a config file and then command-line options into ``cfg``.

@@ -8,13 +8,21 @@ import mmap
 import os
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import BACKBONE_REGISTRY
 from omegaconf import DictConfig, OmegaConf
 
-from d2_plugins.backbone import RESNET_STAGES, check_resnet_plugins, check_triplet_attention
 from d2_plugins.evaluation import check_evaluator
+from d2_plugins.resnet_plugins import (
+    PLUGINS,
+    all_stages,
+    check_lazy_plugins,
+    check_resnet_plugins,
+    stage_channels,
+)
+from plugin_core import IDAClassifier
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
 
 # Detectron2's builders of ResNets, and the same with plugins
@@ -22,6 +30,12 @@ _WITH_PLUGINS = {
     "build_resnet_backbone": "build_resnet_plugin_backbone",
     "build_resnet_fpn_backbone": "build_resnet_plugin_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_plugin_fpn_backbone",
+}
+
+# Detectron2's RoI heads with a box head, and the same with plugins
+_ROI_HEADS_WITH_PLUGINS = {
+    "StandardROIHeads": "StandardPluginROIHeads",
+    "CascadeROIHeads": "CascadePluginROIHeads",
 }
 
 # Folders that a dataset's metadata may name
@@ -54,6 +68,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         ValueError: names the setting, its value and what would be right.
     """
     _check_backbone(cfg)
+    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
+        _check_roi_heads(cfg)
     _check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
@@ -81,7 +97,7 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
         if names is not None:  # else a loader of another kind
             names = (names,) if isinstance(names, str) else tuple(names)
             _check_datasets(key, names, train=split == "train")
-    _check_lazy_attention(cfg)
+    _check_lazy_plugins(cfg)
     weights = cfg.train.init_checkpoint.partition("?")[0]
     resumed = resume and os.path.isfile(os.path.join(cfg.train.output_dir, "last_checkpoint"))
     if eval_only and not weights:
@@ -97,18 +113,25 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
         raise ValueError(f"train.init_checkpoint: there is no checkpoint {weights!r}")
 
 
-def _check_lazy_attention(cfg: DictConfig) -> None:
-    node: Any = OmegaConf.select(cfg, "model.backbone.bottom_up.triplet_attention")
-    if node is None:
+def _check_lazy_plugins(cfg: DictConfig) -> None:
+    bottom_up: Any = OmegaConf.select(cfg, "model.backbone.bottom_up")
+    plugins = {name: bottom_up.get(name) for name in PLUGINS} if bottom_up else {}
+    if not any(plugins.values()):
         return
-    target = cfg.model.backbone.bottom_up._target_
+    target = bottom_up._target_
     if getattr(target, "__name__", str(target)).endswith("ResNet"):
+        names = " and no ".join(name for name, node in plugins.items() if node)
         raise ValueError(
-            "model.backbone.bottom_up._target_: Detectron2's ResNet takes no triplet_attention; "
+            f"model.backbone.bottom_up._target_: Detectron2's ResNet takes no {names}; "
             "use d2_plugins.backbone.build_resnet_with_plugins"
         )
+    order = bottom_up.get("plugin_order", tuple(PLUGINS))
+    # As ResNet.make_default_stages has it
+    channels = stage_channels(
+        64 if OmegaConf.select(bottom_up, "stages.depth") in (18, 34) else 256
+    )
     try:
-        check_triplet_attention(node, RESNET_STAGES)
+        check_lazy_plugins(plugins, order, channels)
     except (TypeError, ValueError) as error:
         raise ValueError(f"model.backbone.bottom_up.{error}") from error
 
@@ -124,13 +147,32 @@ def _check_backbone(cfg: CfgNode) -> None:
     if not _has_resnet(cfg):
         return  # a builder of the user's own, which may know other depths
     check_resnet_plugins(cfg)
-    stages = cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES
     with_plugins = _WITH_PLUGINS.get(cfg.MODEL.BACKBONE.NAME)
-    if stages and with_plugins:
+    for setting, stages in all_stages(cfg).items() if with_plugins else ():
         raise ValueError(
             f"MODEL.BACKBONE.NAME: {cfg.MODEL.BACKBONE.NAME!r} takes no plugins, but "
-            f"MODEL.RESNETS.TRIPLET_ATTENTION.STAGES is {stages}; use {with_plugins!r}"
+            f"{setting} is {stages}; use {with_plugins!r}"
         )
+
+
+def _check_roi_heads(cfg: CfgNode) -> None:
+    """Check what belongs to a box head that classifies by IDA."""
+    box_head: Any = cfg.MODEL.ROI_BOX_HEAD
+    if box_head.NAME != "IDABoxHead":
+        return
+    name = cfg.MODEL.ROI_HEADS.NAME
+    if name in {*_ROI_HEADS_WITH_PLUGINS, "Res5ROIHeads", "Res5PluginROIHeads"}:
+        wanted = _ROI_HEADS_WITH_PLUGINS.get(name) or "StandardPluginROIHeads"
+        raise ValueError(
+            f"MODEL.ROI_HEADS.NAME: {name!r} takes no MODEL.ROI_BOX_HEAD.NAME 'IDABoxHead'; "
+            f"use {wanted!r}" + (" on an FPN" if name.startswith("Res5") else "")
+        )
+    in_channels = box_head.CONV_DIM if box_head.NUM_CONV else cfg.MODEL.FPN.OUT_CHANNELS
+    try:
+        with torch.device("meta"):
+            IDAClassifier(in_channels, 1, box_head.IDA.NUM_HEADS, heavy=box_head.IDA.HEAVY)
+    except ValueError as error:
+        raise ValueError(f"MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS: {error}") from error
 
 
 def _has_resnet(cfg: CfgNode) -> bool:

@@ -43,8 +43,8 @@ class _DualAttention(nn.Module):
             raise ValueError(f"beta must be positive, got {beta!r}")
         if in_channels % num_heads:
             raise ValueError(
-                f"in_channels must be a multiple of num_heads, got in_channels={in_channels} and "
-                f"num_heads={num_heads}"
+                f"num_heads must divide in_channels, got num_heads={num_heads} and "
+                f"in_channels={in_channels}"
             )
         channels = in_channels // num_heads
         self.in_channels = in_channels

@@ -13,7 +13,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone
 
 from d2_plugins import add_plugin_config, merge_config
-from plugin_core import TripletAttention
+from d2_plugins.resnet_plugins import all_stages
+from plugin_core import IDABlock, TripletAttention
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "configs" / "d2").rglob("*.yaml"))
@@ -44,7 +45,17 @@ def test_plugins_are_off_by_default():
         "WARM_START": False,
         "NORM": "BN",
     }
-    del cfg.MODEL.RESNETS["TRIPLET_ATTENTION"]
+    assert dict(cfg.MODEL.RESNETS.IDA) == {
+        "STAGES": (),
+        "NUM_QUERIES": 80,
+        "NUM_HEADS": 4,
+        "HEAVY": False,
+    }
+    assert cfg.MODEL.RESNETS.PLUGIN_ORDER == ("TRIPLET_ATTENTION", "IDA")
+    assert dict(cfg.MODEL.ROI_BOX_HEAD.IDA) == {"NUM_HEADS": 4, "HEAVY": False}
+    for key in ("TRIPLET_ATTENTION", "IDA", "PLUGIN_ORDER"):
+        del cfg.MODEL.RESNETS[key]
+    del cfg.MODEL.ROI_BOX_HEAD["IDA"]
     assert cfg == get_cfg()
 
 
@@ -109,16 +120,18 @@ def test_no_file_and_no_options_change_nothing(cfg):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs" / "d2")))
 def test_shipped_config_loads(cfg, path):
     merge_config(cfg, str(path))
-    assert "plugin" in cfg.MODEL.BACKBONE.NAME
-    assert cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES
+    in_backbone, in_head = all_stages(cfg), cfg.MODEL.ROI_BOX_HEAD.NAME == "IDABoxHead"
+    assert in_backbone or in_head
+    assert ("plugin" in cfg.MODEL.BACKBONE.NAME) == bool(in_backbone)
+    assert ("Plugin" in cfg.MODEL.ROI_HEADS.NAME) == (in_head or "_C4_" in path.name)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs" / "d2")))
 def test_shipped_config_trains_all_of_its_attention(cfg, path):
     merge_config(cfg, str(path))
     backbone = build_backbone(cfg)
-    attention = [m for m in backbone.modules() if isinstance(m, TripletAttention)]
-    assert attention
+    attention = [m for m in backbone.modules() if isinstance(m, (TripletAttention, IDABlock))]
+    assert bool(attention) == bool(all_stages(cfg))
     assert all(p.requires_grad for module in attention for p in module.parameters())
 
 

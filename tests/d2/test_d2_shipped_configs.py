@@ -20,7 +20,7 @@ from d2_plugins import merge_config
 from d2_plugins.config import load_lazy_config
 from d2_plugins.data import register_coco
 from d2_plugins.trainer import PluginTrainer
-from plugin_core import TripletAttention
+from plugin_core import IDABlock, IDAClassifier, TripletAttention
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "d2"
 DRAWN = CONFIGS / "Synthetic-Detection"  # the demo's, which starts from random weights
@@ -51,6 +51,7 @@ SMALL = {
     "SEED": 0,
 }
 BOXES = {"AP", "AP50", "AP75", "APs", "APm", "APl"}
+HEAD = {f"head.{i}.weight" for i in range(4)}  # the classes' weights in IDA's classifier
 METRICS = {"bbox": BOXES, "segm": BOXES, "keypoints": BOXES - {"APs"}}  # of the paper's tables
 
 
@@ -124,11 +125,20 @@ def test_config_trains_a_step_and_evaluates(cfg, path, drawn, tmp_path):
     assert math.isfinite(losses["total_loss"])
     assert set(results) == tasks(cfg)
     assert all(METRICS[task] <= set(results[task]) for task in results)
-    attention = [m for m in trainer.model.modules() if isinstance(m, TripletAttention)]
-    assert len(attention) == {18: 8, 50: 16, 101: 33}[cfg.MODEL.RESNETS.DEPTH]
-    # A warm start lets the gates in by alpha, whose gradient is not zero from the first step on.
-    assert all(m.alpha.grad.abs() > 0 for m in attention)
-    assert all(m.alpha != 0 for m in attention)
+    modules = list(trainer.model.modules())
+    triplet = [m for m in modules if isinstance(m, TripletAttention)]
+    blocks = [m for m in modules if isinstance(m, IDABlock)]
+    heads = [m for m in modules if isinstance(m, IDAClassifier)]
+    inside = {18: 8, 50: 16, 101: 33}[cfg.MODEL.RESNETS.DEPTH]
+    assert len(triplet) == (inside if "triplet" in path.name else 0)
+    assert len(blocks) == (9 if "_IDA_FPN" in path.name else 0)
+    cascade = cfg.MODEL.ROI_HEADS.NAME.startswith("Cascade")
+    assert len(heads) == ((3 if cascade else 1) if "_IDA_head" in path.name else 0)
+    # What starts as the identity is let in by a factor, which learns from the first step on.
+    factors = [m.alpha for m in triplet] + [m.gamma for m in blocks]
+    assert factors or heads
+    assert all(factor.grad.abs() > 0 and factor != 0 for factor in factors)
+    assert all(p.grad.abs().max() > 0 for m in heads for n, p in m.named_parameters() if n in HEAD)
 
 
 @pytest.mark.parametrize("path", LAZY, ids=lambda p: str(p.relative_to(CONFIGS)))
