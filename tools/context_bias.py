@@ -1,0 +1,240 @@
+"""Contextual bias of a detector: is a class found as well without the class that it comes with?
+
+For a class c and its companion d, the ground truth splits the images into four groups:
+
+    in company       c and d        alone     c without d
+    companion only   d without c    neither   neither of them
+
+A detector that leans on d finds c less well alone (a lower AP), and sees a c that is not there
+where d is (more false positives than in images with neither). All APs are pycocotools' own.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+# Of a class, what can be averaged over classes, in percent or percentage points: attribute, header
+NUMBERS = {
+    "ap": "AP",
+    "ap_in_company": "AP in company",
+    "ap_alone": "AP alone",
+    "gap": "gap",
+    "fp_rate_companion_only": "FP rate companion only",
+    "fp_rate_neither": "FP rate neither",
+}
+
+
+class ImageGroups(NamedTuple):
+    """Image ids in ascending order, by which of a class and its companion an image holds."""
+
+    in_company: list[int]
+    alone: list[int]
+    companion_only: list[int]
+    neither: list[int]
+
+
+@dataclass(frozen=True)
+class ClassBias:
+    """What is known of one class; None is what cannot be measured.
+
+    Attributes:
+        category_id: of the class.
+        name: of the class.
+        companion_id: category id of its companion; None if it has none, and then no numbers.
+        companion: name of its companion.
+        images_in_company: number of images with both; likewise the next three.
+        objects_in_company: number of the class's objects with the companion, without crowds.
+        objects_alone: the same without the companion.
+        ap: COCO's AP over all images, in percent.
+        ap_in_company: over the images with both.
+        ap_alone: over the images with the class but without the companion.
+        gap: ``ap_in_company`` - ``ap_alone``, in percentage points.
+        fp_rate_companion_only: share of the images with the companion only that have a detection
+            of the class, in percent.
+        fp_rate_neither: the same of the images with neither.
+    """
+
+    category_id: int
+    name: str
+    companion_id: int | None = None
+    companion: str | None = None
+    images_in_company: int | None = None
+    images_alone: int | None = None
+    images_companion_only: int | None = None
+    images_neither: int | None = None
+    objects_in_company: int | None = None
+    objects_alone: int | None = None
+    ap: float | None = None
+    ap_in_company: float | None = None
+    ap_alone: float | None = None
+    gap: float | None = None
+    fp_rate_companion_only: float | None = None
+    fp_rate_neither: float | None = None
+
+
+def classes_by_image(content: Mapping[str, Any]) -> dict[int, set[int]]:
+    """Category ids of each image of a COCO-format file, of images without objects too.
+
+    A crowd counts: it is company, and a detection on it is no false positive.
+    """
+    classes: dict[int, set[int]] = {image["id"]: set() for image in content["images"]}
+    for annotation in content["annotations"]:
+        classes[annotation["image_id"]].add(annotation["category_id"])
+    return classes
+
+
+def frequent_companions(images: Iterable[set[int]]) -> dict[int, int]:
+    """For each class the other one that is in most of its images; of equals the lowest id.
+
+    Args:
+        images: category ids of each image.
+
+    Returns:
+        Companions by category id, without the classes that share no image with another one.
+    """
+    shared: defaultdict[int, Counter[int]] = defaultdict(Counter)
+    for classes in images:
+        for category_id in classes:
+            shared[category_id].update(classes - {category_id})
+    return {
+        category_id: min(counts, key=lambda other: (-counts[other], other))
+        for category_id, counts in shared.items()
+        if counts
+    }
+
+
+def split_images(
+    images: Mapping[int, set[int]], category_id: int, companion_id: int
+) -> ImageGroups:
+    """Split images, given as the category ids of each, by a class and its companion."""
+    groups = ImageGroups([], [], [], [])
+    for image_id, classes in sorted(images.items()):
+        index = 2 * (category_id not in classes) + (companion_id not in classes)
+        groups[index].append(image_id)
+    return groups
+
+
+def load_ground_truth(content: dict[str, Any]) -> COCO:
+    """pycocotools' view of a COCO-format file, without its prints."""
+    truth = COCO()
+    truth.dataset = content
+    with redirect_stdout(io.StringIO()):
+        truth.createIndex()
+    return truth
+
+
+def load_detections(truth: COCO, results: list[dict[str, Any]]) -> COCO:
+    """pycocotools' view of a results file, which may be empty, without its prints."""
+    if not results:  # pycocotools looks at the first one
+        return load_ground_truth({**truth.dataset, "annotations": []})
+    with redirect_stdout(io.StringIO()):
+        return truth.loadRes(results)
+
+
+def evaluate(
+    truth: COCO, detections: COCO, iou_type: str, category_id: int, image_ids: Sequence[int]
+) -> COCOeval:
+    """pycocotools' evaluation of one class on some images: all areas, 100 detections an image."""
+    evaluation = COCOeval(truth, detections, iou_type)
+    params = evaluation.params
+    params.catIds, params.imgIds = [category_id], list(image_ids)
+    # Only what AP is made of: the other areas and limits would take most of the time
+    params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
+    params.maxDets = params.maxDets[-1:]
+    with redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation
+
+
+def average_precision(evaluation: COCOeval) -> float | None:
+    """AP in percent, over IoU 0.50:0.95; None if there is no object."""
+    precision = evaluation.eval["precision"]
+    measured = precision[precision > -1]
+    return 100 * float(measured.mean()) if measured.size else None
+
+
+def measure(
+    truth: COCO,
+    detections: COCO,
+    companions: Mapping[int, int | None],
+    iou_type: str,
+    score_threshold: float,
+) -> list[ClassBias]:
+    """Measure the contextual bias of classes.
+
+    Args:
+        truth: ground truth.
+        detections: of the same images and categories.
+        companions: companion of each class to measure, by category id; None if it has none.
+        iou_type: "bbox" or "segm".
+        score_threshold: 0…1; a detection of less is no false positive. AP takes all detections.
+
+    Returns:
+        One entry for each of ``companions``, in the same order.
+    """
+    names = {category["id"]: category["name"] for category in truth.dataset["categories"]}
+    images = classes_by_image(truth.dataset)
+    objects = Counter(
+        (annotation["image_id"], annotation["category_id"])
+        for annotation in truth.dataset["annotations"]
+        if not annotation["iscrowd"]
+    )
+    detected = {
+        (detection["image_id"], detection["category_id"])
+        for detection in detections.dataset["annotations"]
+        if detection["score"] >= score_threshold
+    }
+
+    def measure_class(category_id: int, companion_id: int) -> ClassBias:
+        def ap(image_ids: Sequence[int]) -> float | None:
+            if not image_ids:  # which COCOeval would take for all of them
+                return None
+            return average_precision(evaluate(truth, detections, iou_type, category_id, image_ids))
+
+        def fp_rate(image_ids: Sequence[int]) -> float | None:
+            wrong = sum((image_id, category_id) in detected for image_id in image_ids)
+            return 100 * wrong / len(image_ids) if image_ids else None
+
+        groups = split_images(images, category_id, companion_id)
+        in_company, alone = ap(groups.in_company), ap(groups.alone)
+        return ClassBias(
+            category_id=category_id,
+            name=names[category_id],
+            companion_id=companion_id,
+            companion=names[companion_id],
+            **{f"images_{group}": len(image_ids) for group, image_ids in groups._asdict().items()},
+            objects_in_company=sum(objects[i, category_id] for i in groups.in_company),
+            objects_alone=sum(objects[i, category_id] for i in groups.alone),
+            ap=ap(sorted(images)),
+            ap_in_company=in_company,
+            ap_alone=alone,
+            gap=None if in_company is None or alone is None else in_company - alone,
+            fp_rate_companion_only=fp_rate(groups.companion_only),
+            fp_rate_neither=fp_rate(groups.neither),
+        )
+
+    return [
+        ClassBias(category_id, names[category_id])
+        if companion_id is None
+        else measure_class(category_id, companion_id)
+        for category_id, companion_id in tqdm(companions.items(), "evaluating", unit="class")
+    ]
+
+
+def means(classes: Sequence[ClassBias]) -> dict[str, tuple[float | None, int]]:
+    """Of each of ``NUMBERS``, the mean over the classes that have it, and how many these are."""
+    result: dict[str, tuple[float | None, int]] = {}
+    for number in NUMBERS:
+        values = [value for c in classes if (value := getattr(c, number)) is not None]
+        result[number] = (sum(values) / len(values) if values else None, len(values))
+    return result
