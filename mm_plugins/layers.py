@@ -67,6 +67,17 @@ class TripletAttention(plugin_core.TripletAttention):
         return [module for module in self.modules() if isinstance(module, _BatchNorm)]
 
 
+@MODELS.register_module()
+class IDABlock(plugin_core.IDABlock):
+    """:class:`plugin_core.IDABlock` as a plugin layer; its arguments are the same.
+
+    No initialization of MMDetection's touches its ``gamma``: whatever a backbone does to its
+    convolutions, the block is the identity at first.
+    """
+
+    _abbr_ = "ida"
+
+
 def _check_norm_cfg(norm_cfg: Any) -> None:
     if not isinstance(norm_cfg, Mapping):
         raise ValueError(f"norm_cfg must be dict(type='BN') or the like, got {norm_cfg!r}")

@@ -6,19 +6,24 @@ which setting is wrong. A setting that they do not know they leave to MMDetectio
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
+import torch
 from mmdet.datasets import CocoDataset
 from mmdet.models.backbones import MobileNetV2, ResNet
 from mmdet.registry import DATASETS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
+from torch import nn
 
-from mm_plugins.layers import TripletAttention
+from mm_plugins.heads import IDABBoxHead
+from mm_plugins.layers import IDABlock, TripletAttention
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
 
 _RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
@@ -43,7 +48,12 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
             is_train = loader == "train_dataloader"
             _check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset", is_train)
     load_from = cfg.get("load_from")
-    for setting, backbone in _backbones(cfg.get("model", {}), "model"):
+    model = cfg.get("model", {})
+    for setting, head in _modules(model, "model", IDABBoxHead):
+        kind, arguments = MODELS.get(head["type"]), _arguments(head)
+        _check_arguments(kind, arguments, setting)
+        _check_values(kind, arguments, setting)
+    for setting, backbone in _modules(model, "model", ResNet, MobileNetV2):
         _check_plugins(backbone, setting)
         if load_from and not resumes:
             _check_weights(load_from, "load_from", backbone, setting)
@@ -87,16 +97,19 @@ def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
             raise ValueError(f"{setting}.data_prefix.img: there is no image folder {images!r}")
 
 
-def _backbones(node: Any, setting: str) -> Iterator[tuple[str, ConfigDict]]:
-    """Backbones of a model's config that are known here, and where they stand in it."""
+def _modules(node: Any, setting: str, *kinds: type) -> Iterator[tuple[str, ConfigDict]]:
+    """Modules of some kinds in a model's config, and where they stand in it."""
+    if isinstance(node, (list, tuple)):
+        for i, part in enumerate(node):
+            yield from _modules(part, f"{setting}[{i}]", *kinds)
     if not isinstance(node, dict):
         return
     if isinstance(node.get("type"), str):
         kind = MODELS.get(node["type"])
-        if inspect.isclass(kind) and issubclass(kind, (ResNet, MobileNetV2)):
+        if inspect.isclass(kind) and issubclass(kind, kinds):
             yield setting, node
     for key, value in node.items():
-        yield from _backbones(value, f"{setting}.{key}")
+        yield from _modules(value, f"{setting}.{key}", *kinds)
 
 
 def _check_plugins(backbone: ConfigDict, setting: str) -> None:
@@ -118,15 +131,13 @@ def _check_plugins(backbone: ConfigDict, setting: str) -> None:
             f"{setting}.type: MMDetection's {name} takes no plugins; "
             f"use type='Plugin{kind.__name__}' and position={position!r}"
         )
-    names = [key for key in backbone if key not in ("type", "_scope_", "_delete_")]
-    _check_arguments(kind, names, setting)
+    _check_arguments(kind, _arguments(backbone), setting)
     for i, plugin in enumerate(plugins):
         where = f"{setting}.plugins[{i}]"
         if not isinstance(plugin, dict) or not isinstance(plugin.get("cfg"), dict):
             raise ValueError(
                 f"{where}: expected dict(cfg=dict(type=…), position=…, stages=…), got {plugin!r}"
             )
-        _check_layer(plugin["cfg"], f"{where}.cfg")
         if plugin.get("position") not in positions:
             raise ValueError(
                 f"{where}.position: {plugin.get('position')!r} is none of {', '.join(positions)}"
@@ -145,9 +156,11 @@ def _check_plugins(backbone: ConfigDict, setting: str) -> None:
         unknown = set(plugin) - {"cfg", "position", "stages"}
         if unknown:
             raise ValueError(f"{where}: unknown key {', '.join(sorted(unknown))}")
+        _check_layer(plugin, backbone, f"{where}.cfg")
 
 
-def _check_layer(layer: ConfigDict, setting: str) -> None:
+def _check_layer(plugin: ConfigDict, backbone: ConfigDict, setting: str) -> None:
+    layer = plugin["cfg"]
     name = layer.get("type")
     if name is None:
         raise ValueError(f"{setting}.type: missing; expected dict(type='TripletAttention', …)")
@@ -158,17 +171,48 @@ def _check_layer(layer: ConfigDict, setting: str) -> None:
         likely = difflib.get_close_matches(name, MODELS.module_dict)
         hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
         raise ValueError(f"{setting}.type: no module is registered as {name!r}{hint}")
-    if not (inspect.isclass(kind) and issubclass(kind, TripletAttention)):
+    if not (inspect.isclass(kind) and issubclass(kind, (TripletAttention, IDABlock))):
         return  # a layer of others: its arguments are its own affair
-    arguments = {k: v for k, v in layer.items() if k not in ("type", "postfix", "_scope_")}
+    arguments = _arguments(layer)
+    if "in_channels" in arguments:
+        raise ValueError(f"{setting}.in_channels: leave it out; the backbone passes its own")
     _check_arguments(kind, arguments, setting)
+    for channels in _channels_at(plugin, backbone):
+        _check_values(kind, {"in_channels": channels, **arguments}, setting)
+
+
+def _channels_at(plugin: ConfigDict, backbone: ConfigDict) -> list[int]:
+    """How many channels a plugin is given, in all blocks that get it, as the backbone has it."""
+    channels: set[int] = set()
+
+    class Probe(nn.Identity):
+        def __init__(self, in_channels: int) -> None:
+            super().__init__()
+            channels.add(in_channels)
+
+    probed = {**copy.deepcopy(backbone), "plugins": [{**plugin, "cfg": {"type": Probe}}]}
+    # What else may be wrong with the backbone is left to MMDetection.
+    with contextlib.suppress(Exception), torch.device("meta"):
+        MODELS.build(probed)
+    return sorted(channels)
+
+
+def _check_values(kind: type, arguments: Mapping[str, Any], setting: str) -> None:
+    """Check that a module of ours takes these values, without memory for its parameters."""
     try:
-        kind(**arguments)
+        with torch.device("meta"):
+            kind(**arguments)
     except ValueError as error:
         raise ValueError(f"{setting}: {error}") from error
+    except Exception:  # a loss that is unknown, or that cannot be built so: MMDetection's affair
+        return
 
 
-def _check_arguments(kind: type, arguments: Iterable[str], setting: str) -> None:
+def _arguments(module: ConfigDict) -> dict[str, Any]:
+    return {k: v for k, v in module.items() if k not in ("type", "postfix", "_scope_", "_delete_")}
+
+
+def _check_arguments(kind: type, arguments: Mapping[str, Any], setting: str) -> None:
     """Check that a class takes these arguments, itself or by a base that it hands them on to."""
     known: set[str] = set()
     for base in kind.__mro__:

@@ -21,13 +21,13 @@ MASK_RCNN = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 SSDLITE = "mmdet::ssd/ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py"
 
 
-def config(base: str = FASTER_RCNN, **attention: Any) -> Config:
+def config(base: str = FASTER_RCNN, kind: str = "TripletAttention", **attention: Any) -> Config:
     """A detector of few proposals, with attention where its arguments are given."""
     cfg = load_config(base)
     cfg.model.test_cfg.rpn.max_per_img = 37
     cfg.model.roi_head.bbox_head.fc_out_channels = 16
     if attention:
-        layer = {"type": "TripletAttention", **attention}
+        layer = {"type": kind, **attention}
         cfg.model.backbone.plugins = [{"cfg": layer, "position": "after_conv3"}]
     return cfg
 
@@ -46,6 +46,39 @@ def test_resnet50_gets_dearer_by_its_attention_and_nothing_else(warm_start, para
 def test_attention_in_resnet50_takes_the_flops_of_the_paper_at_224_pixels():
     report = analyze(config(kernel_size=7), (224, 224))
     assert report.attention.flops / 1e9 == pytest.approx(4.1587 - 4.1114, abs=1e-4)
+
+
+def ida_flops(c: int, classes: int, positions: int, heads: int = 4) -> int:
+    """Multiply-adds of what is left of IDA for one image, by its formulas."""
+    d = c // heads
+    scores_and_first_attention = 2 * classes * c * positions
+    second_attention = classes * heads * (4 * d * d + 2 * heads * d)
+    return scores_and_first_attention + second_attention
+
+
+def test_ida_in_resnet50_is_counted_by_its_formulas_and_nothing_else_gets_dearer():
+    report = analyze(config(kind="IDABlock", num_queries=10), (64, 128))
+    baseline = analyze(config(), (64, 128))
+    assert report.attention_modules == 16
+    assert report.total - baseline.total == report.attention
+    expected = 0
+    for blocks, c, positions in ((3, 256, 512), (4, 512, 128), (6, 1024, 32), (3, 2048, 8)):
+        handed_back = 10 * c * positions + c * c * positions
+        expected += blocks * (ida_flops(c, 10, positions) + handed_back)
+    # mmengine's count of an einsum has four digits.
+    assert report.attention.flops == pytest.approx(expected, rel=1e-3)
+
+
+def test_head_of_ida_is_counted_for_every_proposal():
+    cfg = config()
+    cfg.model.roi_head.bbox_head.type = "IDABBoxHead"
+    report, baseline = analyze(cfg, (64, 64)), analyze(config(), (64, 64))
+    assert report.attention_modules == 1
+    assert report.attention.parameters == 256 * 81 + 4 * (64 * 64 + 64)
+    logits = 81 * 256
+    assert report.attention.flops == pytest.approx(37 * (ida_flops(256, 81, 49) + logits), rel=1e-3)
+    linear = Cost(parameters=(16 + 1) * 81, flops=37 * 16 * 81, activations=37 * 81)
+    assert report.total - baseline.total == report.attention - linear
 
 
 def test_total_is_what_mmengine_counts_for_the_whole_model():

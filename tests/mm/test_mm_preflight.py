@@ -323,6 +323,70 @@ def test_layers_of_ours_and_of_mmcv_pass(layer):
     check(config(resnet(plugins=[attention(cfg=layer)])))
 
 
+# The channels that 7 heads cannot share, at each backbone's positions
+@pytest.mark.parametrize(
+    ("backbone", "entry", "channels"),
+    [
+        (resnet(), {"stages": (False, False, False, True)}, 2048),
+        (resnet(), {"stages": (True, False, False, True)}, 256),  # the first that is wrong
+        (resnet(), {"stages": (False, False, True, False), "position": "after_conv2"}, 256),
+        (resnet(base_channels=16), {}, 64),
+        ({"type": "ResNeXt", "depth": 50, "groups": 32, "base_width": 4}, {}, 256),
+        ({"type": "RegNet", "arch": "regnetx_400mf"}, {}, 32),
+        ({"type": "PluginResNet", "depth": 18}, {"position": "after_conv2"}, 64),
+        ({"type": "PluginMobileNetV2"}, {"position": "after_linear_conv"}, 16),
+        ({"type": "PluginMobileNetV2", "widen_factor": 2.0}, {"position": "after_linear_conv"}, 32),
+    ],
+)
+def test_heads_that_do_not_divide_the_channels_of_a_stage_are_named(backbone, entry, channels):
+    layer = attention(cfg={"type": "IDABlock", "num_heads": 7}, **entry)
+    assert error_of(config(backbone | {"plugins": [attention(**entry), layer]})) == (
+        "model.backbone.plugins[1].cfg: num_heads must divide in_channels, got num_heads=7 and "
+        f"in_channels={channels}"
+    )
+    layer["cfg"]["num_heads"] = 8
+    check(config(backbone | {"plugins": [attention(**entry), layer]}))
+
+
+def test_stage_without_the_layer_does_not_matter():
+    layer = {"type": "IDABlock", "num_heads": 24}
+    entry = attention(cfg=layer, position="after_linear_conv")
+    mobilenet = {"type": "PluginMobileNetV2", "plugins": [entry]}
+    assert "got num_heads=24 and in_channels=16" in error_of(config(mobilenet))
+    entry["stages"] = tuple(stage == 5 for stage in range(1, 8))  # of 96 channels
+    check(config(mobilenet))
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"num_queries": 0}, "cfg: num_queries must be a positive integer, got 0"),
+        ({"beta": 0.0}, "cfg: beta must be positive, got 0.0"),
+        ({"queries": 8}, "cfg: IDABlock has no argument 'queries'; did you mean num_queries?"),
+        ({"in_channels": 8}, "cfg.in_channels: leave it out; the backbone passes its own"),
+    ],
+)
+def test_wrong_argument_of_ida_is_named(argument, message):
+    layer = {"type": "IDABlock", **argument}
+    assert error_of(config(resnet(plugins=[attention(cfg=layer)]))) == (
+        f"model.backbone.plugins[0].{message}"
+    )
+
+
+def test_backbone_with_attention_stays_as_its_config_says():
+    dcn = {"type": "DCN", "deform_groups": 1, "fallback_on_stride": False}
+    deformable = {"dcn": dcn, "stage_with_dcn": (False, True, True, True)}
+    cfg = config(resnet(**deformable, plugins=[attention(cfg={"type": "IDABlock"})]))
+    before = cfg.to_dict()
+    check(cfg)
+    assert cfg.to_dict() == before
+
+
+def test_what_is_wrong_with_the_backbone_itself_is_left_to_mmdetection():
+    layer = {"type": "IDABlock", "num_heads": 7}
+    check(config(resnet(style="none", plugins=[attention(cfg=layer)])))
+
+
 @pytest.mark.parametrize("position", ["after_conv4", "", None])
 def test_unknown_position_is_named_with_those_that_exist(position):
     assert error_of(config(resnet(plugins=[attention(position=position)]))) == (
@@ -406,6 +470,55 @@ def test_unknown_argument_of_a_mobilenet_is_named_with_the_likely_one():
     assert error_of(config(mobilenet() | {"out_indexes": (4, 7)})) == (
         "model.backbone: PluginMobileNetV2 has no argument 'out_indexes'; did you mean out_indices?"
     )
+
+
+# ----------------------------------------------------------------------------------------- the head
+
+
+def with_head(**arguments: Any) -> Config:
+    return Config({"model": {"roi_head": {"bbox_head": {"type": "IDABBoxHead", **arguments}}}})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"num_heads": 3},
+            "num_heads must divide in_channels, got num_heads=3 and in_channels=256",
+        ),
+        (
+            {"num_shared_convs": 1, "conv_out_channels": 18},
+            "num_heads must divide in_channels, got num_heads=4 and in_channels=18",
+        ),
+        ({"num_head": 3}, "IDABBoxHead has no argument 'num_head'; did you mean num_heads"),
+        ({"fc_out_channel": 3}, "IDABBoxHead has no argument 'fc_out_channel'; did you mean fc_"),
+        ({"with_avg_pool": True}, "with_avg_pool must be False, as IDABBoxHead classifies"),
+    ],
+)
+def test_wrong_argument_of_the_head_is_named(arguments, message):
+    assert error_of(with_head(**arguments)).startswith(f"model.roi_head.bbox_head: {message}")
+
+
+def test_head_of_a_cascades_stage_is_named():
+    cfg = with_head()
+    good = cfg.model.roi_head.bbox_head
+    cfg.model.roi_head.bbox_head = [good, {**good, "num_heads": 3}]
+    assert error_of(cfg).startswith("model.roi_head.bbox_head[1]: num_heads must divide")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_heads": 8, "heavy": True, "init_cfg": None},
+        {"loss_cls": {"type": "SeesawLoss", "num_classes": 80}, "reg_class_agnostic": True},
+        {"loss_cls": {"type": "NoSuchLoss"}},  # MMDetection's affair
+    ],
+)
+def test_head_that_can_be_built_passes_unchanged(arguments):
+    cfg = with_head(**arguments)
+    before = cfg.to_dict()
+    check(cfg)
+    assert cfg.to_dict() == before
 
 
 # ------------------------------------------------------------------------------------------ weights
