@@ -91,15 +91,18 @@ class TripletAttention(nn.Module):
                 f"TripletAttention takes a 4-D input (B, C, H, W), got {x.dim()}-D of shape "
                 f"{tuple(x.shape)}"
             )
-        g_cw = self.cw(_z_pool(x, 2)).transpose(1, 2)  # (B, 1, C, W) → (B, C, 1, W)
-        g_hc = self.hc(_z_pool(x, 3)).permute(0, 3, 2, 1)  # (B, 1, H, C) → (B, C, H, 1)
-        if self.hw is None:
-            g = (g_cw + g_hc) / 2
-        else:
-            g = (self.hw(_z_pool(x, 1)) + g_cw + g_hc) / 3
+        g_cw, g_hc, g_hw = self.gates(x)
+        g = (g_cw + g_hc) / 2 if g_hw is None else (g_hw + g_cw + g_hc) / 3
         if self.alpha is not None:
             g = 1 + self.alpha * (g - 1)
         return x * g
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """g_cw (B, C, 1, W), g_hc (B, C, H, 1) and g_hw (B, 1, H, W), None with ``no_spatial``."""
+        g_cw = self.cw(_z_pool(x, 2)).transpose(1, 2)  # (B, 1, C, W) → (B, C, 1, W)
+        g_hc = self.hc(_z_pool(x, 3)).permute(0, 3, 2, 1)  # (B, 1, H, C) → (B, C, H, 1)
+        g_hw = None if self.hw is None else self.hw(_z_pool(x, 1))
+        return g_cw, g_hc, g_hw
 
     def extra_repr(self) -> str:
         return (

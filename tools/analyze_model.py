@@ -16,22 +16,20 @@ deformable convolutions are not counted. A norm that Detectron2 freezes has no p
 from __future__ import annotations
 
 import argparse
-import ast
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from config_kinds import FRAMEWORKS, common_side
 from tabulate import tabulate
 
 from plugin_core.analysis import Cost, Report
 from plugin_core.files import replacing
 
-FRAMEWORKS = {"d2_plugins": "Detectron2", "mm_plugins": "MMDetection"}
 # Of a cost: attribute, header, unit and digits
 QUANTITIES = [
     ("parameters", "parameters", 1, 0),
@@ -46,23 +44,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_size = parse_shape(args.shape)
         if args.json and not args.json.parent.is_dir():
             raise ValueError(f"--json {args.json}: there is no folder {str(args.json.parent)!r}")
-        sides = [side_of(config) for config in (args.config, args.baseline) if config]
-        if len(set(sides)) > 1:
-            first, second = (FRAMEWORKS[side] for side in sides)
-            raise ValueError(
-                f"--baseline {args.baseline}: a config of {second}, but {args.config} is one of "
-                f"{first}; both must be of the same framework"
-            )
-        report = count(sides[0], args.config, image_size)
+        side = common_side(args.config, args.baseline)
+        report = count(side, args.config, image_size)
         # Both at the same size, or else they could not be compared
-        baseline = count(sides[0], args.baseline, report.image_size) if args.baseline else None
+        baseline = count(side, args.baseline, report.image_size) if args.baseline else None
         if args.json:
             with replacing(args.json) as file:
                 file.write(json.dumps(as_json(args, report, baseline), indent=2).encode() + b"\n")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     beside = f", baseline {args.baseline}" if args.baseline else ""
-    print(f"{FRAMEWORKS[sides[0]]}: {args.config}{beside}\n\n{describe(report, baseline)}")
+    print(f"{FRAMEWORKS[side]}: {args.config}{beside}\n\n{describe(report, baseline)}")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -87,39 +79,6 @@ def parse_shape(shape: Sequence[str] | None) -> tuple[int, int] | None:
     if not all(side.isdecimal() and int(side) > 0 for side in shape):
         raise ValueError(f"--shape {' '.join(shape)}: expected a height and a width in pixels")
     return int(shape[0]), int(shape[1])
-
-
-def side_of(config: str) -> str:
-    """The package that knows what to do with a config."""
-    if config.startswith("model_zoo://"):
-        return "d2_plugins"
-    if config.startswith("mmdet::"):
-        return "mm_plugins"
-    if not os.path.isfile(config):
-        raise ValueError(f"{config}: there is no such config file")
-    if config.endswith((".yaml", ".yml")):
-        return "d2_plugins"
-    if not config.endswith(".py"):
-        raise ValueError(f"{config}: a config of neither framework; expected .yaml or .py")
-    return "d2_plugins" if is_lazy_config(config) else "mm_plugins"
-
-
-def is_lazy_config(path: str) -> bool:
-    """Whether a .py config is in Detectron2's style, which imports Detectron2 or other configs.
-
-    MMDetection's new style imports other configs too, but below ``with read_base():``.
-    """
-    try:
-        nodes = list(ast.walk(ast.parse(Path(path).read_bytes())))
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: not Python: {error}") from error
-    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
-    modules += [node.module or "" for node in imports if node.level == 0]
-    names = {alias.name for node in imports for alias in node.names}
-    packages = {module.split(".")[0] for module in modules}
-    relative = any(node.level for node in imports)
-    return bool(packages & {"detectron2", "d2_plugins"}) or (relative and "read_base" not in names)
 
 
 def count(side: str, config: str, image_size: tuple[int, int] | None) -> Report:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import analyze_model  # noqa: E402
+import config_kinds  # noqa: E402
 
 from plugin_core.analysis import Cost, Report  # noqa: E402
 
@@ -77,7 +78,7 @@ def cells(line: str) -> list[str]:
 )
 def test_python_config_is_told_by_what_it_imports(tmp_path, text, side):
     (tmp_path / "config.py").write_text(text)
-    assert analyze_model.side_of(str(tmp_path / "config.py")) == side
+    assert config_kinds.side_of(str(tmp_path / "config.py")) == side
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_python_config_is_told_by_what_it_imports(tmp_path, text, side):
     ],
 )
 def test_config_is_told_by_its_name(config, side):
-    assert analyze_model.side_of(config) == side
+    assert config_kinds.side_of(config) == side
 
 
 def test_table_has_stages_total_attention_and_what_was_counted(counted, yaml, capsys):

@@ -1,0 +1,98 @@
+"""Running a trained detector of Detectron2 on an image, for a look at its attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode, instantiate
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import build_augmentation, read_image
+from detectron2.modeling import build_model
+from detectron2.modeling.poolers import ROIPooler
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from d2_plugins.analysis import load_config
+from plugin_core.attention_maps import Call, Detections, Detector, Picture, load_weights
+
+
+class Detectron2Detector(Detector):
+    """A detector of Detectron2.
+
+    Args:
+        config_file: a yaml or a LazyConfig, as :func:`d2_plugins.analysis.load_config` takes it.
+        weights: path of the checkpoint of the whole detector.
+        trust: whether what the checkpoint asks to run may be run.
+
+    Raises:
+        ValueError: if the config is wrong, or the weights are missing or do not fit it.
+    """
+
+    def __init__(self, config_file: str, weights: str, *, trust: bool = False) -> None:
+        cfg: Any = load_config(config_file)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if isinstance(cfg, CfgNode):
+            cfg.MODEL.DEVICE = device
+            model = build_model(cfg)
+            datasets = list(cfg.DATASETS.TEST)
+            self.input_format = cfg.INPUT.FORMAT
+            augmentations = build_augmentation(cfg, is_train=False)
+        else:
+            model = instantiate(cfg.model).to(device)
+            names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
+            datasets = [names] if isinstance(names, str) else list(names or [])
+            self.input_format = model.input_format
+            augmentations = instantiate(
+                OmegaConf.select(cfg, "dataloader.test.mapper.augmentations")
+            )
+        self.augmentations = T.AugmentationList(augmentations or [])
+        self.model: nn.Module = model.eval().requires_grad_(False)
+        load_weights(self.model, weights, trust=trust)
+        number = getattr(model, "roi_heads", model).num_classes
+        names = _class_names(datasets[0]) if datasets else ()
+        # Of another dataset than the model's, they would be wrong.
+        self.class_names = names if len(names) == number else tuple(map(str, range(number)))
+
+    def read(self, path: str) -> Picture:
+        try:
+            image = read_image(path, "RGB")
+        except (OSError, SyntaxError) as error:  # what Pillow raises for a broken image
+            raise ValueError(f"image {path!r} cannot be read: {error}") from error
+        ordered = image if self.input_format == "RGB" else image[:, :, ::-1]
+        resized = T.AugInput(ordered)
+        self.augmentations(resized)
+        chw = np.ascontiguousarray(resized.image.transpose(2, 0, 1), dtype=np.float32)
+        pixels = torch.from_numpy(chw)[None].to(next(self.model.parameters()).device)
+        return Picture(image, pixels, (pixels.shape[2], pixels.shape[3]))
+
+    def detect(self, picture: Picture, pixels: Tensor) -> Detections:
+        height, width = picture.image.shape[:2]
+        (output,) = self.model([{"image": pixels[0], "height": height, "width": width}])
+        found = output["instances"]
+        return Detections(found.pred_boxes.tensor.detach(), found.scores, found.pred_classes)
+
+    def last_stage(self) -> str:
+        name = "backbone"
+        if hasattr(self.model.backbone, "bottom_up"):
+            name += ".bottom_up"
+        stages = getattr(self.model.get_submodule(name), "stage_names", None)
+        if not stages:
+            kind = type(self.model.get_submodule(name)).__name__
+            raise ValueError(f"{name} is a {kind}, which has no stages as a ResNet has")
+        return f"{name}.{stages[-1]}"
+
+    def region_extractors(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if isinstance(module, ROIPooler)]
+
+    def regions(self, call: Call) -> Tensor:
+        return torch.cat([boxes.tensor for boxes in call.args[1]])
+
+
+def _class_names(dataset: str) -> tuple[str, ...]:
+    """Names that a dataset has for its classes; none if it is not known."""
+    if "thing_classes" not in MetadataCatalog.get(dataset).as_dict() and dataset in DatasetCatalog:
+        DatasetCatalog.get(dataset)  # which gathers them from the annotations
+    return tuple(MetadataCatalog.get(dataset).get("thing_classes", ()))

@@ -1,0 +1,338 @@
+"""What a detector attended to when it made a detection, as maps over the image.
+
+A framework's side says how its detectors are run (:class:`Detector`). What they compute is recorded
+by hooks that are gone afterwards, and laid over the image here (:class:`Frame`).
+
+Sizes are (height, width), boxes (x1, y1, x2, y2), both in pixels of the image file where nothing
+else is said. Each cell of a map (..., H', W') of features covers an equal part of the padded input.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from plugin_core.checkpoint import find_state_dict, read_checkpoint
+from plugin_core.ida import IDABlock, IDAClassifier
+
+logger = logging.getLogger(__name__)
+
+Size = tuple[int, int]
+# What a checkpoint may have or lack: constants of Detectron2's older ones, a counter of norms'
+_OPTIONAL = {"pixel_mean", "pixel_std", "cell_anchors", "num_batches_tracked"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image, and what a detector is given of it.
+
+    Args:
+        image: (H, W, 3), RGB, 0 … 255.
+        pixels: (1, 3, h, w), float, as the detector takes them: 0 … 255, resized, its order of
+            channels.
+        input_size: of ``pixels``, as far as the image fills them.
+        meta: whatever else the framework wants.
+    """
+
+    image: np.ndarray
+    pixels: Tensor
+    input_size: Size
+    meta: Any = None
+
+
+@dataclass(frozen=True)
+class Detections:
+    """What a detector found in one image.
+
+    Args:
+        boxes: (D, 4).
+        scores: (D,), which gradients flow through.
+        classes: (D,), from 0 on.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    classes: Tensor
+
+    def best(self, class_id: int | None = None) -> int | None:
+        """Index of the detection with the highest score, of one class or of all; None without."""
+        wanted = torch.ones_like(self.classes, dtype=torch.bool)
+        if class_id is not None:
+            wanted = self.classes == class_id
+        if not wanted.any():
+            return None
+        return int(self.scores.detach().masked_fill(~wanted, -1).argmax())
+
+
+class Detector(ABC):
+    """A trained detector of either framework, in evaluation mode.
+
+    Attributes:
+        model: with a child ``backbone``; its parameters need no gradient.
+        class_names: of the classes from 0 on; the numbers themselves where there are no names.
+    """
+
+    model: nn.Module
+    class_names: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, path: str) -> Picture:
+        """Read and resize an image as the config's test does; raises ValueError if it cannot."""
+
+    @abstractmethod
+    def detect(self, picture: Picture, pixels: Tensor) -> Detections:
+        """Detect in ``pixels``, those of the picture or others of their shape."""
+
+    @abstractmethod
+    def last_stage(self) -> str:
+        """Name of the backbone's last stage; raises ValueError if the backbone has no stages."""
+
+    @abstractmethod
+    def region_extractors(self) -> list[nn.Module]:
+        """The modules that cut the features of regions out."""
+
+    @abstractmethod
+    def regions(self, call: Call) -> Tensor:
+        """(R, 4): boxes in pixels of the input that a region extractor was called with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a module."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    output: Any
+
+
+@contextmanager
+def record_calls(modules: Iterable[nn.Module]) -> Iterator[list[Call]]:
+    """Record the calls of some modules, in their order; nothing is copied and nothing changed."""
+    calls: list[Call] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append(Call(module, args, output))
+
+    handles = [module.register_forward_hook(note) for module in dict.fromkeys(modules)]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where an image is in what a network computes of it.
+
+    Args:
+        image_size: of the file.
+        input_size: that the image was resized to.
+        padded_size: of the network's input, which is filled up on the right and at the bottom.
+    """
+
+    image_size: Size
+    input_size: Size
+    padded_size: Size
+
+    def over_image(self, maps: Tensor) -> Tensor:
+        """(..., H', W') of features → (..., H, W), by bilinear interpolation between the cells."""
+        padded = _resize(maps, self.padded_size)
+        height, width = self.input_size
+        return _resize(padded[..., :height, :width], self.image_size)
+
+    def paste(self, maps: Tensor, region: Tensor) -> Tensor:
+        """(..., h, w) of a region of the input → (..., H, W), NaN outside of the region.
+
+        Args:
+            maps: whose cells divide the region evenly.
+            region: its box in pixels of the input.
+        """
+        scale = torch.tensor([i / n for i, n in zip(self.image_size, self.input_size, strict=True)])
+        y1, x1, y2, x2 = (region.detach().cpu()[[1, 0, 3, 2]] * scale.repeat(2)).tolist()
+        height, width = self.image_size
+        # Of each pixel's middle, the place in the region, which is from -1 to 1
+        v = (torch.arange(height) + 0.5 - y1) / max(y2 - y1, 1e-6) * 2 - 1
+        u = (torch.arange(width) + 0.5 - x1) / max(x2 - x1, 1e-6) * 2 - 1
+        grid = torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=2)[None]
+        flat = maps.detach().float().cpu().reshape(1, -1, *maps.shape[-2:])
+        pasted = F.grid_sample(flat, grid, padding_mode="border", align_corners=False)
+        outside = (v.abs()[:, None] > 1) | (u.abs() > 1)
+        pasted = pasted.masked_fill(outside, torch.nan)
+        return pasted.reshape(*maps.shape[:-2], height, width)
+
+    def share_in_box(self, maps: Tensor, box: Tensor) -> Tensor:
+        """Which part of the sum of (..., H', W') is inside a box of the image, 0 … 1: (...)."""
+        maps, covered = maps.detach().float().cpu(), []
+        for axis, (first, last) in enumerate(((1, 3), (0, 2))):
+            cells = maps.shape[axis - 2]
+            scale = self.input_size[axis] / self.image_size[axis] * cells / self.padded_size[axis]
+            start = torch.arange(cells)
+            end = (start + 1).clamp(max=float(box[last]) * scale)
+            covered.append((end - start.clamp(min=float(box[first]) * scale)).clamp(min=0))
+        return torch.einsum("...hw,h,w->...", maps, *covered) / maps.sum((-2, -1))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a detector found in a picture, and the calls that were recorded on the way."""
+
+    picture: Picture
+    frame: Frame
+    detections: Detections
+    calls: list[Call]
+
+    def call_of(self, module: nn.Module) -> Call:
+        """The last call of a module; raises ValueError if there was none."""
+        for call in reversed(self.calls):
+            if call.module is module:
+                return call
+        raise ValueError("it was not called")
+
+
+def run(detector: Detector, picture: Picture, modules: Iterable[nn.Module]) -> Run:
+    """Run a detector, with gradients, and record the calls of some of its modules.
+
+    Args:
+        detector: to run.
+        picture: of :meth:`Detector.read`.
+        modules: of the detector; its region extractors are recorded too.
+    """
+    backbone = detector.model.get_submodule("backbone")
+    recorded = [backbone, *detector.region_extractors(), *modules]
+    with record_calls(recorded) as calls, torch.enable_grad():
+        pixels = picture.pixels.clone().requires_grad_()  # the parameters need no gradient
+        detections = detector.detect(picture, pixels)
+    height, width = picture.image.shape[:2]
+    padded = next(call for call in calls if call.module is backbone).args[0].shape
+    frame = Frame((height, width), picture.input_size, (padded[2], padded[3]))
+    return Run(picture, frame, detections, calls)
+
+
+def region_attention(
+    detector: Detector, run: Run, classifier: IDAClassifier, detection: int
+) -> tuple[Tensor, Tensor]:
+    """IDA's spatial attention for a detection's class in the region that it was made from.
+
+    Args:
+        detector: that made it.
+        run: that recorded the calls of ``classifier``.
+        classifier: of the regions; in a cascade that of the last stage.
+        detection: its index.
+
+    Returns:
+        The attention of each head (N, h, w), and the region's box in pixels of the input.
+
+    Raises:
+        ValueError: if the classifier works on no regions, or the score depends on none of them.
+    """
+    call = run.call_of(classifier)
+    before = run.calls[: run.calls.index(call)]
+    extractors = detector.region_extractors()
+    regions = [c for c in before if c.module in extractors]
+    if not regions:
+        raise ValueError("it classifies no regions")
+    # A score depends on the logits of the region that it belongs to, and on no other region's.
+    index = int(_gradient_of_score(run, detection, call.output).abs().sum(1).argmax())
+    maps = spatial_attention(classifier, call.args[0][index : index + 1])
+    return maps[:, run.detections.classes[detection]], detector.regions(regions[-1])[index]
+
+
+@torch.no_grad()
+def spatial_attention(module: IDABlock | IDAClassifier, x: Tensor) -> Tensor:
+    """Where each head's classes or queries attend in x (1, C, H, W): (N, K, H, W)."""
+    _, attention = module(x, return_attention=True)
+    return attention[0]
+
+
+def check_depends_on(run: Run, layer: nn.Module, detection: int) -> None:
+    """Check that a layer puts out one feature map that a detection's score depends on.
+
+    Raises:
+        ValueError: if not.
+    """
+    outputs = [call.output for call in run.calls if call.module is layer]
+    if len(outputs) != 1:
+        raise ValueError(f"it is called {len(outputs)} times for an image, expected once")
+    output = outputs[0]
+    if not isinstance(output, Tensor) or output.dim() != 4 or len(output) != 1:
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"it puts out {shape}, expected a feature map of shape (1, C, H, W)")
+    _gradient_of_score(run, detection, output)
+
+
+def _gradient_of_score(run: Run, detection: int, x: Tensor) -> Tensor:
+    """Gradient of a detection's score with respect to x; raises ValueError if it is 0."""
+    score = run.detections.scores[detection]
+    gradient = None
+    if score.requires_grad and x.requires_grad:
+        (gradient,) = torch.autograd.grad(score, x, retain_graph=True, allow_unused=True)
+    if gradient is None or not gradient.any():
+        raise ValueError(
+            f"the score {score.item():.3g} has no gradient there: it is saturated, does not depend "
+            "on it, or this kind of detector cuts gradients off"
+        )
+    return gradient
+
+
+def load_weights(model: nn.Module, path: str, *, trust: bool = False) -> Mapping[str, Any]:
+    """Load a whole detector's checkpoint; an attention that was not trained is not worth a look.
+
+    Tensors that the model has no place for are logged.
+
+    Args:
+        model: to load it into.
+        path: of the checkpoint.
+        trust: whether what the file asks to run may be run.
+
+    Returns:
+        The content of the checkpoint.
+
+    Raises:
+        ValueError: if it cannot be read, or lacks a tensor of the model or has it of another shape.
+    """
+    content = read_checkpoint(path, trust=trust)
+    state = OrderedDict(find_state_dict(content))
+    # Modules tell by it how old the names in a file are.
+    saved = content.get("state_dict", content.get("model", content))
+    setattr(state, "_metadata", getattr(saved, "_metadata", None))  # noqa: B010  # mypy
+    try:
+        missing, unexpected = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        reasons = [line.strip() for line in str(error).splitlines()]
+        first = next((line for line in reasons if "size mismatch" in line), reasons[0])
+        raise ValueError(f"{path!r} does not fit the config: {first}") from error
+    missing = _needed(missing)
+    if missing:
+        raise ValueError(
+            f"{path!r} lacks {_some(missing)}, which would stay random; expected the checkpoint of "
+            "a detector trained with this config"
+        )
+    unexpected = _needed(unexpected)
+    if unexpected:
+        logger.warning(f"{path!r} has {_some(unexpected)} that the config has no place for")
+    return content
+
+
+def _needed(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not _OPTIONAL & set(name.split("."))]
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} tensors ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})"
+
+
+def _resize(maps: Tensor, size: Size) -> Tensor:
+    flat = maps.detach().float().cpu().reshape(1, -1, *maps.shape[-2:])
+    resized = F.interpolate(flat, size, mode="bilinear", align_corners=False)
+    return resized.reshape(*maps.shape[:-2], *size)

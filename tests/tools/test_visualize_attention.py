@@ -1,0 +1,452 @@
+"""tools/visualize_attention.py: the pictures, by both frameworks, and each error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tools"))
+
+import visualize_attention  # noqa: E402
+
+from plugin_core import IDABlock, IDAClassifier, TripletAttention  # noqa: E402
+from plugin_core.attention_maps import (  # noqa: E402
+    Call,
+    Detections,
+    Detector,
+    Frame,
+    Picture,
+    Run,
+    region_attention,
+    run,
+)
+
+D2_CONFIG = """
+_BASE_: {root}/configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml
+MODEL:
+  RESNETS: {{IDA: {{STAGES: [res5], NUM_QUERIES: 6}}}}
+  RPN: {{POST_NMS_TOPK_TEST: 20}}
+  ROI_HEADS: {{NAME: StandardPluginROIHeads, SCORE_THRESH_TEST: 0.0, NUM_CLASSES: {classes}}}
+  ROI_BOX_HEAD: {{NAME: IDABoxHead, FC_DIM: 16}}
+DATASETS: {{TEST: [{dataset}]}}
+INPUT: {{MIN_SIZE_TEST: 72, MAX_SIZE_TEST: 72}}
+"""
+MM_CONFIG = """
+_base_ = "{root}/configs/mm/synthetic/faster-rcnn_r18-triplet_fpn_synthetic.py"
+triplet = dict(cfg=dict(type="TripletAttention"), position="after_conv2")
+ida = dict(
+    cfg=dict(type="IDABlock", num_queries=6),
+    stages=(False, False, False, True),
+    position="after_conv2",
+)
+bbox_head = dict(type="IDABBoxHead", fc_out_channels=16, num_classes={classes})
+model = dict(
+    backbone=dict(plugins=[triplet, ida]),
+    roi_head=dict(bbox_head=bbox_head),
+    test_cfg=dict(rpn=dict(max_per_img=20), rcnn=dict(score_thr=0.0)),
+)
+"""
+DETR_CONFIG = """
+_base_ = "mmdet::detr/detr_r50_8xb2-150e_coco.py"
+model = dict(
+    num_queries=5,
+    backbone=dict(depth=18, init_cfg=None),
+    neck=dict(in_channels=[512]),
+    encoder=dict(num_layers=1),
+    decoder=dict(num_layers=1),
+    test_cfg=dict(max_per_img=5),
+)
+"""
+RETINANET_CONFIG = """
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+model = dict(
+    backbone=dict(depth=18, init_cfg=None),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+    test_cfg=dict(score_thr=0.0, nms_pre=10, max_per_img=5),
+)
+"""
+SMALL_PIPELINE = """
+pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(72, 72), keep_ratio=True),
+    dict(
+        type="PackDetInputs",
+        meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+    ),
+]
+test_dataloader = dict(dataset=dict(pipeline=pipeline))
+"""
+PICTURES = ["gradcam", "gradcam++", "triplet-hw", "ida-regions", "ida-queries", "attention"]
+
+
+class Trained(NamedTuple):
+    """A detector with random weights, whose least detections count."""
+
+    side: str
+    config: str
+    weights: str
+    backbone: str  # name of the ResNet
+    stage: str  # name of its last but one stage
+
+    def argv(self, *images: str, out: Path) -> list[str]:
+        return [self.config, *images, "--weights", self.weights, "--out", str(out)]
+
+
+@pytest.fixture(scope="session")
+def class_names(drawn_coco: Path) -> list[str]:
+    content = json.loads((drawn_coco / "annotations/instances_val2017.json").read_text())
+    return [category["name"] for category in content["categories"]]
+
+
+@pytest.fixture(scope="session")
+def images(drawn_coco: Path) -> list[str]:
+    return sorted(map(str, (drawn_coco / "val2017").glob("*.jpg")))
+
+
+@pytest.fixture(scope="session")
+def detectron2(tmp_path_factory, drawn_coco, class_names) -> Iterator[Trained]:
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from detectron2.data import DatasetCatalog
+    from detectron2.modeling import build_model
+
+    from d2_plugins.analysis import load_config
+
+    folder, dataset = tmp_path_factory.mktemp("d2"), "visualized_val"
+    config, weights = folder / "config.yaml", folder / "model.pth"
+    config.write_text(D2_CONFIG.format(root=ROOT, classes=len(class_names), dataset=dataset))
+    cfg: Any = load_config(str(config))
+    cfg.MODEL.DEVICE = "cpu"
+    torch.manual_seed(0)
+    torch.save({"model": build_model(cfg).state_dict()}, weights)
+    json_file = drawn_coco / "annotations/instances_val2017.json"
+    visualize_attention.register([(dataset, str(json_file), str(drawn_coco))], "d2_plugins")
+    resnet = "backbone.bottom_up"
+    yield Trained("d2_plugins", str(config), str(weights), resnet, f"{resnet}.res4")
+    DatasetCatalog.remove(dataset)
+
+
+@pytest.fixture(scope="session")
+def mmdetection(tmp_path_factory, class_names) -> Trained:
+    pytest.importorskip("mmdet", reason="MMDetection is not installed")
+    config = tmp_path_factory.mktemp("mm") / "config.py"
+    config.write_text(MM_CONFIG.format(root=ROOT, classes=len(class_names)))
+    weights = random_mmdet_weights(config, {"dataset_meta": {"classes": class_names}})
+    return Trained("mm_plugins", str(config), weights, "backbone", "backbone.layer3")
+
+
+def random_mmdet_weights(config: Path, meta: dict[str, Any]) -> str:
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.registry import DefaultScope
+
+    from mm_plugins.analysis import load_config
+
+    register_all_modules(init_default_scope=False)
+    torch.manual_seed(0)
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        model = MODELS.build(load_config(str(config)).model)
+    weights = config.with_name("model.pth")
+    torch.save({"state_dict": model.state_dict(), "meta": meta}, weights)
+    return str(weights)
+
+
+@pytest.fixture(params=["detectron2", "mmdetection"])
+def trained(request: pytest.FixtureRequest) -> Trained:
+    return request.getfixturevalue(request.param)
+
+
+def load(trained: Trained) -> Detector:
+    return visualize_attention.load(trained.side, trained.config, trained.weights, False)
+
+
+def error_of(*argv: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        visualize_attention.main(argv)
+    message = stop.value.code  # a text: printed to stderr, exit status 1
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    return message
+
+
+# ------------------------------------------------------------------------- with the frameworks
+
+
+def test_sheet_and_pictures_of_everything_are_written(trained, images, tmp_path, capsys):
+    out = tmp_path / "new" / "pictures"
+    visualize_attention.main(trained.argv(images[0], out=out))
+    stem, size = Path(images[0]).stem, Image.open(images[0]).size
+    assert sorted(os.listdir(out)) == sorted(f"{stem}_{what}.png" for what in PICTURES)
+    for what in PICTURES[:-1]:
+        assert Image.open(out / f"{stem}_{what}.png").size == size
+    assert f"1 of 1 images: {out}/*_attention.png" in capsys.readouterr().out
+
+
+def test_every_row_is_of_the_last_layer_and_the_class_is_named(trained, images, class_names):
+    detector = load(trained)
+    layers = visualize_attention.choose_layers(detector, None, [])
+    rows = visualize_attention.explain(detector, images[0], None, layers, None, None)
+    assert rows[0].panels[0].title.split(",")[0] in class_names
+    last = detector.last_stage()
+    assert rows[0].panels[1].title == f"Grad-CAM\n{last}"
+    names = [row.title.splitlines()[1] for row in rows[1:]]
+    assert names[0].startswith(f"{last}.1.") and names[2].startswith(f"{last}.1.")
+    kinds = [type(detector.model.get_submodule(name)).__mro__ for name in names]
+    for kind, expected in zip(kinds, (TripletAttention, IDAClassifier, IDABlock), strict=True):
+        assert expected in kind
+    assert [len(row.panels) for row in rows] == [3, 5, 5, 4]
+    hooks = [h for m in detector.model.modules() for h in m._forward_hooks.values()]
+    assert hooks == []
+
+
+def test_region_is_the_one_that_the_detection_was_made_from(trained, images):
+    detector = load(trained)
+    (name,) = visualize_attention.attention_names(detector, "ida-regions")
+    classifier = detector.model.get_submodule(name)
+    done = run(detector, detector.read(images[0]), [classifier])
+    index = done.detections.best()
+    maps, region = region_attention(detector, done, classifier, index)
+    assert maps.shape == (4, 7, 7)
+    pooled = [call for call in done.calls if call.module in detector.region_extractors()]
+    regions = detector.regions(pooled[-1])
+    assert regions.shape == (20, 4)
+    probability = done.call_of(classifier).output.softmax(1)[:, done.detections.classes[index]]
+    nearest = (probability - done.detections.scores[index]).abs().argmin()
+    assert torch.equal(region, regions[nearest])
+
+
+def test_layer_of_grad_cam_can_be_chosen(trained, images, tmp_path, monkeypatch):
+    rows: list[Any] = []
+    monkeypatch.setattr(visualize_attention, "write", lambda r, *_: rows.extend(r))
+    argv = [*trained.argv(images[0], out=tmp_path), "--layer", trained.stage]
+    visualize_attention.main([*argv, "--methods", "gradcam"])
+    assert [p.title for p in rows[0].panels[1:]] == [f"Grad-CAM\n{trained.stage}"]
+
+
+def test_baseline_has_the_same_grad_cams_in_a_row_of_its_own(trained, images, tmp_path):
+    # Of the same detector, so that both are equal
+    argv = [*trained.argv(images[0], out=tmp_path), "--methods", "gradcam"]
+    visualize_attention.main([*argv, "--baseline", trained.config, trained.weights])
+    stem = Path(images[0]).stem
+    names = ["attention", "baseline_gradcam", "gradcam"]
+    assert sorted(os.listdir(tmp_path)) == [f"{stem}_{name}.png" for name in names]
+    first, second = (np.asarray(Image.open(tmp_path / f"{stem}_{n}.png")) for n in names[1:])
+    assert np.array_equal(first, second)
+
+
+def test_image_without_the_class_is_a_warning_and_none_with_it_an_error(
+    trained, images, tmp_path, capsys, monkeypatch
+):
+    kind = type(load(trained))
+    read, detect = kind.read, kind.detect
+    first = Path(images[0]).stem
+
+    def read_noting(self, path):
+        self.finds = Path(path).stem == first
+        return read(self, path)
+
+    def detect_in_first(self, *args):
+        found = detect(self, *args)
+        kept = found.scores >= (0 if self.finds else 2)
+        return Detections(found.boxes[kept], found.scores[kept], found.classes[kept])
+
+    monkeypatch.setattr(kind, "read", read_noting)
+    monkeypatch.setattr(kind, "detect", detect_in_first)
+    argv = ["--methods", "triplet"]
+    visualize_attention.main([*trained.argv(*images[:2], out=tmp_path), *argv])
+    assert f"warning: {images[1]}: no detection above the score" in capsys.readouterr().err
+    assert {name.partition("_")[0] for name in os.listdir(tmp_path)} == {first}
+    assert "no picture was made" in error_of(*trained.argv(images[1], out=tmp_path), *argv)
+
+
+def test_weights_without_the_attention_are_an_error(trained, images, tmp_path):
+    content = torch.load(trained.weights)
+    key = "model" if "model" in content else "state_dict"
+    content[key] = {k: v for k, v in content[key].items() if "triplet" not in k}
+    torch.save(content, tmp_path / "plain.pth")
+    argv = trained._replace(weights=str(tmp_path / "plain.pth")).argv(images[0], out=tmp_path / "x")
+    message = error_of(*argv)
+    assert "plain.pth' lacks" in message and "triplet_attention" in message
+    assert not (tmp_path / "x").exists()
+
+
+def test_missing_weights_are_an_error(trained, images, tmp_path):
+    argv = trained._replace(weights="nowhere.pth").argv(images[0], out=tmp_path)
+    assert "there is no checkpoint 'nowhere.pth'" in error_of(*argv)
+
+
+def test_unknown_class_is_an_error_with_the_likely_ones(trained, images, tmp_path, class_names):
+    argv = trained.argv(images[0], out=tmp_path)
+    assert class_names[0] in error_of(*argv, "--class", class_names[0][:-1])
+    last = len(class_names) - 1
+    assert f"has {last + 1} classes, 0 … {last}" in error_of(*argv, "--class", str(last + 1))
+
+
+def test_unknown_layer_is_an_error_that_lists_the_attention(trained, images, tmp_path):
+    message = error_of(*trained.argv(images[0], out=tmp_path), "--layer", "ida")
+    assert "--layer ida: the model has no such module" in message
+    assert f"{trained.backbone}." in message and "triplet_attention" in message
+
+
+def test_layer_that_puts_out_no_map_of_the_image_is_reported(trained, images, tmp_path, capsys):
+    name = "roi_heads.box_head" if trained.side == "d2_plugins" else "roi_head.bbox_head"
+    argv = [*trained.argv(images[0], out=tmp_path), "--methods", "gradcam", "--layer", name]
+    assert "no picture was made" in error_of(*argv)
+    assert f"layer {name}: it puts out tuple, expected a feature map" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", [DETR_CONFIG, RETINANET_CONFIG], ids=["detr", "retinanet"])
+def test_mmdetection_without_regions_has_grad_cams(config, tmp_path, images):
+    pytest.importorskip("mmdet", reason="MMDetection is not installed")
+    file = tmp_path / "config.py"
+    file.write_text(config + SMALL_PIPELINE)
+    weights = random_mmdet_weights(file, {})
+    argv = [str(file), images[0], "--weights", weights, "--out", str(tmp_path / "out")]
+    visualize_attention.main(argv)
+    assert len(os.listdir(tmp_path / "out")) == 3
+    message = error_of(*argv, "--methods", "ida-regions")
+    assert "has no IDAClassifier for it; there are gradcam, gradcam++" in message
+
+
+# ---------------------------------------------------------------------- with a detector of our own
+
+
+class TinyDetector(Detector):
+    """One detection; its network pads an image of 12x16 pixels to 16x16."""
+
+    class_names = ("0",)
+
+    def __init__(self) -> None:
+        self.model = nn.ModuleDict({"backbone": nn.Conv2d(3, 4, 4, stride=4)})
+        self.model.eval().requires_grad_(False)
+        nn.init.constant_(self.model["backbone"].bias, 0.5)
+
+    def read(self, path: str) -> Picture:
+        return Picture(np.zeros((24, 32, 3), np.uint8), torch.rand(1, 3, 12, 16), (12, 16))
+
+    def detect(self, picture: Picture, pixels: Tensor) -> Detections:
+        assert pixels.shape[2:] == (12, 16)
+        features = self.model["backbone"](nn.functional.pad(pixels, (0, 0, 0, 4)))
+        score = (features * torch.linspace(-0.2, 1, 64).reshape(1, 4, 4, 4)).mean().sigmoid()
+        return Detections(torch.tensor([[4.0, 4, 12, 12]]), score[None], torch.tensor([0]))
+
+    def last_stage(self) -> str:
+        return "backbone"
+
+    def region_extractors(self) -> list[nn.Module]:
+        return []
+
+    def regions(self, call: Call) -> Tensor:
+        raise AssertionError
+
+
+def test_grad_cam_is_its_formula_laid_over_the_image():
+    pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
+    detector = TinyDetector()
+    done = run(detector, detector.read(""), [detector.model["backbone"]])
+    heat = visualize_attention.make_cam("gradcam", detector, done, 0, detector.model["backbone"])
+    activation = done.calls[0].output
+    (gradient,) = torch.autograd.grad(done.detections.scores[0], activation)
+    cam = (gradient.mean((2, 3), keepdim=True) * activation).sum(1)[0].relu()
+    padded = nn.functional.interpolate(cam[None, None], (16, 16), mode="bilinear")[0, 0]
+    padded = (padded - padded.min()) / (padded.max() - padded.min())
+    assert heat.shape == (24, 32)
+    expected = done.frame.over_image(padded)
+    torch.testing.assert_close(heat, expected, atol=1e-4, rtol=0, check_dtype=False)
+
+
+def test_queries_are_ranked_by_their_share_in_the_box(monkeypatch):
+    # Of a map of 1x2 cells the box covers the first; the shares are what is there.
+    shares = torch.tensor([0.1, 0.9, 0.3, 0.7, 0.5, 0.2])
+    maps = torch.stack((shares, 1 - shares), dim=1)[None, :, None].expand(2, 6, 1, 2)
+    monkeypatch.setattr(visualize_attention, "spatial_attention", lambda *_: maps)
+    picture = Picture(np.zeros((4, 8, 3), np.uint8), torch.zeros(1, 3, 4, 8), (4, 8))
+    found = Detections(torch.tensor([[0.0, 0, 4, 4]]), torch.ones(1), torch.zeros(1))
+    block = IDABlock(4, 6, 2)
+    calls = [Call(block, (torch.zeros(1, 4, 1, 2),), None)]
+    done = Run(picture, Frame((4, 8), (4, 8), (4, 8)), found, calls)
+    row = visualize_attention.queries_row(done, 0, block, "name")
+    titles = [panel.title for panel in row.panels]
+    expected = [(1, 90), (3, 70), (4, 50), (2, 30)]
+    assert titles == [f"query {k}\n{share}.0% of it in the box" for k, share in expected]
+    assert "the box is 50.0% of the input" in row.title
+
+
+def test_map_is_coloured_where_it_is_known_only():
+    picture = Picture(np.full((4, 8, 3), 10, np.uint8), torch.zeros(1, 3, 4, 8), (4, 8))
+    found = Detections(torch.tensor([[7.0, 3, 7, 3]]), torch.ones(1), torch.zeros(1))
+    done = Run(picture, Frame((4, 8), (4, 8), (4, 8)), found, [])
+    heat = torch.full((4, 8), torch.nan)
+    heat[1, 2], heat[1, 3] = 0.5, 0.7
+    drawn = visualize_attention.overlay(done, heat, 0).astype(int)
+    changed = (drawn != 10).any(2).nonzero()
+    assert list(zip(*changed, strict=True)) == [(1, 2), (1, 3), (3, 7)]
+    assert drawn[1, 3, 0] > drawn[1, 2, 0]  # the greater is redder
+    assert (picture.image == 10).all()
+    assert (visualize_attention.overlay(done, heat * torch.nan, 0)[:3] == 10).all()
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> str:
+    (tmp_path / "some.yaml").touch()
+    return str(tmp_path / "some.yaml")
+
+
+def argv_of(yaml: str, *images: str) -> list[str]:
+    return [yaml, *images, "--weights", "w.pth", "--out", "nowhere"]
+
+
+def test_image_that_is_not_there_or_is_broken_is_an_error(yaml, images, tmp_path):
+    assert "there is no image 'nowhere.jpg'" in error_of(*argv_of(yaml, images[0], "nowhere.jpg"))
+    (tmp_path / "cut.jpg").write_bytes(Path(images[0]).read_bytes()[:500])
+    assert "cut.jpg' cannot be read" in error_of(*argv_of(yaml, str(tmp_path / "cut.jpg")))
+
+
+def test_images_of_one_name_are_an_error(yaml, images, tmp_path):
+    same = tmp_path / Path(images[0]).name
+    same.write_bytes(Path(images[0]).read_bytes())
+    assert "their pictures would have one name" in error_of(*argv_of(yaml, images[0], str(same)))
+
+
+def test_baseline_of_another_framework_is_an_error(yaml, images):
+    message = error_of(*argv_of(yaml, images[0]), "--baseline", "mmdet::x.py", "y.pth")
+    assert "mmdet::x.py: a config of MMDetection" in message and "one of Detectron2" in message
+
+
+def test_dataset_of_detectron2_is_not_registered_for_mmdetection(images):
+    argv = argv_of("mmdet::x.py", images[0])
+    assert "--register-coco: of Detectron2" in error_of(*argv, "--register-coco", "a", "b", "c")
+
+
+def test_missing_grad_cam_is_an_error_that_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
+    with pytest.raises(ValueError, match=r"pip install -e .\[visualization\], or leave them out"):
+        visualize_attention.choose_layers(TinyDetector(), None, [])
+
+
+def test_class_without_names_is_asked_for_by_its_id():
+    assert visualize_attention.find_class("1", ("0", "1", "2")) == 1
+    with pytest.raises(ValueError, match="names are not known, give an id from 0 to 2"):
+        visualize_attention.find_class("dog", ("0", "1", "2"))
+
+
+def test_baseline_with_other_classes_is_an_error():
+    other = TinyDetector()
+    other.class_names = ("0", "1")
+    layers = {"gradcam": "backbone"}
+    with pytest.raises(ValueError, match="has 2 classes, the model has 1"):
+        visualize_attention.choose_baseline_layer(TinyDetector(), other, layers, [])
+    with pytest.raises(ValueError, match="only for gradcam"):
+        visualize_attention.choose_baseline_layer(TinyDetector(), TinyDetector(), {}, [])

@@ -1,0 +1,57 @@
+"""Which framework a config is of. Neither is imported for it."""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+
+FRAMEWORKS = {"d2_plugins": "Detectron2", "mm_plugins": "MMDetection"}
+
+
+def common_side(config: str, baseline: str | None) -> str:
+    """The package that knows what to do with a config and what it is compared with.
+
+    Raises ValueError if there is no such file, or the two are of different frameworks.
+    """
+    sides = [side_of(name) for name in (config, baseline) if name]
+    if len(set(sides)) > 1:
+        first, second = (FRAMEWORKS[side] for side in sides)
+        raise ValueError(
+            f"--baseline {baseline}: a config of {second}, but {config} is one of {first}; both "
+            "must be of the same framework"
+        )
+    return sides[0]
+
+
+def side_of(config: str) -> str:
+    """The package that knows what to do with a config."""
+    if config.startswith("model_zoo://"):
+        return "d2_plugins"
+    if config.startswith("mmdet::"):
+        return "mm_plugins"
+    if not os.path.isfile(config):
+        raise ValueError(f"{config}: there is no such config file")
+    if config.endswith((".yaml", ".yml")):
+        return "d2_plugins"
+    if not config.endswith(".py"):
+        raise ValueError(f"{config}: a config of neither framework; expected .yaml or .py")
+    return "d2_plugins" if is_lazy_config(config) else "mm_plugins"
+
+
+def is_lazy_config(path: str) -> bool:
+    """Whether a .py config is in Detectron2's style, which imports Detectron2 or other configs.
+
+    MMDetection's new style imports other configs too, but below ``with read_base():``.
+    """
+    try:
+        nodes = list(ast.walk(ast.parse(Path(path).read_bytes())))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: not Python: {error}") from error
+    modules = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += [node.module or "" for node in imports if node.level == 0]
+    names = {alias.name for node in imports for alias in node.names}
+    packages = {module.split(".")[0] for module in modules}
+    relative = any(node.level for node in imports)
+    return bool(packages & {"detectron2", "d2_plugins"}) or (relative and "read_base" not in names)
