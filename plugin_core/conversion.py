@@ -18,6 +18,7 @@ from plugin_core.preflight import RESNET_DEPTHS, resnet_depth
 from plugin_core.triplet_attention import PUBLISHED_SPELLING
 
 _ATTENTION = ".triplet_attention."
+_IDA = ".ida."
 _NAME = re.compile(r"(conv[12]|bn1|fc|layer\d\.\d+)\.")
 _BLOCK = re.compile(r"layer\d\.\d+\.")
 _BLOCK_CONVOLUTION = re.compile(r"layer([1-4])\.(\d+)\.conv([123])\.weight")
@@ -68,8 +69,11 @@ class Backbone:
         return "MobileNetV2" if self.depth is None else f"ResNet-{self.depth}"
 
     def __str__(self) -> str:
-        blocks = len({n.partition(_ATTENTION)[0] for n in self.names if _ATTENTION in n})
-        attention = f" with triplet attention in {blocks} blocks" if blocks else ""
+        attention = ""
+        for module, what in ((_ATTENTION, "triplet attention"), (_IDA, "IDA")):
+            blocks = len({n.partition(module)[0] for n in self.names if module in n})
+            if blocks:
+                attention += f"{' and' if attention else ' with'} {what} in {blocks} blocks"
         below = f" below {self.prefix!r}" if self.prefix else ""
         return f"{self.architecture}{attention}, {self.spelling}'s names{below}"
 
@@ -219,9 +223,11 @@ def _check_same_function(source: Backbone, target: Backbone) -> None:
             and not common.endswith(("num_batches_tracked", "momentum"))
             and _ATTENTION not in common  # a config that leaves it out has decided so
         ):
+            hint = "they are another network's"
+            if _IDA in common:
+                hint = "take a config with IDA in the same stages"
             raise ValueError(
-                f"these weights' blocks have {name}, which the model's have no place for: they are "
-                "another network's"
+                f"these weights' blocks have {name}, which the model's have no place for: {hint}"
             )
     for common in target.names:
         module, _, parameter = common.rpartition(".")

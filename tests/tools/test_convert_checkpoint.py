@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugin_core import TripletAttention
+from plugin_core import IDABlock, TripletAttention
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
 
@@ -505,6 +505,68 @@ def test_mmdetections_config_is_the_target(tmp_path, capsys):
     ]  # and no style: the stride is at the same place in a ResNet-18 of either
     tensors = torch.load(tmp_path / "out.pth")["state_dict"]
     assert tensors["layer3.1.triplet_attention.alpha"] == 1
+
+
+IDA_CONFIGS = {
+    "d2": """
+VERSION: 2
+INPUT: {FORMAT: RGB}
+MODEL:
+  META_ARCHITECTURE: ProposalNetwork
+  BACKBONE: {NAME: build_resnet_plugin_backbone}
+  RPN: {IN_FEATURES: [res4]}
+  RESNETS:
+    DEPTH: 18
+    RES2_OUT_CHANNELS: 64
+    OUT_FEATURES: [res2, res3, res4, res5]
+    IDA: {STAGES: [res5], NUM_QUERIES: 6}
+""",
+    "mm": """
+custom_imports = dict(imports=["mm_plugins"])
+layer = dict(type="IDABlock", num_queries=6)
+stages = (False, False, False, True)
+model = dict(
+    type="FasterRCNN",
+    data_preprocessor=dict(type="DetDataPreprocessor"),
+    backbone=dict(
+        type="PluginResNet",
+        depth=18,
+        plugins=[dict(cfg=layer, stages=stages, position="after_conv2")],
+    ),
+)
+""",
+}
+
+
+@needs("detectron2")
+@needs("mmdet")
+def test_ida_goes_from_framework_to_framework_with_a_config_that_has_it(tmp_path, capsys):
+    from mmengine.config import Config
+
+    configs = {to: tmp_path / f"ida.{'yaml' if to == 'd2' else 'py'}" for to in IDA_CONFIGS}
+    for to, path in configs.items():
+        path.write_text(IDA_CONFIGS[to])
+    backbone = Config.fromfile(configs["mm"]).model.backbone
+    torch.save(authors_resnet(18, attention=False).state_dict(), tmp_path / "plain.pth")
+    assert (
+        run(tmp_path / "plain.pth", tmp_path / "0.pth", "mm", "--config", str(configs["mm"])) == 0
+    )
+    trained = torch.load(tmp_path / "0.pth")
+    for block in range(2):
+        for name, tensor in IDABlock(512, 6).state_dict().items():
+            value = torch.full((), 0.5) if name == "gamma" else torch.randn_like(tensor) / 20
+            trained["state_dict"][f"layer4.{block}.ida.{name}"] = value
+    torch.save(trained, tmp_path / "1.pth")
+    x = torch.randn(1, 3, 64, 64)
+    expected = mmdetection_features(backbone, str(tmp_path / "1.pth"), x)
+    for to, source, out in (("d2", "1.pth", "2.pth"), ("mm", "2.pth", "3.pth")):
+        assert run(tmp_path / source, tmp_path / out, to, "--config", str(configs[to])) == 0
+        said = capsys.readouterr().out
+        assert "ResNet-18 with IDA in 2 blocks" in said and "SOURCE has none: none" in said
+    assert_same(detectron2_features(str(configs["d2"]), str(tmp_path / "2.pth"), x), expected)
+    assert_same(mmdetection_features(backbone, str(tmp_path / "3.pth"), x), expected)
+    assert run(tmp_path / "1.pth", tmp_path / "4.pth", "d2") == 1
+    assert "take a config with IDA in the same stages" in capsys.readouterr().err
 
 
 def test_pixels_that_are_unknown_are_said_to_be(tmp_path, capsys):
