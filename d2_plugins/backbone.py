@@ -26,6 +26,7 @@ from detectron2.modeling.backbone.fpn import (
 from d2_plugins.resnet_plugins import (
     check_lazy_plugins,
     check_resnet_plugins,
+    in_order,
     insert_plugins,
     plugins_of_stage,
 )
@@ -76,7 +77,7 @@ def build_resnet_with_plugins(
         triplet_attention: ``stages``, a list of "res2" … "res5", and what
             :class:`plugin_core.TripletAttention` takes.
         ida: ``stages``, and what :class:`plugin_core.IDABlock` takes besides its channels.
-        plugin_order: in which a block that has both applies them.
+        plugin_order: in which a block that has both applies them; one not named comes last.
         resnet: what ``ResNet`` takes.
 
     Raises:
@@ -89,7 +90,7 @@ def build_resnet_with_plugins(
     check_lazy_plugins(plugins, plugin_order, channels)
     for stage in model.stage_names:
         wanted = {}
-        for name in plugin_order:
+        for name in in_order(plugin_order):
             arguments = dict(plugins[name] or {})
             if stage in arguments.pop("stages", ()):
                 wanted[name] = arguments

@@ -53,7 +53,7 @@ def add_plugin_config(cfg: CN) -> None:
     # Whether to attend over the heads with two transformer layers and a projection
     cfg.MODEL.RESNETS.IDA.HEAVY = False
 
-    # In which order a block that has several plugins applies them
+    # In which order a block that has several plugins applies them; those not named come last
     cfg.MODEL.RESNETS.PLUGIN_ORDER = ("TRIPLET_ATTENTION", "IDA")
 
     # ---------------------------------------------------------------------------- #

@@ -9,11 +9,13 @@ import os
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, ResNet
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
+from d2_plugins.config import add_plugin_config
 from d2_plugins.evaluation import check_evaluator
 from d2_plugins.resnet_plugins import (
     PLUGINS,
@@ -22,6 +24,7 @@ from d2_plugins.resnet_plugins import (
     check_resnet_plugins,
     stage_channels,
 )
+from d2_plugins.roi_heads import CascadePluginROIHeads, StandardPluginROIHeads
 from plugin_core import IDAClassifier
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
 
@@ -30,12 +33,6 @@ _WITH_PLUGINS = {
     "build_resnet_backbone": "build_resnet_plugin_backbone",
     "build_resnet_fpn_backbone": "build_resnet_plugin_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_plugin_fpn_backbone",
-}
-
-# Detectron2's RoI heads with a box head, and the same with plugins
-_ROI_HEADS_WITH_PLUGINS = {
-    "StandardROIHeads": "StandardPluginROIHeads",
-    "CascadeROIHeads": "CascadePluginROIHeads",
 }
 
 # Folders that a dataset's metadata may name
@@ -68,8 +65,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         ValueError: names the setting, its value and what would be right.
     """
     _check_backbone(cfg)
-    if cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "PanopticFPN"):
-        _check_roi_heads(cfg)
+    _check_roi_heads(cfg)
     _check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
@@ -105,12 +101,18 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
     if not weights or resumed or "://" in weights:
         return
     depth_key = "model.backbone.bottom_up.stages.depth"
-    depth = OmegaConf.select(cfg, depth_key)
+    depth = _lazy_depth(cfg)
     if depth is not None:
         check_resnet_checkpoint(weights, depth, "train.init_checkpoint", depth_key)
         _check_spelling(weights, "train.init_checkpoint")
     elif not os.path.isfile(weights):
         raise ValueError(f"train.init_checkpoint: there is no checkpoint {weights!r}")
+
+
+def _lazy_depth(cfg: DictConfig) -> int | None:
+    """Depth of a ResNet whose stages are the usual ones; None for stages that are listed."""
+    stages = OmegaConf.select(cfg, "model.backbone.bottom_up.stages")
+    return stages.get("depth") if isinstance(stages, DictConfig) else None
 
 
 def _check_lazy_plugins(cfg: DictConfig) -> None:
@@ -119,17 +121,17 @@ def _check_lazy_plugins(cfg: DictConfig) -> None:
     if not any(plugins.values()):
         return
     target = bottom_up._target_
-    if getattr(target, "__name__", str(target)).endswith("ResNet"):
+    if (locate(target) if isinstance(target, str) else target) is ResNet:
         names = " and no ".join(name for name, node in plugins.items() if node)
         raise ValueError(
             f"model.backbone.bottom_up._target_: Detectron2's ResNet takes no {names}; "
             "use d2_plugins.backbone.build_resnet_with_plugins"
         )
-    order = bottom_up.get("plugin_order", tuple(PLUGINS))
-    # As ResNet.make_default_stages has it
-    channels = stage_channels(
-        64 if OmegaConf.select(bottom_up, "stages.depth") in (18, 34) else 256
-    )
+    depth = _lazy_depth(cfg)
+    if depth is None:
+        return  # the builder will know the channels
+    order = bottom_up.get("plugin_order", ())
+    channels = stage_channels(256 if depth >= 50 else 64)  # as ResNet.make_default_stages has it
     try:
         check_lazy_plugins(plugins, order, channels)
     except (TypeError, ValueError) as error:
@@ -159,15 +161,36 @@ def _check_roi_heads(cfg: CfgNode) -> None:
     """Check what belongs to a box head that classifies by IDA."""
     box_head: Any = cfg.MODEL.ROI_BOX_HEAD
     if box_head.NAME != "IDABoxHead":
+        default: Any = get_cfg()
+        add_plugin_config(default)
+        if box_head.IDA != default.MODEL.ROI_BOX_HEAD.IDA:
+            raise ValueError(
+                f"MODEL.ROI_BOX_HEAD.IDA is set, but MODEL.ROI_BOX_HEAD.NAME is {box_head.NAME!r}, "
+                "which does not read it; use 'IDABoxHead'"
+            )
         return
-    name = cfg.MODEL.ROI_HEADS.NAME
-    if name in {*_ROI_HEADS_WITH_PLUGINS, "Res5ROIHeads", "Res5PluginROIHeads"}:
-        wanted = _ROI_HEADS_WITH_PLUGINS.get(name) or "StandardPluginROIHeads"
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
         raise ValueError(
-            f"MODEL.ROI_HEADS.NAME: {name!r} takes no MODEL.ROI_BOX_HEAD.NAME 'IDABoxHead'; "
-            f"use {wanted!r}" + (" on an FPN" if name.startswith("Res5") else "")
+            "MODEL.ROI_BOX_HEAD.NAME: 'IDABoxHead', but a RetinaNet has no RoI heads; it takes IDA "
+            "in MODEL.RESNETS.IDA.STAGES"
         )
-    in_channels = box_head.CONV_DIM if box_head.NUM_CONV else cfg.MODEL.FPN.OUT_CHANNELS
+    name = cfg.MODEL.ROI_HEADS.NAME
+    if name in ROI_HEADS_REGISTRY:
+        kind = ROI_HEADS_REGISTRY.get(name)
+        with_plugins = issubclass(kind, (StandardPluginROIHeads, CascadePluginROIHeads))
+        # Others may be a user's own, and know what to do.
+        if not with_plugins and kind.__module__.startswith(("detectron2.", "d2_plugins.")):
+            wanted = "Cascade" if name == "CascadeROIHeads" else "Standard"
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NAME: {name!r} takes no MODEL.ROI_BOX_HEAD.NAME 'IDABoxHead'; "
+                f"use '{wanted}PluginROIHeads'"
+            )
+    if box_head.NUM_CONV:
+        in_channels = box_head.CONV_DIM
+    elif _has_resnet(cfg) and "fpn" in cfg.MODEL.BACKBONE.NAME:
+        in_channels = cfg.MODEL.FPN.OUT_CHANNELS
+    else:
+        return  # the head will know
     try:
         with torch.device("meta"):
             IDAClassifier(in_channels, 1, box_head.IDA.NUM_HEADS, heavy=box_head.IDA.HEAVY)

@@ -111,10 +111,15 @@ def plugins_of_stage(cfg: CfgNode, stage_name: str) -> dict[str, dict[str, Any]]
     Returns:
         Arguments by names of :data:`PLUGINS`, in the order of ``MODEL.RESNETS.PLUGIN_ORDER``.
     """
-    names = [name.lower() for name in cfg.MODEL.RESNETS.PLUGIN_ORDER]
+    order = in_order([name.lower() for name in cfg.MODEL.RESNETS.PLUGIN_ORDER])
     return {
-        name: _arguments(cfg, name) for name in names if stage_name in _node(cfg, name)["STAGES"]
+        name: _arguments(cfg, name) for name in order if stage_name in _node(cfg, name)["STAGES"]
     }
+
+
+def in_order(first: Sequence[str]) -> list[str]:
+    """All names of :data:`PLUGINS`: some first, and the others as they are there."""
+    return list(dict.fromkeys([*first, *PLUGINS]))
 
 
 def all_stages(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
@@ -182,7 +187,7 @@ def check_lazy_plugins(
 
     Args:
         plugins: of each, ``stages`` and the arguments of its module; None for none.
-        order: in which they are applied.
+        order: which come first in a block that has several.
         channels: that each stage of the ResNet puts out, by its name.
 
     Raises:
@@ -193,6 +198,8 @@ def check_lazy_plugins(
     for name, node in plugins.items():
         if node is None:
             continue
+        if not isinstance(node, Mapping):
+            raise ValueError(f"{name}: expected dict(stages=['res4', 'res5'], …), got {node!r}")
         arguments = dict(node)
         stages = arguments.pop("stages", ())
         if isinstance(stages, str) or not isinstance(stages, Iterable):
@@ -217,8 +224,10 @@ def _try(name: str, channels: int, arguments: Mapping[str, Any]) -> None:
 
 def _check_order(setting: str, order: Sequence[str], spell: Callable[[str], str]) -> None:
     names = [spell(name) for name in PLUGINS]
-    if sorted(order) != sorted(names):
-        raise ValueError(f"{setting}: expected {', '.join(names)} in any order, got {list(order)}")
+    if len(set(order)) < len(order) or not set(order) <= set(names):
+        raise ValueError(
+            f"{setting}: expected some of {', '.join(names)}, each once, got {list(order)}"
+        )
 
 
 def _node(cfg: CfgNode, name: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ _FIXED = MappingProxyType(
 class IDABBoxHead(ConvFCBBoxHead):
     """``Shared2FCBBoxHead`` that classifies a region's feature map by IDA.
 
+    In place of a ``Shared4Conv1FCBBoxHead`` it takes ``num_shared_convs=4, num_shared_fcs=1``.
+
     Boxes are regressed as the framework does it, under the same names; fully connected layers
     serve regression alone:
 

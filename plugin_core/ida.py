@@ -99,7 +99,8 @@ class IDAClassifier(_DualAttention):
         beta: added to the norm of a class's weights, > 0.
         heavy: attend over the samples with two transformer layers and a projection.
 
-    Shape: (B, C, H, W) → (B, K); B may be 0. Memory grows with N·K·H·W.
+    Shape: (B, C, H, W) → (B, K); B may be 0. Memory grows with B·K·(N·H·W + C), and with
+    B·K·N·2048 if heavy: with many regions and classes that is what counts.
 
     Raises:
         ValueError: if an argument is not positive, ``num_heads`` does not divide ``in_channels``,

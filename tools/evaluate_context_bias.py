@@ -222,12 +222,13 @@ def check_references(
     """Check that the records are of images and categories that an annotation file lists."""
     for key, entries in (("image_id", "images"), ("category_id", "categories")):
         known = {entry["id"] for entry in content[entries]}
+        in_order = sorted(known, key=lambda i: (isinstance(i, str), i))
         unknown = [record[key] for record in records if record[key] not in known]
         if unknown:
             raise ValueError(
                 f"{what}: {len(unknown)} of {len(records)} are of {entries} that {listed_in} does "
-                f"not list, the first of {key} {unknown[0]!r} (it lists {min(known)} to "
-                f"{max(known)}){hint}"
+                f"not list, the first of {key} {unknown[0]!r} (it lists {in_order[0]} to "
+                f"{in_order[-1]}){hint}"
             )
 
 

@@ -7,7 +7,8 @@
         --class dog --baseline mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py plain.pth
 
 A config is one of Detectron2 (.yaml, or .py in LazyConfig's style) or of MMDetection (.py); the one
-that a training leaves in its output folder has all settings that it ran with. Of each image the
+that a training leaves in its output folder has all settings that it ran with (but a LazyConfig is
+taken as .py only). Of each image the
 best detection of the class is explained, in a sheet DIR/<image>_attention.png; the main pictures of
 the sheet are files of their own too:
 
@@ -240,6 +241,8 @@ def choose_layers(
                 f"{', '.join(known) or 'none'}; similar names: {', '.join(likely) or 'none'}"
             )
         methods_of = [m for m, kind in ATTENTION.items() if isinstance(modules[name], kind)]
+        if not methods_of and cam_layer is not None:
+            raise ValueError(f"--layer {name}: Grad-CAMs are made of one layer, and of {cam_layer}")
         if not methods_of:
             cam_layer = name
         elif name not in found[methods_of[0]]:
@@ -254,6 +257,8 @@ def choose_layers(
                 f"--methods {method}: the model has no {ATTENTION[method].__name__} for it; "
                 f"there are {', '.join([*CAMS, *chosen])}"
             )
+    if cam_layer is not None and not set(methods) & set(CAMS):
+        raise ValueError(f"--layer {cam_layer}: no attention, and --methods leaves Grad-CAMs out")
     if set(methods) & set(CAMS):
         grad_cam("gradcam")
         if cam_layer is None:
@@ -279,9 +284,12 @@ def choose_baseline_layer(
     detector: Detector, baseline: Detector, layers: dict[str, str], names: Sequence[str]
 ) -> str:
     """The feature map that the baseline's Grad-CAMs are made of."""
-    first, second = len(detector.class_names), len(baseline.class_names)
-    if first != second:
-        raise ValueError(f"--baseline: it has {second} classes, the model has {first}")
+    first, second = detector.class_names, baseline.class_names
+    if len(first) != len(second):
+        raise ValueError(f"--baseline: it has {len(second)} classes, the model has {len(first)}")
+    for mine, other in zip(first, second, strict=True):
+        if mine != other and not (mine.isdecimal() or other.isdecimal()):
+            raise ValueError(f"--baseline: it calls {other!r} what the model calls {mine!r}")
     layer = next((layers[method] for method in CAMS if method in layers), None)
     if layer is None:
         raise ValueError(f"--baseline: only for {' and '.join(CAMS)}, which --methods leaves out")
@@ -314,7 +322,16 @@ def explain(
     baseline: Detector | None,
     baseline_layer: str | None,
 ) -> list[Row]:
-    """All rows of an image's sheet; raises ValueError if there is nothing to explain."""
+    """All rows of an image's sheet that can be drawn; raises ValueError if nothing can."""
+    failures: list[str] = []
+
+    def attempt(make: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return make(*arguments)
+        except ValueError as error:
+            failures.append(str(error))
+            return []
+
     modules = {method: detector.model.get_submodule(name) for method, name in layers.items()}
     done = run(detector, detector.read(path), modules.values())
     index = done.detections.best(class_id)
@@ -323,7 +340,8 @@ def explain(
     class_id = int(done.detections.classes[index])
     cams = [method for method in layers if method in CAMS]
     rows = [detection_row("detector", detector, done, index)]
-    rows[0].panels += cam_panels(detector, done, index, layers[cams[0]], cams) if cams else []
+    if cams:
+        rows[0].panels += attempt(cam_panels, detector, done, index, layers[cams[0]], cams)
     if baseline is not None and baseline_layer is not None:
         plain = run(baseline, baseline.read(path), [baseline.model.get_submodule(baseline_layer)])
         best = plain.detections.best(class_id)
@@ -331,7 +349,7 @@ def explain(
             warn(f"{path}: baseline: {no_detection(baseline, plain, class_id)}")
         else:
             rows.append(detection_row("baseline", baseline, plain, best))
-            panels = cam_panels(baseline, plain, best, baseline_layer, cams)
+            panels = attempt(cam_panels, baseline, plain, best, baseline_layer, cams)
             rows[-1].panels += [
                 Panel(p.title, p.picture, file=f"baseline_{p.file}") for p in panels
             ]
@@ -342,7 +360,12 @@ def explain(
     }
     for method in layers:
         if method in draw:
-            rows.append(draw[method](done, index, modules[method], layers[method]))
+            row = attempt(draw[method], done, index, modules[method], layers[method])
+            rows += [row] if row else []
+    if len(rows) == len(rows[0].panels) == 1:
+        raise ValueError("; ".join(failures))
+    for failure in failures:
+        warn(f"{path}: {failure}")
     return rows
 
 

@@ -192,7 +192,7 @@ def test_no_tensor_is_as_large_as_the_square_of_the_positions(kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"in_channels": 10}, "in_channels=10 and num_heads=4"),
+        ({"in_channels": 10}, "num_heads=4 and in_channels=10"),
         ({"in_channels": 0}, "in_channels must be a positive integer, got 0"),
         ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
         ({"beta": 0.0}, "beta must be positive, got 0.0"),

@@ -83,7 +83,9 @@ def test_block_acts_on_the_residual_branch_before_the_shortcut(ida_cfg):
     torch.testing.assert_close(block(x), F.relu(branch + x))
 
 
-@pytest.mark.parametrize("order", [("TRIPLET_ATTENTION", "IDA"), ("IDA", "TRIPLET_ATTENTION")])
+@pytest.mark.parametrize(
+    "order", [("TRIPLET_ATTENTION", "IDA"), ("IDA", "TRIPLET_ATTENTION"), ("IDA",), ()]
+)
 def test_both_attentions_are_applied_in_the_order_of_one_key(ida_cfg, order):
     ida_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = ("res5",)
     ida_cfg.MODEL.RESNETS.PLUGIN_ORDER = order
@@ -94,7 +96,8 @@ def test_both_attentions_are_applied_in_the_order_of_one_key(ida_cfg, order):
             kind = "IDA" if isinstance(module, IDABlock) else "TRIPLET_ATTENTION"
             module.register_forward_hook(lambda *_, kind=kind: seen.append(kind))
     backbone(torch.randn(2, 3, 32, 32))
-    assert seen == ["IDA"] * 6 + list(order) * 3
+    expected = list(dict.fromkeys((*order, "TRIPLET_ATTENTION", "IDA")))
+    assert seen == ["IDA"] * 6 + expected * 3
 
 
 def test_block_with_both_attentions_survives_deepcopy(ida_cfg):
@@ -120,7 +123,7 @@ def test_block_with_both_attentions_survives_deepcopy(ida_cfg):
         ),
         ("IDA.NUM_HEADS", 0, "IDA.NUM_HEADS: num_heads must be a positive integer, got 0"),
         ("IDA.NUM_QUERIES", 0, "IDA.NUM_QUERIES: num_queries must be a positive integer, got 0"),
-        ("PLUGIN_ORDER", ("IDA",), "PLUGIN_ORDER: expected TRIPLET_ATTENTION, IDA in any order"),
+        ("PLUGIN_ORDER", ("ADI",), "PLUGIN_ORDER: expected some of TRIPLET_ATTENTION, IDA, each"),
         ("PLUGIN_ORDER", ("IDA", "IDA"), "got ['IDA', 'IDA']"),
     ],
 )
@@ -169,7 +172,8 @@ def test_lazy_config_takes_ida_and_an_order():
     [
         ({"ida": {"stages": ["res1"]}}, "ida.stages: unknown stage 'res1'"),
         ({"ida": {"stages": ["res5"], "num_heads": 5}}, "ida: num_heads must divide in_channels"),
-        ({"plugin_order": ["ida"]}, "plugin_order: expected triplet_attention, ida in any order"),
+        ({"plugin_order": ["adi"]}, "plugin_order: expected some of triplet_attention, ida, each"),
+        ({"ida": ["res5"]}, r"ida: expected dict\(stages="),
     ],
 )
 def test_wrong_plugin_of_a_lazy_config_is_named(plugins, reason):
@@ -300,7 +304,7 @@ def test_settings_reach_the_classifiers(head_cfg):
         assert predictor.cls_score.num_heads == 2 and predictor.cls_score.out_proj is not None
 
 
-def test_no_proposal_at_all_gives_no_detection_and_a_finite_loss(head_cfg):
+def test_no_proposal_and_no_object_give_no_detection_and_a_finite_loss(head_cfg):
     model = build_model(head_cfg)
     features = {f"p{i}": torch.randn(1, 16, 8, 8) for i in (4, 5)}
     none = Instances(
@@ -308,6 +312,14 @@ def test_no_proposal_at_all_gives_no_detection_and_a_finite_loss(head_cfg):
     )
     (output,), _ = model.roi_heads.eval()(None, features, [none])
     assert len(output) == 0
+    target = Instances((64, 64), gt_boxes=Boxes(torch.zeros(0, 4)))
+    target.gt_classes = torch.zeros(0, dtype=torch.long)
+    with EventStorage():
+        _, losses = model.roi_heads.train()(None, features, [none], [target])
+    loss = sum(losses.values())
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None for p in model.roi_heads.parameters())
 
 
 def test_plugin_heads_without_ida_are_the_frameworks_own(head_cfg):
@@ -355,7 +367,16 @@ class _Transform:
             "'IDABoxHead'; use 'StandardPluginROIHeads'",
         ),
         ({"MODEL.ROI_HEADS.NAME": "CascadeROIHeads"}, "use 'CascadePluginROIHeads'"),
-        ({"MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}, "use 'StandardPluginROIHeads' on an FPN"),
+        ({"MODEL.ROI_HEADS.NAME": "Res5PluginROIHeads"}, "use 'StandardPluginROIHeads'"),
+        ({"MODEL.ROI_HEADS.NAME": "RROIHeads"}, "use 'StandardPluginROIHeads'"),
+        ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, "a RetinaNet has no RoI heads"),
+        (
+            {
+                "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+                "MODEL.ROI_BOX_HEAD.IDA.HEAVY": True,
+            },
+            "MODEL.ROI_BOX_HEAD.IDA is set, but MODEL.ROI_BOX_HEAD.NAME is 'FastRCNNConvFCHead'",
+        ),
         (
             {"MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS": 3},
             "MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS: num_heads must divide in_channels, got num_heads=3 "

@@ -513,6 +513,18 @@ def test_batch_that_cannot_be_shared_is_refused(train_net, tiny_coco, monkeypatc
         train_net.setup(parse_args("A tool."))
 
 
+def test_stages_that_a_lazy_config_lists_are_left_to_the_builder(lazy_cfg):
+    lazy_cfg.model.backbone.bottom_up.stages = [{"block_class": "BottleneckBlock"}] * 4
+    lazy_cfg.model.backbone.bottom_up.ida = {"stages": ["res5"], "num_heads": 3}
+    check_lazy_config(lazy_cfg, eval_only=False, resume=False)
+
+
+def test_wrong_ida_of_a_lazy_config_is_named(lazy_cfg):
+    lazy_cfg.model.backbone.bottom_up.ida = {"stages": ["res5"], "num_heads": 3}
+    with pytest.raises(ValueError, match=r"bottom_up.ida: num_heads must divide in_channels.*2048"):
+        check_lazy_config(lazy_cfg, eval_only=False, resume=False)
+
+
 def test_plain_resnet_of_a_lazy_config_takes_no_attention(lazy_cfg):
     lazy_cfg.model.backbone.bottom_up._target_ = "detectron2.modeling.ResNet"
     assert "build_resnet_with_plugins" in lazy_error_of(lazy_cfg)
