@@ -6,7 +6,9 @@ For a class c and its companion d, the ground truth splits the images into four 
     companion only   d without c    neither   neither of them
 
 A detector that leans on d finds c less well alone (a lower AP), and sees a c that is not there
-where d is (more false positives than in images with neither). All APs are pycocotools' own.
+where d is (more false positives than in images with neither). Images with both classes hold more
+objects too, which makes them harder: what is left of the gap between images that hold equally many
+objects is d's. All APs are pycocotools' own.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ NUMBERS = {
     "ap_in_company": "AP in company",
     "ap_alone": "AP alone",
     "gap": "gap",
+    "gap_at_equal_counts": "gap at equal counts",
     "fp_rate_companion_only": "FP rate companion only",
     "fp_rate_neither": "FP rate neither",
 }
@@ -58,6 +61,9 @@ class ClassBias:
         ap_in_company: over the images with both.
         ap_alone: over the images with the class but without the companion.
         gap: ``ap_in_company`` - ``ap_alone``, in percentage points.
+        gap_at_equal_counts: the same between images that hold equally many objects of any class:
+            the mean over the numbers of objects that there are on both sides, each as often as
+            objects of the class have it in company.
         fp_rate_companion_only: share of the images with the companion only that have a detection
             of the class, in percent.
         fp_rate_neither: the same of the images with neither.
@@ -77,6 +83,7 @@ class ClassBias:
     ap_in_company: float | None = None
     ap_alone: float | None = None
     gap: float | None = None
+    gap_at_equal_counts: float | None = None
     fp_rate_companion_only: float | None = None
     fp_rate_neither: float | None = None
 
@@ -189,6 +196,9 @@ def measure(
         for annotation in truth.dataset["annotations"]
         if not annotation["iscrowd"]
     )
+    counts: Counter[int] = Counter()
+    for (image_id, _), number in objects.items():
+        counts[image_id] += number
     detected = {
         (detection["image_id"], detection["category_id"])
         for detection in detections.dataset["annotations"]
@@ -200,6 +210,17 @@ def measure(
             if not image_ids:  # which COCOeval would take for all of them
                 return None
             return average_precision(evaluate(truth, detections, iou_type, category_id, image_ids))
+
+        def gap_at_equal_counts(groups: ImageGroups) -> float | None:
+            weighted = weights = 0.0
+            for count in {counts[i] for i in groups.in_company}:
+                sides = [[i for i in side if counts[i] == count] for side in groups[:2]]
+                in_company, alone = map(ap, sides)
+                if in_company is not None and alone is not None:
+                    weight = sum(objects[i, category_id] for i in sides[0])
+                    weighted += weight * (in_company - alone)
+                    weights += weight
+            return weighted / weights if weights else None
 
         def fp_rate(image_ids: Sequence[int]) -> float | None:
             wrong = sum((image_id, category_id) in detected for image_id in image_ids)
@@ -219,6 +240,7 @@ def measure(
             ap_in_company=in_company,
             ap_alone=alone,
             gap=None if in_company is None or alone is None else in_company - alone,
+            gap_at_equal_counts=gap_at_equal_counts(groups),
             fp_rate_companion_only=fp_rate(groups.companion_only),
             fp_rate_neither=fp_rate(groups.neither),
         )

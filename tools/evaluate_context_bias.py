@@ -12,10 +12,11 @@ tools/make_synthetic_coco.py --context-bias, or else the class that is in most o
 hold it, of --train-annotations or, without them, of --annotations.
 
 For each class it prints AP (COCO's, in percent) over all images, over those of its images that hold
-the companion (in company) and those that do not (alone), and the gap between the two; and, of the
-images without the class, the share in which it is detected nevertheless (false positives), where
-the companion is and where it is not. A last row has the means over the classes. --out DIR writes
-context_bias.json, context_bias.md and context_bias.png there.
+the companion (in company) and those that do not (alone), and the gap between the two, as it is and
+between images with equally many objects; and, of the images without the class, the share in which
+it is detected nevertheless (false positives), where the companion is and where it is not. A last
+row has the means over the classes. --out DIR writes context_bias.json, context_bias.md and
+context_bias.png there.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "-: nothing to measure.",
         "FP rate: of the images without the class, those in which it is detected with a score of "
         f"at least {args.score_threshold:g}.",
+        "Gap at equal counts: between images that hold equally many objects, of whatever class.",
         f"Companions: {source}.",
     ]
     if not results:
@@ -323,7 +325,7 @@ def cell(number: str, value: float | None) -> str:
     if value is None:
         return "-"
     rounded = round(value, 1) + 0.0  # -0.0 becomes 0.0
-    return f"{rounded:+.1f}" if number == "gap" else f"{rounded:.1f}"
+    return f"{rounded:+.1f}" if number.startswith("gap") else f"{rounded:.1f}"
 
 
 def write(

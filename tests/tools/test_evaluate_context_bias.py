@@ -142,9 +142,27 @@ def test_numbers_of_a_case_worked_out_by_hand(inputs, run):
         "AP in company": "100.0",
         "AP alone": "50.5",
         "gap": "+49.5",
+        "gap at equal counts": "-",  # two objects in company, one alone
         "FP rate companion only": "50.0",
         "FP rate neither": "0.0",
     }
+
+
+def test_gap_at_equal_counts_compares_images_with_as_many_objects(inputs, run):
+    # 9, 10: the cup with a lamp, so two objects as on the tables; one of the two is found.
+    # 11: a cup and two tables; no cup alone has two neighbours, so it does not count.
+    more = ground_truth([[CUP, LAMP], [LAMP, CUP], [CUP, TABLE, TABLE]], {CUP: "cup"})
+    for record in more["images"]:
+        inputs.truth["images"].append({**record, "id": record["id"] + 8})
+    for record in more["annotations"]:
+        moved = {"id": record["id"] + 200, "image_id": record["image_id"] + 8}
+        inputs.truth["annotations"].append({**record, **moved})
+    inputs.results.append(detection(9, CUP, 0.7))
+    cup = run(*inputs.options("--pairs"))["cup"]
+    # With two objects: 100 in company, 50.5 alone. A crowd is not counted.
+    assert cup["gap at equal counts"] == "+49.5"
+    # The one with a cup and a lamp is missed as well as one of those alone: 2 of 4 and 2 of 3
+    assert (cup["AP in company"], cup["AP alone"]) == ("66.3", "50.5")
 
 
 @pytest.mark.parametrize(
