@@ -72,9 +72,10 @@ Drawn scenes: in train 9 of 10 images with an object of a class hold its compani
 random weights), on the same images with the same schedule, from {seeds} seeds. Mean and sample
 standard deviation over the seeds, each a mean over the classes of box AP in percent on the val
 images: all of them, those with the class and its companion ("in company"), those with the class
-without it ("alone"), and the gap between these two in percentage points, as it is and between images
-with equally many objects; and the share in percent of the images without the class in which it is
-detected nevertheless, with a score of at least 0.5, where the companion is and where it is not.
+without it ("alone"), and the gap between these two in percentage points, as it is and between
+images with equally many objects; and the share in percent of the images without the class in which
+it is detected nevertheless, with a score of at least 0.5, where the companion is and where it is
+not.
 
 {table}
 
