@@ -27,18 +27,15 @@ import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
 import torch
 import torch.nn.functional as F
+from attention_sheet import Panel, Row, overlay, with_box, write
 from config_kinds import common_side
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -53,37 +50,11 @@ from plugin_core.attention_maps import (
     run,
     spatial_attention,
 )
-from plugin_core.files import replacing
 
 CAMS = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus"}  # classes of pytorch_grad_cam
 ATTENTION = {"triplet": TripletAttention, "ida-regions": IDAClassifier, "ida-queries": IDABlock}
 DETECTORS = {"d2_plugins": "Detectron2Detector", "mm_plugins": "MMDetDetector"}
 QUERIES = 4  # that are shown of an IDA block
-COLORMAP = matplotlib.colormaps["turbo"]
-PANEL_INCHES = 3.2
-
-
-@dataclass
-class Panel:
-    """A picture of the sheet.
-
-    Args:
-        title: above it.
-        picture: (H, W, 3), RGB; or a map (rows, columns) that is no image.
-        axes: what the rows and the columns of a map are.
-        file: by which name it is written as a file of its own too.
-    """
-
-    title: str
-    picture: np.ndarray
-    axes: tuple[str, str] | None = None
-    file: str | None = None
-
-
-@dataclass
-class Row:
-    title: str
-    panels: list[Panel] = field(default_factory=list)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -493,66 +464,6 @@ def queries_row(done: Run, index: int, module: IDABlock, name: str) -> Row:
 
 def extent(values: Tensor) -> str:
     return f"{float(values.min()):.3g} … {float(values.max()):.3g}"
-
-
-def overlay(done: Run, heat: Tensor, index: int) -> np.ndarray:
-    """A map (H, W) in colours over the image, where it is not NaN, and the detection's box."""
-    values = heat.numpy()
-    known = ~np.isnan(values)
-    image = done.picture.image.copy()
-    if known.any():
-        low, high = values[known].min(), values[known].max()
-        colours = 255 * COLORMAP((values[known] - low) / max(high - low, 1e-12))[:, :3]
-        grey = image[known].mean(1, keepdims=True)  # whose own colours do not mix with the map's
-        image[known] = (grey / 2 + colours / 2).round()
-    return with_box(image, done.detections.boxes[index])
-
-
-def with_box(image: np.ndarray, box: Tensor) -> np.ndarray:
-    picture = Image.fromarray(image)
-    width = max(1, round(max(picture.size) / 300))
-    ImageDraw.Draw(picture).rectangle(box.round().int().tolist(), outline="white", width=width)
-    return np.asarray(picture)
-
-
-# --- files ------------------------------------------------------------------------------------ #
-
-
-def write(rows: Sequence[Row], path: str, out: Path) -> None:
-    stem = Path(path).stem
-    for row in rows:
-        for panel in row.panels:
-            if panel.file:
-                with replacing(out / f"{stem}_{panel.file}.png") as file:
-                    Image.fromarray(panel.picture).save(file, "PNG")
-    with replacing(out / f"{stem}_attention.png") as file:
-        sheet(rows, path).savefig(file, format="png", dpi=120)
-
-
-def sheet(rows: Sequence[Row], title: str) -> Figure:
-    columns = max(len(row.panels) for row in rows)
-    height, width = rows[0].panels[0].picture.shape[:2]
-    # Panels as high as the image wants them, within reason
-    panel_height = PANEL_INCHES * min(max(height / width, 0.5), 1.5) + 0.6
-    size = (columns * PANEL_INCHES + 0.8, len(rows) * panel_height + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title)
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for row, axes in zip(rows, grid, strict=True):
-        for panel, ax in zip(row.panels, axes, strict=False):
-            if panel.axes is None:
-                ax.imshow(panel.picture)
-            else:
-                ax.imshow(panel.picture, cmap=COLORMAP, aspect="auto", interpolation="nearest")
-                ax.set_ylabel(panel.axes[0])
-                ax.set_xlabel(panel.axes[1])
-            ax.set_title(panel.title, fontsize=9)
-            ax.set_xticks([])
-            ax.set_yticks([])
-        axes[0].set_ylabel(row.title, fontsize=9)
-        for ax in axes[len(row.panels) :]:
-            ax.set_axis_off()
-    return figure
 
 
 def warn(text: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
+import attention_sheet  # noqa: E402
 import visualize_attention  # noqa: E402
 
 from plugin_core import IDABlock, IDAClassifier, TripletAttention  # noqa: E402
@@ -387,12 +388,12 @@ def test_map_is_coloured_where_it_is_known_only():
     done = Run(picture, Frame((4, 8), (4, 8), (4, 8)), found, [])
     heat = torch.full((4, 8), torch.nan)
     heat[1, 2], heat[1, 3] = 0.5, 0.7
-    drawn = visualize_attention.overlay(done, heat, 0).astype(int)
+    drawn = attention_sheet.overlay(done, heat, 0).astype(int)
     changed = (drawn != 10).any(2).nonzero()
     assert list(zip(*changed, strict=True)) == [(1, 2), (1, 3), (3, 7)]
     assert drawn[1, 3, 0] > drawn[1, 2, 0]  # the greater is redder
     assert (picture.image == 10).all()
-    assert (visualize_attention.overlay(done, heat * torch.nan, 0)[:3] == 10).all()
+    assert (attention_sheet.overlay(done, heat * torch.nan, 0)[:3] == 10).all()
 
 
 # ------------------------------------------------------------------------------------------- errors
