@@ -1,0 +1,217 @@
+"""BatchFormer (Hou et al., CVPR 2022, arXiv:2203.01522) and V2 (arXiv:2204.01254), section 3 each.
+
+A post-norm transformer encoder layer whose sequence is the batch: with B images of L positions and
+C channels, position p of an image attends to position p of all B images, with the same weights
+for every p, and so learns from how samples relate. In V2 the positions are those of a feature map;
+in V1 there is a single one, and the samples are pooled features, so that the shape is (M, 1, C).
+
+In training it makes a second stream beside the first, with the same heads and targets, so that
+without it, in evaluation, the network still works. That is laid out where it is inserted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
+
+
+class BatchFormer(nn.Module):
+    """Lets every position attend to the same position of the batch's other samples.
+
+    State dicts of :class:`torch.nn.TransformerEncoderLayer`, and with more layers of
+    :class:`torch.nn.TransformerEncoder`, load.
+
+    Args:
+        embed_dims: C.
+        num_heads: of the attention, by which C can be divided; 4 in the papers.
+        feedforward_channels: width of the feed-forward network; None for C, as in the papers.
+        dropout: rate in [0, 1), in the attention and after each part; 0.5 in the papers.
+        num_layers: layers one after the other; 1 in the papers.
+        gather: in distributed training the samples of the other processes, too, are keys and
+            values, and gradients flow back to them. All processes must call the module equally
+            often. Their numbers of samples and positions may differ: position p is attended to
+            where there is one.
+
+    Shape: (B, L, C) → (B, L, C). B = 1 leaves nothing to relate, and a warning says so once.
+
+    Raises:
+        ValueError: if an argument is out of its range, ``num_heads`` does not divide
+            ``embed_dims``, or an input has another shape.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        num_heads: int = 4,
+        feedforward_channels: int | None = None,
+        dropout: float = 0.5,
+        num_layers: int = 1,
+        gather: bool = False,
+    ) -> None:
+        super().__init__()
+        if feedforward_channels is None:
+            feedforward_channels = embed_dims
+        for name, value in (
+            ("embed_dims", embed_dims),
+            ("num_heads", num_heads),
+            ("feedforward_channels", feedforward_channels),
+            ("num_layers", num_layers),
+        ):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if embed_dims % num_heads:
+            raise ValueError(
+                f"num_heads must divide embed_dims, got num_heads={num_heads} and "
+                f"embed_dims={embed_dims}"
+            )
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+        self.embed_dims = embed_dims
+        self.gather = gather
+        self.layers = nn.ModuleList(
+            _Layer(embed_dims, num_heads, feedforward_channels, dropout) for _ in range(num_layers)
+        )
+        self._has_warned = False
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Attend over the batch.
+
+        Args:
+            x: (B, L, C).
+            key_padding_mask: (B, L), True where there is padding, which is then no key. Where all
+                samples are padding, all are keys.
+        """
+        if x.dim() != 3 or x.shape[2] != self.embed_dims:
+            raise ValueError(
+                f"BatchFormer takes an input (B, L, {self.embed_dims}), got {tuple(x.shape)}"
+            )
+        if key_padding_mask is not None and key_padding_mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"key_padding_mask must be of the input's shape (B, L) = {tuple(x.shape[:2])}, "
+                f"got {tuple(key_padding_mask.shape)}"
+            )
+        peers = None
+        if self.gather and self.training and _num_processes() > 1:
+            peers = _Peers(x, key_padding_mask)
+            key_padding_mask = peers.key_padding_mask
+        if self.training and x.shape[0] == 1 and peers is None:
+            self._warn()
+        is_key = None if key_padding_mask is None else _where_to_attend(key_padding_mask)
+        for layer in self.layers:
+            x = layer(x, is_key, peers)
+        return x
+
+    def _warn(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "BatchFormer: the batch is a single sample, so there are no relations between "
+                "samples to learn; raise the batch size of each process to at least 2, or set "
+                "gather=True in a distributed run",
+                stacklevel=3,
+            )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            name = key.removeprefix(prefix)
+            if not name.startswith("layers."):  # of a layer that was saved by itself
+                state_dict[f"{prefix}layers.0.{name}"] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class _Layer(nn.TransformerEncoderLayer):
+    """PyTorch's layer and parameters, on (B, L, C) without a copy of it in another order."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, is_key: Tensor | None, peers: _Peers | None
+    ) -> Tensor:
+        x = self.norm1(x + self.dropout1(self._attend(x, is_key, peers)))
+        y = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return self.norm2(x + self.dropout2(y))
+
+    def _attend(self, x: Tensor, is_key: Tensor | None, peers: _Peers | None) -> Tensor:
+        attention = self.self_attn
+        qkv = F.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        q, kv = qkv.split([x.shape[2], 2 * x.shape[2]], dim=2)
+        if peers is not None:
+            kv = peers.gather(kv)
+        k, v = kv.chunk(2, dim=2)
+        heads = (attention.num_heads, -1)
+        q, k, v = (part.unflatten(2, heads).permute(1, 2, 0, 3) for part in (q, k, v))
+        dropout = attention.dropout if self.training else 0.0
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key, dropout_p=dropout)
+        out = out.permute(2, 0, 1, 3).flatten(2)  # (L, heads, B, D) → (B, L, C)
+        return attention.out_proj(out)
+
+
+def _where_to_attend(key_padding_mask: Tensor) -> Tensor:
+    """(B, L) → (L, 1, 1, B), True for keys."""
+    is_key = ~key_padding_mask
+    # A softmax over nothing would give NaN, also to the gradients of the other positions' weights.
+    is_key = is_key | ~is_key.any(dim=0)
+    return is_key.T[:, None, None]
+
+
+class _Peers:
+    """The batches of all processes, laid out as one that has the positions of this process's.
+
+    Args:
+        x: (B, L, C) of this process.
+        key_padding_mask: (B, L) of this process.
+
+    Attributes:
+        key_padding_mask: (sum of all B, L), True also at positions that a process does not have.
+    """
+
+    def __init__(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
+        here = torch.tensor(x.shape[:2], device=x.device)
+        sizes = [torch.empty_like(here) for _ in range(_num_processes())]
+        distributed.all_gather(sizes, here)
+        batches, lengths = zip(*(size.tolist() for size in sizes), strict=True)
+        self._batches: tuple[int, ...] = batches
+        self._largest = (max(batches), max(lengths))
+        if key_padding_mask is None:
+            key_padding_mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
+        # Gloo has no booleans.
+        is_token = self.gather((~key_padding_mask).unsqueeze(2).to(torch.uint8))
+        self.key_padding_mask = is_token.squeeze(2) == 0
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """(B, L, C) of every process → (sum of all B, L, C), zeros where there is no position."""
+        batch, length = tokens.shape[:2]
+        missing = (self._largest[0] - batch, self._largest[1] - length)
+        tokens = F.pad(tokens, (0, 0, 0, missing[1], 0, missing[0]))
+        gathered = _AllGather.apply(tokens)
+        present = [part[:b, :length] for part, b in zip(gathered, self._batches, strict=True)]
+        return torch.cat(present)
+
+
+class _AllGather(torch.autograd.Function):
+    """(…) of every process → (processes, …), whose gradients return to where they belong.
+
+    ``torch.distributed.nn.functional.all_gather`` needs an all-to-all to go back, which Gloo lacks.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(_num_processes())]
+        distributed.all_gather(parts, x.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)  # it is summed in place
+        distributed.all_reduce(grad)
+        return grad[distributed.get_rank()]
+
+
+def _num_processes() -> int:
+    if not distributed.is_available() or not distributed.is_initialized():
+        return 1
+    return distributed.get_world_size()
