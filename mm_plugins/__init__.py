@@ -11,9 +11,16 @@ except ImportError as error:
         "`pip install -e .[mmdet]` in a checkout of this project"
     ) from error
 
-from mm_plugins import resume  # noqa: F401  # only for registration
+from mm_plugins import batchformer, resume  # noqa: F401  # only for registration
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
-from mm_plugins.heads import IDABBoxHead
+from mm_plugins.heads import BatchFormerBBoxHead, IDABBoxHead
 from mm_plugins.layers import IDABlock, TripletAttention
 
-__all__ = ["IDABBoxHead", "IDABlock", "PluginMobileNetV2", "PluginResNet", "TripletAttention"]
+__all__ = [
+    "BatchFormerBBoxHead",
+    "IDABBoxHead",
+    "IDABlock",
+    "PluginMobileNetV2",
+    "PluginResNet",
+    "TripletAttention",
+]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from mmdet.models.dense_heads import SSDHead
 from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead
 from mmdet.registry import MODELS
-from torch import Tensor
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
 
-from plugin_core import IDAClassifier
+from plugin_core import BatchFormer, IDAClassifier
 
 # Any other value would take the classifier's map away, or leave parameters without a gradient.
 _FIXED = MappingProxyType(
@@ -100,6 +103,102 @@ class IDABBoxHead(ConvFCBBoxHead):
 
 
 @MODELS.register_module()
+class BatchFormerBBoxHead(ConvFCBBoxHead):
+    """``Shared2FCBBoxHead`` that in training also predicts from regions after a BatchFormer.
+
+    In place of a ``Shared4Conv1FCBBoxHead`` it takes ``num_shared_convs=4, num_shared_fcs=1``.
+
+    All M regions of a batch are one sequence, after the shared layers. In training what follows
+    these gets both streams, (2M, C), the plain one first, and losses are means over both. Boxes for
+    the next stage of a cascade are the plain stream's. In evaluation there is no other, and all is
+    as in ``ConvFCBBoxHead``.
+
+    Args:
+        num_shared_fcs: as in ``ConvFCBBoxHead``, which has 0 by default.
+        batchformer: arguments of :class:`plugin_core.BatchFormer`, but for its ``embed_dims``.
+            MMDetection's default initialization leaves its parameters as they are.
+        **kwargs: of ``ConvFCBBoxHead``.
+
+    Raises:
+        ValueError: if an argument of the BatchFormer is wrong, or another leaves it no vectors.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_shared_fcs: int = 2,
+        batchformer: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if num_shared_fcs < 1:
+            raise ValueError(
+                f"num_shared_fcs must be at least 1, as the BatchFormer relates the vectors that "
+                f"shared fully connected layers give, got {num_shared_fcs}"
+            )
+        for name in ("num_cls_convs", "num_reg_convs"):
+            if kwargs.get(name, 0) != 0:
+                raise ValueError(
+                    f"{name} must be 0, as shared fully connected layers leave no map, "
+                    f"got {kwargs[name]}"
+                )
+        super().__init__(num_shared_fcs=num_shared_fcs, **kwargs)
+        try:
+            self.batchformer = BatchFormer(self.shared_out_channels, **(batchformer or {}))
+        except ValueError as error:
+            raise ValueError(f"batchformer: {error}") from error
+
+    def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Scores and deltas for the maps (M, C, H, W) of M regions; of 2M regions in training."""
+        if not self.training:
+            return super().forward(x)
+        streams: list[Tensor] = []
+
+        def both_streams(layer: nn.Module, args: tuple[Tensor]) -> Tensor:
+            if not streams:  # once for both branches, as every call draws another dropout
+                (features,) = args
+                streams.append(torch.cat((features, self.batchformer(features[:, None])[:, 0])))
+            return streams[0]
+
+        # Where the branches begin, so that the forward stays MMDetection's. The hooks last for this
+        # call alone: a copy of the head, or who calls a layer of it by itself, meets none.
+        branches = []
+        if self.with_cls:
+            branches.append([*self.cls_fcs, self.fc_cls])
+        if self.with_reg:
+            branches.append([*self.reg_fcs, self.fc_reg])
+        handles = [layers[0].register_forward_pre_hook(both_streams) for layers in branches]
+        try:
+            return super().forward(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def loss(
+        self,
+        cls_score: Tensor | None,
+        bbox_pred: Tensor | None,
+        rois: Tensor,
+        *targets: Tensor,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Losses of both streams in training, for the regions and targets of one."""
+        if self.training:
+            rois, targets = _twice(rois), tuple(map(_twice, targets))
+        return super().loss(cls_score, bbox_pred, rois, *targets, **kwargs)
+
+    def refine_bboxes(
+        self,
+        sampling_results: list[Any],
+        bbox_results: dict[str, Any],
+        batch_img_metas: list[dict],
+    ) -> list[InstanceData] | None:
+        """Boxes of the plain stream for the next stage."""
+        count = len(bbox_results["rois"])
+        plain = {name: bbox_results[name][:count] for name in ("cls_score", "bbox_pred")}
+        return super().refine_bboxes(sampling_results, {**bbox_results, **plain}, batch_img_metas)
+
+
+@MODELS.register_module()
 class PredictingSSDHead(SSDHead):
     """``SSDHead`` that evaluates.
 
@@ -108,3 +207,7 @@ class PredictingSSDHead(SSDHead):
     """
 
     loss_cls = None
+
+
+def _twice(x: Tensor) -> Tensor:
+    return torch.cat((x, x))

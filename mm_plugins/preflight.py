@@ -11,7 +11,7 @@ import copy
 import difflib
 import inspect
 import os
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -22,8 +22,10 @@ from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
-from mm_plugins.heads import IDABBoxHead
+from mm_plugins.batchformer import TwoStreams, build_batchformer_detector
+from mm_plugins.heads import BatchFormerBBoxHead, IDABBoxHead
 from mm_plugins.layers import IDABlock, TripletAttention
+from plugin_core import BatchFormer
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
 
 _RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
@@ -49,9 +51,12 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
             _check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset", is_train)
     load_from = cfg.get("load_from")
     model = cfg.get("model", {})
-    for setting, head in _modules(model, "model", IDABBoxHead):
+    _check_batchformer_detector(model)
+    for setting, head in _modules(model, "model", IDABBoxHead, BatchFormerBBoxHead):
         kind, arguments = MODELS.get(head["type"]), _arguments(head)
         _check_arguments(kind, arguments, setting)
+        if isinstance(inner := arguments.get("batchformer"), dict):
+            _check_arguments(BatchFormer, inner, f"{setting}.batchformer")
         _check_values(kind, arguments, setting)
     for setting, backbone in _modules(model, "model", ResNet, MobileNetV2):
         _check_plugins(backbone, setting)
@@ -62,6 +67,23 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
             _check_weights(
                 init_cfg["checkpoint"], f"{setting}.init_cfg.checkpoint", backbone, setting
             )
+
+
+def _check_batchformer_detector(model: ConfigDict) -> None:
+    kind = model.get("type")
+    if (MODELS.get(kind) if isinstance(kind, str) else kind) is not build_batchformer_detector:
+        return
+    if "detector" not in model:
+        raise ValueError(
+            "model.detector: missing; name the detector's type, as it stands in the config without "
+            "BatchFormerV2"
+        )
+    batchformer = model.get("batchformer", {})
+    if not isinstance(batchformer, dict):
+        raise ValueError(f"model.batchformer: expected dict(insert_after=…), got {batchformer!r}")
+    _check_arguments(TwoStreams, batchformer, "model.batchformer")
+    # It says by itself which of the model's settings is wrong.
+    _check_values(build_batchformer_detector, _arguments(copy.deepcopy(model)), "model")
 
 
 def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
@@ -197,7 +219,7 @@ def _channels_at(plugin: ConfigDict, backbone: ConfigDict) -> list[int]:
     return sorted(channels)
 
 
-def _check_values(kind: type, arguments: Mapping[str, Any], setting: str) -> None:
+def _check_values(kind: Callable[..., Any], arguments: Mapping[str, Any], setting: str) -> None:
     """Check that a module of ours takes these values, without memory for its parameters."""
     try:
         with torch.device("meta"):

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from plugin_core.batchformer import BatchFormer
 from plugin_core.ida import IDABlock, IDAClassifier
 from plugin_core.triplet_attention import TripletAttention
 
-_ATTENTION = (TripletAttention, IDABlock, IDAClassifier)
+_ATTENTION = (TripletAttention, IDABlock, IDAClassifier, BatchFormer)
 # Where Detectron2's pyramids keep the network that they are built on
 _PYRAMID_BASES = ("bottom_up", "net")
 _STEM = {"stem", "conv1", "bn1", "gn1", "norm1", "patch_embed"}

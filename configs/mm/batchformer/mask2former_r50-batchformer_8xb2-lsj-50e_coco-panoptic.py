@@ -1,0 +1,6 @@
+_base_ = "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py"
+custom_imports = dict(imports=["mm_plugins"])
+# In the encoder of the pixel decoder
+model = dict(
+    type="BatchFormerDetector", detector="Mask2Former", batchformer=dict(insert_after=(0,))
+)

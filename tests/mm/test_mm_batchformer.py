@@ -1,0 +1,384 @@
+"""BatchFormerV2 in the encoders of MMDetection's detectors: the batch doubles, the rest stays."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("mmdet", reason="MMDetection is not installed")
+
+from batchformer_detectors import (
+    CONFIGS,
+    DETECTORS,
+    batch,
+    build,
+    model_config,
+    with_batchformer,
+    without_dropout,
+    write_tiny_bert,
+)
+from mmdet.models.layers import DetrTransformerEncoder
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.model import ExponentialMovingAverage
+
+from mm_plugins.batchformer import TwoStreams, repeat
+from mm_plugins.preflight import check_config
+from plugin_core import BatchFormer
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden"
+EVERY_DETECTOR = pytest.mark.parametrize("name", DETECTORS)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip(
+        "transformers", reason="transformers, which Grounding DINO needs, is absent"
+    )
+    return write_tiny_bert(tmp_path_factory.mktemp("bert") / "tiny")
+
+
+def config(name: str, request: pytest.FixtureRequest) -> Any:
+    bert = request.getfixturevalue("tiny_bert") if name == "Grounding DINO" else None
+    return model_config(name, bert)
+
+
+def encoder_of(detector: nn.Module) -> DetrTransformerEncoder:
+    (encoder,) = (m for m in detector.modules() if isinstance(m, DetrTransformerEncoder))
+    return encoder
+
+
+def loss_of(detector: nn.Module, data: dict) -> Tensor:
+    torch.manual_seed(1)
+    loss, _ = detector.parse_losses(detector(**copy.deepcopy(data), mode="loss"))
+    return loss
+
+
+def predictions(detector: nn.Module, data: dict) -> list[Tensor]:
+    with torch.no_grad():
+        samples = detector(**copy.deepcopy(data), mode="predict")
+    found = []
+    for sample in samples:
+        for kind in ("pred_instances", "pred_panoptic_seg"):
+            if kind in sample:
+                found += [v for _, v in sample.get(kind).items() if isinstance(v, Tensor)]
+    return found
+
+
+# ---------------------------------------------------------------------------------- every detector
+
+
+@EVERY_DETECTOR
+def test_batch_doubles_behind_the_insertion_and_the_losses_train_the_batchformer(name, request):
+    detector = build(with_batchformer(config(name, request), insert_after=(1,)))
+    encoder = encoder_of(detector)
+    sizes: list[tuple[str, int]] = []
+    watched = [("backbone", detector.backbone)]
+    watched += [(f"layer{i}", layer.self_attn) for i, layer in enumerate(encoder.layers)]
+    if hasattr(detector, "decoder"):
+        watched.append(("decoder", detector.decoder.layers[0]))
+    if hasattr(detector, "language_model"):
+        watched.append(("text", detector.language_model.language_backbone.body.model))
+    for label, module in watched:
+        module.register_forward_hook(
+            lambda module, args, kwargs, out, label=label: sizes.append(
+                (label, len(next(v for v in [*args, *kwargs.values()] if isinstance(v, Tensor))))
+            ),
+            with_kwargs=True,
+        )
+    detector.train()
+    loss = loss_of(detector, batch(detector, True))
+    loss.backward()
+    assert torch.isfinite(loss)
+    expected = {"backbone": 2, "text": 2, "layer0": 2, "layer1": 2, "layer2": 4, "decoder": 4}
+    assert sizes == [(label, expected[label]) for label, _ in sizes]
+    assert {label for label, _ in sizes} == {label for label, _ in watched}
+    parameters = dict(encoder.batchformer.named_parameters())
+    assert {key.split(".")[0] for key in parameters} == {"1"}
+    assert all(p.grad is not None and p.grad.any() for p in parameters.values())
+
+
+@EVERY_DETECTOR
+def test_evaluation_is_the_plain_detectors_to_the_last_bit(name, request):
+    cfg = config(name, request)
+    plain = build(cfg).eval()
+    detector = build(with_batchformer(cfg, insert_after=(0, 2)), weights_of=plain).eval()
+    data = batch(plain, False)
+    expected = predictions(plain, data)
+    assert expected
+    assert all(
+        torch.equal(a, b) for a, b in zip(predictions(detector, data), expected, strict=True)
+    )
+    theirs = {
+        key: value for key, value in detector.state_dict().items() if "batchformer" not in key
+    }
+    assert theirs.keys() == plain.state_dict().keys()
+    detector.train()
+    loss_of(detector, batch(detector, True))  # a training step leaves nothing behind
+    detector.eval()
+    detector.load_state_dict(plain.state_dict(), strict=False)
+    assert all(
+        torch.equal(a, b) for a, b in zip(predictions(detector, data), expected, strict=True)
+    )
+
+
+class Unchanged(nn.Module):
+    """A BatchFormer that leaves the second stream as the first."""
+
+    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        return x
+
+
+# DINO's and its followers' denoising queries are drawn for each stream, Mask2Former's points too.
+@pytest.mark.parametrize(
+    "name", [n for n in DETECTORS if n not in ("DINO", "DDQ", "Grounding DINO", "Mask2Former")]
+)
+def test_losses_are_means_over_both_streams_and_so_compare_with_the_plain_detectors(name, request):
+    cfg = config(name, request)
+    plain = without_dropout(build(cfg)).train()
+    detector = without_dropout(build(with_batchformer(cfg), weights_of=plain)).train()
+    encoder_of(detector).batchformer["0"] = Unchanged()
+    data = batch(plain, True)
+    losses = [m(**copy.deepcopy(data), mode="loss") for m in (detector, plain)]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
+
+
+def train_a_step(detector: nn.Module, optimizer: torch.optim.Optimizer, data: dict) -> None:
+    optimizer.zero_grad()
+    loss, _ = detector.parse_losses(detector(**copy.deepcopy(data), mode="loss"))
+    loss.backward()
+    optimizer.step()
+
+
+@EVERY_DETECTOR
+def test_training_that_goes_on_from_a_checkpoint_ends_with_the_same_weights(name, request):
+    cfg = with_batchformer(config(name, request), insert_after=(0, 2))
+    detector = build(cfg).train()
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
+    data = batch(detector, True)
+    train_a_step(detector, optimizer, data)
+    checkpoint = copy.deepcopy((detector.state_dict(), optimizer.state_dict()))
+    random_state = torch.get_rng_state(), np.random.get_state()
+    train_a_step(detector, optimizer, data)
+
+    resumed = build(cfg).train()
+    # DDQ gives some modules a second name in its first step.
+    assert not resumed.load_state_dict(checkpoint[0], strict=False).missing_keys
+    optimizer = torch.optim.AdamW(resumed.parameters(), lr=1e-3)
+    optimizer.load_state_dict(checkpoint[1])
+    torch.set_rng_state(random_state[0])
+    np.random.set_state(random_state[1])
+    train_a_step(resumed, optimizer, data)
+    expected = detector.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in resumed.state_dict().items())
+    assert any(not torch.equal(v, checkpoint[0][k]) for k, v in expected.items() if "batchf" in k)
+
+
+# ------------------------------------------------------------------------------- published numbers
+
+
+def golden(name: str) -> dict[str, Tensor]:
+    with np.load(GOLDEN / f"batchformer_v2_{name}.npz") as file:
+        return {key: torch.from_numpy(file[key]) for key in file.files}
+
+
+RENAMED = {
+    "self_attn.": "self_attn.attn.",
+    "linear1.": "ffn.layers.0.0.",
+    "linear2.": "ffn.layers.1.",
+    "norm1.": "norms.0.",
+    "norm2.": "norms.1.",
+}
+
+
+def mmdet_name(key: str) -> str:
+    kind, index, rest = key.removeprefix("state/").split(".", 2)
+    if kind == "bf":
+        return f"batchformer.{index}.layers.0.{rest}"
+    for theirs, ours in RENAMED.items():
+        if rest.startswith(theirs):
+            rest = ours + rest.removeprefix(theirs)
+            break
+    return f"layers.{index}.{rest}"
+
+
+@pytest.mark.parametrize("name", ["first", "two"])
+def test_detrs_encoder_gives_the_authors_numbers(name):
+    numbers = golden(name)
+    encoder = DetrTransformerEncoder(
+        num_layers=3,
+        layer_cfg={
+            "self_attn_cfg": {"embed_dims": 32, "num_heads": 4, "dropout": 0.0},
+            "ffn_cfg": {
+                "embed_dims": 32,
+                "feedforward_channels": 64,
+                "num_fcs": 2,
+                "ffn_drop": 0.0,
+                "act_cfg": {"type": "ReLU", "inplace": True},
+            },
+        },
+    )
+    insert_after = (0,) if name == "first" else (0, 2)
+    encoder.batchformer = TwoStreams(encoder, insert_after, dropout=0.0)
+    state = {mmdet_name(key): v for key, v in numbers.items() if key.startswith("state/")}
+    encoder.load_state_dict(state, strict=True)
+    inputs = {
+        "query": numbers["src"].transpose(0, 1),
+        "query_pos": numbers["pos"].transpose(0, 1),
+        "key_padding_mask": numbers["key_padding_mask"],
+    }
+    encoder.eval()
+    out = encoder(**inputs).transpose(0, 1)
+    torch.testing.assert_close(out, numbers["out_eval"], rtol=0, atol=1e-5)
+    encoder.train()
+    with encoder.batchformer.doubled():
+        out = encoder(**repeat(inputs)).transpose(0, 1)
+    torch.testing.assert_close(out, numbers["out_train"], rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+
+def detr(**batchformer: Any) -> nn.Module:
+    return build(with_batchformer(model_config("DETR"), **batchformer))
+
+
+def test_authors_settings_are_the_default():
+    streams = encoder_of(detr()).batchformer
+    (module,) = streams.values()
+    assert list(streams) == ["0"]
+    assert isinstance(module, BatchFormer) and not module.gather and len(module.layers) == 1
+    layer = module.layers[0]
+    assert (layer.self_attn.num_heads, layer.linear1.out_features, layer.dropout.p) == (4, 256, 0.5)
+    assert not (streams.share or streams.mask_padding or streams.in_evaluation)
+
+
+def test_insertions_share_one_module_where_that_is_asked_for():
+    shared = encoder_of(detector := detr(insert_after=(0, 2), share=True)).batchformer
+    assert list(shared) == ["0"]
+    calls = []
+    shared["0"].register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
+    loss_of(detector.train(), batch(detector, True))
+    assert calls == [2, 2]
+
+
+def test_settings_reach_the_module():
+    streams = encoder_of(detr(num_layers=2, num_heads=8, dropout=0.1, gather=True)).batchformer
+    module = streams["0"]
+    assert len(module.layers) == 2 and module.gather
+    assert module.layers[1].self_attn.num_heads == 8 and module.layers[1].dropout.p == 0.1
+
+
+@pytest.mark.parametrize("name", ["DETR", "Deformable DETR", "DAB-DETR"])
+@pytest.mark.parametrize("mask_padding", [False, True])
+def test_padding_is_masked_where_that_is_asked_for(name, mask_padding):
+    cfg = with_batchformer(model_config(name), insert_after=(0, 2), mask_padding=mask_padding)
+    detector = build(cfg)
+    masks = []
+    for module in encoder_of(detector).batchformer.values():
+        module.register_forward_pre_hook(lambda module, args: masks.append(args))
+    loss_of(detector.train(), batch(detector, True))
+    assert len(masks) == 2
+    for x, mask in masks:
+        if mask_padding:
+            assert mask.shape == x.shape[:2] and mask.any() and not mask.all()
+        else:
+            assert mask is None
+
+
+def test_batch_inference_is_evaluation_in_which_images_see_one_another():
+    encoders = [encoder_of(detr(eval=given).eval()) for given in (True, False)]
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    x = torch.randn(2, 6, 256)
+    inputs = {"query": x, "query_pos": torch.zeros_like(x), "key_padding_mask": None}
+    together, plain = (encoder(**inputs) for encoder in encoders)
+    assert together.shape == plain.shape and not torch.allclose(together, plain)
+    (expected,) = (m(encoders[1].layers[0](**inputs)) for m in encoders[1].batchformer.values())
+    for layer in encoders[1].layers[1:]:
+        expected = layer(expected, inputs["query_pos"], None)
+    torch.testing.assert_close(together, expected)
+
+
+def test_single_image_is_warned_about():
+    detector = detr().train()
+    with pytest.warns(UserWarning, match="single sample"):
+        loss_of(detector, batch(detector, True, shapes=((64, 64),)))
+
+
+def test_losses_in_evaluation_are_the_plain_detectors():
+    plain = build(model_config("DETR")).eval()
+    detector = build(with_batchformer(model_config("DETR")), weights_of=plain).eval()
+    data = batch(plain, True)
+    assert torch.equal(loss_of(detector, data), loss_of(plain, data))
+
+
+def test_copy_uses_its_own_batchformer():
+    detector = detr().train()
+    data = batch(detector, True)
+    before = loss_of(detector, data)
+    twin = ExponentialMovingAverage(detector).module.train()
+    assert torch.equal(loss_of(twin, data), before)
+    with torch.no_grad():
+        for parameter in encoder_of(twin).batchformer.parameters():
+            parameter.add_(1.0)
+    assert not torch.equal(loss_of(twin, data), before)
+    assert torch.equal(loss_of(detector, data), before)
+
+
+# --------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("batchformer", "message"),
+    [
+        ({"insert_after": (1, 3)}, r"insert_after: there is no layer 3; .* layers 0 to 2"),
+        ({"insert_after": (-1,)}, "insert_after: there is no layer -1"),
+        ({"insert_after": ()}, r"insert_after: expected a tuple of encoder layers such as \(0,\)"),
+        ({"insert_after": 0}, "insert_after: expected a tuple .* got 0"),
+        ({"insert_after": (1, 1)}, "insert_after: a layer is named twice"),
+        ({"num_heads": 7}, "num_heads must divide embed_dims"),
+        ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
+        ({"insert_befor": (1,)}, "has no argument 'insert_befor'; did you mean insert_after"),
+    ],
+)
+def test_wrong_setting_is_named_before_the_training(batchformer, message):
+    cfg = Config({"model": with_batchformer(model_config("DETR"), **batchformer)})
+    with pytest.raises(ValueError, match=rf"model.*{message}"):
+        check_config(cfg, train=True, resumes=False)
+    if "insert_befor" not in batchformer:
+        with pytest.raises(ValueError, match=message):
+            MODELS.build(cfg.model)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"detector": "DTER"}, "detector: 'DTER' is no detector of MMDetection"),
+        ({"detector": "ResNet"}, "detector: 'ResNet' is no detector of MMDetection"),
+        ({}, "model.detector: missing"),
+        ({"detector": "DETR", "batchformer": 3}, r"batchformer: expected dict\(insert_after=…\)"),
+    ],
+)
+def test_wrong_detector_is_named_before_the_training(model, message):
+    cfg = Config({"model": {"type": "BatchFormerDetector", **model}})
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg, train=True, resumes=False)
+
+
+def test_detector_without_an_encoder_is_refused():
+    base = Config.fromfile(CONFIGS / "retinanet/retinanet_r18_fpn_1x_coco.py").model
+    cfg = Config({"model": with_batchformer(base)})
+    with pytest.raises(ValueError, match="RetinaNet has 0 DETR encoders"):
+        check_config(cfg, train=True, resumes=False)
+
+
+@EVERY_DETECTOR
+def test_right_settings_pass_the_check(name, request):
+    cfg = Config({"model": with_batchformer(config(name, request))})
+    check_config(cfg, train=True, resumes=False)
