@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes pretrained backbone weights for Detectron2 or MMDetection out of other ones.
+"""Makes pretrained weights for Detectron2 or MMDetection out of other ones.
 
     tools/convert_checkpoint.py SOURCE OUT.pth --to d2 --config your.yaml
     tools/convert_checkpoint.py SOURCE OUT.pth --to mm --config your_config.py
@@ -12,6 +12,9 @@ either framework. Use OUT as
     model.backbone.init_cfg = dict(type="Pretrained", checkpoint="OUT.pth")     in MMDetection
 
 Without --config OUT is for a backbone with triplet attention in every block.
+
+SOURCE may also be a whole DETR, Conditional DETR or Deformable DETR of the original repositories,
+with BatchFormerV2 or without it. OUT is then MMDetection's (--to mm), `load_from` in its config.
 """
 
 from __future__ import annotations
@@ -23,14 +26,15 @@ import pickle
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from plugin_core.checkpoint import find_state_dict, read_checkpoint
 from plugin_core.conversion import (
@@ -40,18 +44,25 @@ from plugin_core.conversion import (
     convert,
     find_backbone,
 )
+from plugin_core.detr_conversion import DetrConversion, convert_detr, is_original_detr
 from plugin_core.files import replacing
-from plugin_core.pixel_format import PixelFormat, explain_mismatch, pixel_format_of
+from plugin_core.pixel_format import (
+    TORCHVISION,
+    PixelFormat,
+    explain_mismatch,
+    pixel_format_of,
+)
 
 FRAMEWORKS = {"d2": "Detectron2", "mm": "MMDetection"}
 SUFFIXES = {"d2": (".pth", ".pkl"), "mm": (".pth",)}
 STAGES = ("res2", "res3", "res4", "res5")
+BATCHFORMER = "encoder.batchformer."
 SHOWN = 6  # names or groups of names in a line
 
 
 @dataclass(frozen=True)
 class Target:
-    """The backbone that the weights are for, and the pixels that its config gives it."""
+    """What the weights are for, and the pixels that its config gives it."""
 
     state_dict: dict[str, Tensor]
     pixel_settings: Callable[[PixelFormat], dict[str, tuple[str, Any]]]
@@ -74,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Makes pretrained backbone weights for Detectron2 or MMDetection."
+        description="Makes pretrained weights for Detectron2 or MMDetection."
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint to convert")
     parser.add_argument(
@@ -86,7 +97,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config",
         help="of the model that the weights are for: Detectron2's yaml, MMDetection's Python file "
-        "(default: the same backbone with triplet attention in every block)",
+        "(default: the same backbone with triplet attention in every block; the same DETR)",
     )
     parser.add_argument(
         "--trust",
@@ -103,8 +114,14 @@ def run(args: argparse.Namespace) -> None:
     # is installed with versions that fit it.
     with contextlib.suppress(ImportError, AssertionError):
         import_module("mm_plugins")
+    # The original DETRs save their arguments, plain values; an older PyTorch has no such list.
+    if hasattr(torch.serialization, "add_safe_globals"):
+        torch.serialization.add_safe_globals([argparse.Namespace])
     checkpoint = read_checkpoint(args.source, trust=args.trust)
     source = find_state_dict(checkpoint)
+    if is_original_detr(source):
+        run_detr(args, checkpoint, source)
+        return
     try:
         backbone = find_backbone(source)
     except ValueError as error:
@@ -125,6 +142,32 @@ def run(args: argparse.Namespace) -> None:
         "mm": f"model.backbone.init_cfg=dict(type='Pretrained', checkpoint='{args.out}')",
     }
     print(f"wrote {args.out}; use it as {use[args.to]}")
+
+
+def run_detr(
+    args: argparse.Namespace, checkpoint: Mapping[str, Any], source: Mapping[str, Tensor]
+) -> None:
+    """Like :func:`run`, for a whole detector of the original repositories."""
+    if args.to == "d2":
+        raise ValueError(
+            f"{args.source}: a whole DETR, which Detectron2 has none of; convert it with --to mm, "
+            "for MODEL.META_ARCHITECTURE MMDetDetector"
+        )
+    training = checkpoint.get("args")
+    if isinstance(training, argparse.Namespace):
+        training = vars(training)
+    try:
+        conversion = convert_detr(source, training if isinstance(training, Mapping) else {})
+    except ValueError as error:
+        raise ValueError(f"{args.source}: {error}") from error
+    print(f"{args.source}: {describe(conversion)}")
+    with saying_where(args):
+        target = detr_target(args.config, conversion)
+    report_detr(conversion, target)
+    report_pixels(args, TORCHVISION, target)
+    write(args.out, args.to, conversion.tensors, TORCHVISION)
+    print(f"wrote {args.out}; use it as load_from='{args.out}' in a config with")
+    print(f"model = {as_config(model_settings(conversion))}")
 
 
 def check_out(out: str, source: str, to: str) -> None:
@@ -149,16 +192,23 @@ def build_target(args: argparse.Namespace, backbone: Backbone, attention: dict[s
     if args.to == "d2" and backbone.depth is None:
         raise ValueError(f"{args.source}: Detectron2 has no MobileNetV2; convert it with --to mm")
     build: Callable[..., Target] = detectron2_target if args.to == "d2" else mmdetection_target
-    try:
-        import_module(f"{args.to}_plugins")  # says what to install where the framework is missing
+    with saying_where(args):
         target = build(args.config, backbone.depth, attention)
         find_backbone(target.state_dict)
+    return target
+
+
+@contextlib.contextmanager
+def saying_where(args: argparse.Namespace) -> Iterator[None]:
+    """Turn what the framework, or its absence, raises inside into a ValueError that says where."""
+    try:
+        import_module(f"{args.to}_plugins")  # says what to install where the framework is missing
+        yield
     except ImportError as error:
         raise ValueError(f"--to {args.to}: {error}") from error
     except Exception as error:  # the frameworks raise anything for a setting that is wrong
         where = f"--config {args.config}" if args.config else f"--to {args.to}"
         raise ValueError(f"{where}: {error}") from error
-    return target
 
 
 def detectron2_target(config: str | None, depth: int, attention: dict[str, Any]) -> Target:
@@ -217,6 +267,64 @@ def mmdetection_target(config: str | None, depth: int | None, attention: dict[st
     return Target(built.state_dict(), pixel_settings, pixels)
 
 
+def detr_target(config: str | None, conversion: DetrConversion) -> Target:
+    """The detector of a config, which must be the converted one; raises ValueError."""
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+
+    from mm_plugins.pixels import pixel_format, pixel_settings
+
+    if config is None:
+        return Target(conversion.tensors, pixel_settings)
+    register_all_modules(init_default_scope=False)
+    settings = Config.fromfile(config).model
+    with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
+        model = MODELS.build(settings)
+    check_detr(conversion, model)
+    return Target(model.state_dict(), pixel_settings, pixel_format(settings, settings.backbone))
+
+
+def check_detr(conversion: DetrConversion, model: nn.Module) -> None:
+    """Check that a model computes what the weights were trained for; raises ValueError."""
+    places = model.state_dict()
+    wrong = [
+        f"{setting} is {found!r}, not {value!r}"
+        for setting, value in flat(conversion.settings)
+        if (found := attribute(model, setting)) not in (value, None)
+    ]
+    for name, tensor in conversion.tensors.items():
+        if name not in places:
+            if not name.startswith(BATCHFORMER):
+                wrong.append(f"there is no {name}")
+        elif places[name].shape != tensor.shape:
+            wrong.append(f"{name} is {tuple(places[name].shape)}, not {tuple(tensor.shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"the model is not that of the weights: {'; '.join(wrong[:3])}{more}. They need "
+            f"model = {as_config(model_settings(conversion))}. To fine-tune on other classes "
+            "convert without --config: MMDetection leaves out a classifier that does not fit"
+        )
+
+
+def attribute(model: nn.Module, path: str) -> Any:
+    """A setting as a built model keeps it; None for one that it does not keep."""
+    try:
+        return attrgetter(path)(model)
+    except AttributeError:
+        return None
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 # --- what is said and written --------------------------------------------------------------- #
 
 
@@ -227,6 +335,47 @@ def report(conversion: Conversion) -> None:
         print(f"set to what the source computes without them: {in_short(conversion.implied)}")
     print(f"fresh, as SOURCE has none: {in_short(conversion.fresh)}")
     print(f"unused of SOURCE: {in_short(conversion.unused)}")
+
+
+def describe(conversion: DetrConversion) -> str:
+    text = f"{conversion.detector} with ResNet-{conversion.settings['backbone']['depth']}"
+    if conversion.batchformer:
+        layers = conversion.batchformer["insert_after"]
+        text += f" and {'shared ' if conversion.batchformer['share'] else ''}BatchFormer"
+        text += (
+            f" after encoder layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        )
+    return f"{text}, the original repository's names"
+
+
+def report_detr(conversion: DetrConversion, target: Target) -> None:
+    if conversion.from_coco_ids:
+        print("classes: the 80 categories of COCO, of its 91 ids")
+    places = [n for n in target.state_dict if not n.endswith("num_batches_tracked")]
+    fresh = [n for n in places if n not in conversion.tensors]
+    unused = [n for n in conversion.tensors if n not in target.state_dict]
+    print(f"matched {len(places) - len(fresh)} of the detector's {len(places)} tensors")
+    print(f"fresh, as SOURCE has none: {in_short(fresh)}")
+    print(f"unused of SOURCE: {in_short(unused)}")
+
+
+def model_settings(conversion: DetrConversion) -> dict[str, Any]:
+    """What MMDetection's config needs besides that of the same detector."""
+    settings = {"type": conversion.detector, **conversion.settings}
+    if conversion.batchformer:
+        settings |= {
+            "type": "BatchFormerDetector",
+            "detector": conversion.detector,
+            "batchformer": conversion.batchformer,
+        }
+    return settings
+
+
+def as_config(value: Any) -> str:
+    """A value as it is written in MMDetection's configs."""
+    if not isinstance(value, Mapping):
+        return repr(value)
+    return f"dict({', '.join(f'{name}={as_config(inner)}' for name, inner in value.items())})"
 
 
 def in_short(names: list[str]) -> str:
