@@ -66,6 +66,45 @@ def add_plugin_config(cfg: CN) -> None:
     # Whether to attend over the heads with two transformer layers and a projection
     cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = False
 
+    # ---------------------------------------------------------------------------- #
+    # BatchFormer over the regions of a batch, in training only. Read where MODEL.ROI_HEADS.NAME is
+    # "StandardPluginROIHeads", "CascadePluginROIHeads" or "Res5PluginROIHeads".
+    # ---------------------------------------------------------------------------- #
+    cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER = CN()
+    # Whether regions also train through it, each with the same target
+    cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED = False
+    # Heads, by which the width of the regions' features can be divided
+    cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.NUM_HEADS = 4
+    # Rate in [0, 1)
+    cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.DROPOUT = 0.5
+    # Layers one after the other
+    cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.NUM_LAYERS = 1
+    # Whether regions also attend to those of the other processes of a distributed training
+    cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.GATHER = False
+
+    # ---------------------------------------------------------------------------- #
+    # The optimizer of DETRs
+    # ---------------------------------------------------------------------------- #
+    # "SGD", or "ADAMW", which takes no SOLVER.MOMENTUM
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # With ADAMW: pairs of a part of parameters' names and a factor of their learning rate, such as
+    # ["backbone", 0.1]; the first that fits counts.
+    cfg.SOLVER.LR_FACTORS = []
+    # With ADAMW, SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of all
+    # gradients together.
+
+    # ---------------------------------------------------------------------------- #
+    # A detector of MMDetection. Read where MODEL.META_ARCHITECTURE is "MMDetDetector".
+    # ---------------------------------------------------------------------------- #
+    cfg.MODEL.MMDET = CN()
+    # Its config: the path of a file, or one of MMDetection's own, such as
+    # "mmdet::detr/detr_r50_8xb2-150e_coco.py"
+    cfg.MODEL.MMDET.CONFIG = ""
+    # What to change in it, such as ["model.num_queries=50", "model.bbox_head.num_classes=20"], each
+    # as MMDetection's --cfg-options takes it. The command line replaces the whole list:
+    # MODEL.MMDET.OVERRIDES "['model.num_queries=50']"
+    cfg.MODEL.MMDET.OVERRIDES = []
+
 
 def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) -> None:
     """Merge a config file and then command-line options into ``cfg``.

@@ -45,7 +45,12 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
             categories = json.load(file)["categories"]
     except (ValueError, KeyError) as error:
         raise ValueError(f"{setting}: {json_file!r} is no COCO-format JSON: {error!r}") from error
-    register_coco_instances(name, _keypoint_metadata(categories), json_file, image_root)
+    metadata = {
+        # As Detectron2 finds them when it reads the annotations; known before, for checks.
+        "thing_classes": [c["name"] for c in sorted(categories, key=lambda c: c["id"])],
+        **_keypoint_metadata(categories),
+    }
+    register_coco_instances(name, metadata, json_file, image_root)
 
 
 def _keypoint_metadata(categories: list[dict[str, Any]]) -> dict[str, Any]:

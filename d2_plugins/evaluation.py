@@ -41,9 +41,13 @@ def build_evaluator(
     if kind in _WITHOUT_OUTPUT:
         return _WITHOUT_OUTPUT[kind](dataset_name)
     coco = partial(COCOEvaluator, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
+    builders = _WITH_OUTPUT[kind]
+    if cfg.MODEL.META_ARCHITECTURE == "MMDetDetector" and kind == "coco_panoptic_seg":
+        # MMDetection's panoptic detectors score no pixels by class.
+        builders = tuple(build for build in builders if build is not SemSegEvaluator)
     evaluators = [
         (coco if build is COCOEvaluator else build)(dataset_name, output_dir=output_dir)
-        for build in _WITH_OUTPUT[kind]
+        for build in builders
     ]
     return evaluators[0] if len(evaluators) == 1 else DatasetEvaluators(evaluators)
 

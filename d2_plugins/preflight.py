@@ -17,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from d2_plugins.config import add_plugin_config
 from d2_plugins.evaluation import check_evaluator
+from d2_plugins.mmdet_bridge import check_detector
+from d2_plugins.optimizer import check_solver
 from d2_plugins.resnet_plugins import (
     PLUGINS,
     all_stages,
@@ -24,8 +26,14 @@ from d2_plugins.resnet_plugins import (
     check_resnet_plugins,
     stage_channels,
 )
-from d2_plugins.roi_heads import CascadePluginROIHeads, StandardPluginROIHeads
-from plugin_core import IDAClassifier
+from d2_plugins.roi_heads import (
+    CascadePluginROIHeads,
+    Res5PluginROIHeads,
+    StandardPluginROIHeads,
+    batchformer_arguments,
+    check_batchformer,
+)
+from plugin_core import BatchFormer, IDAClassifier
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
 
 # Detectron2's builders of ResNets, and the same with plugins
@@ -64,14 +72,19 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     Raises:
         ValueError: names the setting, its value and what would be right.
     """
-    _check_backbone(cfg)
-    _check_roi_heads(cfg)
+    _check_meta_architecture(cfg)
+    if not _is_mmdet(cfg):
+        _check_backbone(cfg)
+        _check_roi_heads(cfg)
     _check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN: names no dataset to train on")
+        check_solver(cfg)
         _check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN, train=True)
     resumed = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if _is_mmdet(cfg):
+        check_detector(cfg, resumed=resumed)
     if not resumed:
         _check_weights(cfg, eval_only)
 
@@ -138,6 +151,28 @@ def _check_lazy_plugins(cfg: DictConfig) -> None:
         raise ValueError(f"model.backbone.bottom_up.{error}") from error
 
 
+def _check_meta_architecture(cfg: CfgNode) -> None:
+    """Check that the nodes of the plugins are read."""
+    default: Any = get_cfg()
+    add_plugin_config(default)
+    if not _is_mmdet(cfg):
+        if cfg.MODEL.MMDET != default.MODEL.MMDET:
+            raise ValueError(
+                "MODEL.MMDET is set, but MODEL.META_ARCHITECTURE is "
+                f"{cfg.MODEL.META_ARCHITECTURE!r}, which does not read it; use 'MMDetDetector'"
+            )
+        return
+    nodes = {"RESNETS": ("TRIPLET_ATTENTION", "IDA"), "ROI_BOX_HEAD": ("IDA", "BATCHFORMER")}
+    for parent, names in nodes.items():
+        for name in names:
+            if cfg.MODEL[parent][name] != default.MODEL[parent][name]:
+                raise ValueError(
+                    f"MODEL.{parent}.{name} is set, but MODEL.META_ARCHITECTURE is "
+                    "'MMDetDetector', which does not read it; what a detector of MMDetection is "
+                    "made of is said in its own config, MODEL.MMDET.CONFIG"
+                )
+
+
 def _check_backbone(cfg: CfgNode) -> None:
     if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
         known = [name for name, _ in BACKBONE_REGISTRY]
@@ -158,33 +193,40 @@ def _check_backbone(cfg: CfgNode) -> None:
 
 
 def _check_roi_heads(cfg: CfgNode) -> None:
-    """Check what belongs to a box head that classifies by IDA."""
+    """Check what belongs to a box head that classifies by IDA, or that has a BatchFormer."""
     box_head: Any = cfg.MODEL.ROI_BOX_HEAD
-    if box_head.NAME != "IDABoxHead":
-        default: Any = get_cfg()
-        add_plugin_config(default)
-        if box_head.IDA != default.MODEL.ROI_BOX_HEAD.IDA:
-            raise ValueError(
-                f"MODEL.ROI_BOX_HEAD.IDA is set, but MODEL.ROI_BOX_HEAD.NAME is {box_head.NAME!r}, "
-                "which does not read it; use 'IDABoxHead'"
-            )
-        return
+    has_ida, has_batchformer = box_head.NAME == "IDABoxHead", box_head.BATCHFORMER.ENABLED
+    default: Any = get_cfg()
+    add_plugin_config(default)
+    if not has_ida and box_head.IDA != default.MODEL.ROI_BOX_HEAD.IDA:
+        raise ValueError(
+            f"MODEL.ROI_BOX_HEAD.IDA is set, but MODEL.ROI_BOX_HEAD.NAME is {box_head.NAME!r}, "
+            "which does not read it; use 'IDABoxHead'"
+        )
+    if not has_batchformer and box_head.BATCHFORMER != default.MODEL.ROI_BOX_HEAD.BATCHFORMER:
+        raise ValueError(
+            "MODEL.ROI_BOX_HEAD.BATCHFORMER is set, but its ENABLED is False; set it to True"
+        )
+    check_batchformer(cfg)
+    if has_ida:
+        _check_ida_head(cfg)
+    if has_batchformer:
+        _check_batchformer_head(cfg)
+
+
+def _check_ida_head(cfg: CfgNode) -> None:
     if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
         raise ValueError(
             "MODEL.ROI_BOX_HEAD.NAME: 'IDABoxHead', but a RetinaNet has no RoI heads; it takes IDA "
             "in MODEL.RESNETS.IDA.STAGES"
         )
-    name = cfg.MODEL.ROI_HEADS.NAME
-    if name in ROI_HEADS_REGISTRY:
-        kind = ROI_HEADS_REGISTRY.get(name)
-        with_plugins = issubclass(kind, (StandardPluginROIHeads, CascadePluginROIHeads))
-        # Others may be a user's own, and know what to do.
-        if not with_plugins and kind.__module__.startswith(("detectron2.", "d2_plugins.")):
-            wanted = "Cascade" if name == "CascadeROIHeads" else "Standard"
-            raise ValueError(
-                f"MODEL.ROI_HEADS.NAME: {name!r} takes no MODEL.ROI_BOX_HEAD.NAME 'IDABoxHead'; "
-                f"use '{wanted}PluginROIHeads'"
-            )
+    _check_kind_of_roi_heads(
+        cfg,
+        "MODEL.ROI_BOX_HEAD.NAME 'IDABoxHead'",
+        StandardPluginROIHeads,
+        CascadePluginROIHeads,
+    )
+    box_head: Any = cfg.MODEL.ROI_BOX_HEAD
     if box_head.NUM_CONV:
         in_channels = box_head.CONV_DIM
     elif _has_resnet(cfg) and "fpn" in cfg.MODEL.BACKBONE.NAME:
@@ -198,8 +240,54 @@ def _check_roi_heads(cfg: CfgNode) -> None:
         raise ValueError(f"MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS: {error}") from error
 
 
+def _check_batchformer_head(cfg: CfgNode) -> None:
+    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+        raise ValueError(
+            "MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED: True, but a RetinaNet has no RoI heads"
+        )
+    _check_kind_of_roi_heads(
+        cfg,
+        "MODEL.ROI_BOX_HEAD.BATCHFORMER",
+        StandardPluginROIHeads,
+        CascadePluginROIHeads,
+        Res5PluginROIHeads,
+    )
+    box_head: Any = cfg.MODEL.ROI_BOX_HEAD
+    if cfg.MODEL.ROI_HEADS.NAME == "Res5PluginROIHeads":
+        embed_dims = stage_channels(cfg.MODEL.RESNETS.RES2_OUT_CHANNELS)["res5"]
+    elif box_head.NAME == "FastRCNNConvFCHead" and box_head.NUM_FC:
+        embed_dims = box_head.FC_DIM
+    else:
+        return  # the head will know
+    try:
+        with torch.device("meta"):
+            BatchFormer(embed_dims, **batchformer_arguments(cfg))
+    except ValueError as error:
+        argument = str(error).partition(" ")[0]
+        raise ValueError(f"MODEL.ROI_BOX_HEAD.BATCHFORMER.{argument.upper()}: {error}") from error
+
+
+def _check_kind_of_roi_heads(cfg: CfgNode, setting: str, *kinds: type) -> None:
+    """Check that the RoI heads are of the kinds that read a setting."""
+    name = cfg.MODEL.ROI_HEADS.NAME
+    if name not in ROI_HEADS_REGISTRY:
+        return
+    kind = ROI_HEADS_REGISTRY.get(name)
+    # Others may be a user's own, and know what to do.
+    if not issubclass(kind, kinds) and kind.__module__.startswith(("detectron2.", "d2_plugins.")):
+        wanted = name.replace("ROIHeads", "PluginROIHeads")
+        if wanted not in [kind.__name__ for kind in kinds]:
+            wanted = StandardPluginROIHeads.__name__
+        raise ValueError(f"MODEL.ROI_HEADS.NAME: {name!r} takes no {setting}; use {wanted!r}")
+
+
+def _is_mmdet(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE == "MMDetDetector"
+
+
 def _has_resnet(cfg: CfgNode) -> bool:
-    return cfg.MODEL.BACKBONE.NAME in {*_WITH_PLUGINS, *_WITH_PLUGINS.values()}
+    named = cfg.MODEL.BACKBONE.NAME in {*_WITH_PLUGINS, *_WITH_PLUGINS.values()}
+    return named and not _is_mmdet(cfg)
 
 
 def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
@@ -17,8 +20,18 @@ from torch.utils.data import DataLoader
 
 from d2_plugins.data import PluginDatasetMapper, ResumableTrainLoader
 from d2_plugins.evaluation import build_evaluator
+from d2_plugins.optimizer import build_optimizer
 
 logger = logging.getLogger(__name__)
+
+
+class PluginCheckpointer(DetectionCheckpointer):
+    """``DetectionCheckpointer`` that also reads MMDetection's checkpoints."""
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        loaded = super()._load_file(filename)
+        state_dict = loaded["model"].get("state_dict")
+        return {"model": dict(state_dict)} if isinstance(state_dict, Mapping) else loaded
 
 
 class PluginTrainer(DefaultTrainer):
@@ -32,6 +45,12 @@ class PluginTrainer(DefaultTrainer):
     def train(self) -> Any:
         self._trainer.data_loader.start_iter = self.start_iter
         return super().train()
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        if resume and self.checkpointer.has_checkpoint():
+            super().resume_or_load()
+        else:
+            PluginCheckpointer(self.model).load(self.cfg.MODEL.WEIGHTS)
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -52,6 +71,10 @@ class PluginTrainer(DefaultTrainer):
             tta = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
             all_hooks.insert(place, tta)
         return all_hooks
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ResumableTrainLoader:

@@ -15,7 +15,6 @@ import argparse
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import default_setup
 from detectron2.evaluation import verify_results
@@ -25,7 +24,7 @@ from d2_plugins import add_plugin_config, merge_config
 from d2_plugins.command_line import apply_arguments, check_batch_size, parse_args, run, warn
 from d2_plugins.pixels import find_mismatches
 from d2_plugins.preflight import check_config
-from d2_plugins.trainer import PluginTrainer
+from d2_plugins.trainer import PluginCheckpointer, PluginTrainer
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -47,7 +46,7 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> Any:
     warn(cfg.MODEL.DEVICE, find_mismatches(cfg))
     if args.eval_only:
         model = PluginTrainer.build_model(cfg)
-        checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = PluginCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = PluginTrainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:

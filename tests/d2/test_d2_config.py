@@ -55,7 +55,20 @@ def test_plugins_are_off_by_default():
     assert dict(cfg.MODEL.ROI_BOX_HEAD.IDA) == {"NUM_HEADS": 4, "HEAVY": False}
     for key in ("TRIPLET_ATTENTION", "IDA", "PLUGIN_ORDER"):
         del cfg.MODEL.RESNETS[key]
-    del cfg.MODEL.ROI_BOX_HEAD["IDA"]
+    assert dict(cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER) == {
+        "ENABLED": False,
+        "NUM_HEADS": 4,
+        "DROPOUT": 0.5,
+        "NUM_LAYERS": 1,
+        "GATHER": False,
+    }
+    assert dict(cfg.MODEL.MMDET) == {"CONFIG": "", "OVERRIDES": []}
+    assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.LR_FACTORS) == ("SGD", [])
+    for key in ("IDA", "BATCHFORMER"):
+        del cfg.MODEL.ROI_BOX_HEAD[key]
+    for key in ("OPTIMIZER", "LR_FACTORS"):
+        del cfg.SOLVER[key]
+    del cfg.MODEL["MMDET"]
     assert cfg == get_cfg()
 
 
@@ -120,7 +133,12 @@ def test_no_file_and_no_options_change_nothing(cfg):
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT / "configs" / "d2")))
 def test_shipped_config_loads(cfg, path):
     merge_config(cfg, str(path))
-    in_backbone, in_head = all_stages(cfg), cfg.MODEL.ROI_BOX_HEAD.NAME == "IDABoxHead"
+    if cfg.MODEL.META_ARCHITECTURE == "MMDetDetector":
+        assert cfg.MODEL.MMDET.CONFIG.startswith("mmdet::")
+        return
+    box_head = cfg.MODEL.ROI_BOX_HEAD
+    in_backbone = all_stages(cfg)
+    in_head = box_head.NAME == "IDABoxHead" or box_head.BATCHFORMER.ENABLED
     assert in_backbone or in_head
     assert ("plugin" in cfg.MODEL.BACKBONE.NAME) == bool(in_backbone)
     assert ("Plugin" in cfg.MODEL.ROI_HEADS.NAME) == (in_head or "_C4_" in path.name)

@@ -20,7 +20,7 @@ from d2_plugins import merge_config
 from d2_plugins.config import load_lazy_config
 from d2_plugins.data import register_coco
 from d2_plugins.trainer import PluginTrainer
-from plugin_core import IDABlock, IDAClassifier, TripletAttention
+from plugin_core import BatchFormer, IDABlock, IDAClassifier, TripletAttention
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "d2"
 DRAWN = CONFIGS / "Synthetic-Detection"  # the demo's, which starts from random weights
@@ -50,6 +50,8 @@ SMALL = {
     "TEST.DETECTIONS_PER_IMAGE": 5,
     "SEED": 0,
 }
+SMALL_DETECTOR = ["model.backbone.init_cfg=None", "model.bbox_head.num_classes=7"]
+SMALL_DETR = ["model.num_queries=20", "model.test_cfg.max_per_img=5"]
 BOXES = {"AP", "AP50", "AP75", "APs", "APm", "APl"}
 HEAD = {f"head.{i}.weight" for i in range(4)}  # the classes' weights in IDA's classifier
 METRICS = {"bbox": BOXES, "segm": BOXES, "keypoints": BOXES - {"APs"}}  # of the paper's tables
@@ -104,6 +106,10 @@ def shrink(cfg: CfgNode, path: Path, output: Path) -> CfgNode:
         cfg.MODEL.ROI_HEADS.NUM_CLASSES = 1
     if cfg.MODEL.META_ARCHITECTURE == "PanopticFPN":
         cfg.DATASETS.TRAIN = ("panoptic_separated",)
+    if cfg.MODEL.META_ARCHITECTURE == "MMDetDetector":
+        cfg.MODEL.MMDET.OVERRIDES += SMALL_DETECTOR
+        if cfg.SOLVER.OPTIMIZER == "ADAMW":
+            cfg.MODEL.MMDET.OVERRIDES += SMALL_DETR
     return cfg
 
 
@@ -129,16 +135,23 @@ def test_config_trains_a_step_and_evaluates(cfg, path, drawn, tmp_path):
     triplet = [m for m in modules if isinstance(m, TripletAttention)]
     blocks = [m for m in modules if isinstance(m, IDABlock)]
     heads = [m for m in modules if isinstance(m, IDAClassifier)]
+    batchformers = [m for m in modules if isinstance(m, BatchFormer)]
+    if cfg.MODEL.META_ARCHITECTURE == "MMDetDetector":
+        assert len(batchformers) == ("batchformer" in path.name)
+        assert all(p.grad.any() for m in batchformers for p in m.parameters())
+        return
     inside = {18: 8, 50: 16, 101: 33}[cfg.MODEL.RESNETS.DEPTH]
     assert len(triplet) == (inside if "triplet" in path.name else 0)
     assert len(blocks) == (9 if "_IDA_FPN" in path.name else 0)
     cascade = cfg.MODEL.ROI_HEADS.NAME.startswith("Cascade")
     assert len(heads) == ((3 if cascade else 1) if "_IDA_head" in path.name else 0)
+    assert len(batchformers) == ((3 if cascade else 1) if "_batchformer" in path.name else 0)
     # What starts as the identity is let in by a factor, which learns from the first step on.
     factors = [m.alpha for m in triplet] + [m.gamma for m in blocks]
-    assert factors or heads
+    assert factors or heads or batchformers
     assert all(factor.grad.abs() > 0 and factor != 0 for factor in factors)
     assert all(p.grad.abs().max() > 0 for m in heads for n, p in m.named_parameters() if n in HEAD)
+    assert all(p.grad.abs().max() > 0 for m in batchformers for p in m.parameters())
 
 
 @pytest.mark.parametrize("path", LAZY, ids=lambda p: str(p.relative_to(CONFIGS)))

@@ -1,0 +1,430 @@
+"""MMDetection's detectors under Detectron2's trainer and evaluators.
+
+    MODEL:
+      META_ARCHITECTURE: "MMDetDetector"
+      MMDET:
+        CONFIG: "mmdet::detr/detr_r50_8xb2-150e_coco.py"    # or the path of a file
+        OVERRIDES: ["model.num_queries=50"]
+
+Detectron2 reads and augments the images, optimizes, saves and evaluates. The detector does what is
+between, beginning with the normalization of pixels. Of MMDetection's config nothing but ``model``
+is read: its data, optimizer, schedule and hooks do not take part. Detectors are told the number of
+the iteration, but no epoch: TOOD, which asks for it, evaluates here and does not train.
+
+No other module of this package may import MMDetection, and this one does so only in functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from plugin_core.analysis import Report
+
+_VOID = 255  # in semantic maps of both frameworks
+
+
+@META_ARCH_REGISTRY.register()
+class MMDetDetector(nn.Module):
+    """A detector of MMDetection, which takes and gives what Detectron2's do.
+
+    State dicts have the detector's own names, so that its checkpoints are the same in both
+    frameworks.
+
+    Args:
+        detector: of MMDetection, with its data preprocessor. In a config it is what
+            :func:`build_detector` makes of ``MODEL.MMDET``. Without ``MODEL.WEIGHTS`` it begins as
+            MMDetection begins a training, its backbone pretrained where its config says so.
+        input_format: order of the images' channels, "BGR" or "RGB". What the detector's config
+            says of pixels holds for images in BGR, and is all that is done to them:
+            ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD`` are not read.
+
+    Raises:
+        ValueError: if ``input_format`` is another one.
+    """
+
+    @configurable
+    def __init__(self, *, detector: nn.Module, input_format: str = "BGR") -> None:
+        super().__init__()
+        if input_format not in ("BGR", "RGB"):
+            raise ValueError(
+                f"INPUT.FORMAT: expected 'BGR' or 'RGB' for a detector of MMDetection, "
+                f"got {input_format!r}"
+            )
+        self.detector: Any = detector
+        self.input_format = input_format
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node: Any = cfg.MODEL.MMDET
+        config = load_config(node.CONFIG, node.OVERRIDES)
+        detector = build_detector(config, pretrained=not cfg.MODEL.WEIGHTS)
+        return {"detector": detector, "input_format": cfg.INPUT.FORMAT}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def __getattr__(self, name: str) -> Any:
+        # So that a module or parameter is found by the name that it has in a state dict
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "detector":
+                raise
+            return getattr(self.detector, name)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return self.detector.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.detector.load_state_dict(*args, **kwargs)
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Losses or detections of a batch.
+
+        Args:
+            batched_inputs: of ``DatasetMapper``: "image" (C, H, W), 0 … 255, and, where the image
+                was resized, "height" and "width" of its file in pixels. For training "instances"
+                with ``gt_boxes``, ``gt_classes`` and for a detector that learns masks ``gt_masks``,
+                and for a panoptic one "sem_seg" (H, W) as Detectron2's separated panoptic datasets
+                have it: 0 for all things, then the stuff classes from 1 on, 255 for none.
+
+        Returns:
+            In training the losses by name, whose sum is MMDetection's loss; what else it reports is
+            put into Detectron2's event storage, which there must be. Otherwise a dict for each
+            image: "instances", on the image of the file, and of a panoptic detector "panoptic_seg"
+            as ``PanopticFPN`` gives it.
+
+        Raises:
+            ValueError: if "sem_seg" is missing where a panoptic detector trains.
+        """
+        from mmengine.logging import MessageHub
+
+        if self.training:
+            MessageHub.get_current_instance().update_info("iter", get_event_storage().iter)
+        preprocessor = self.detector.data_preprocessor
+        # Which nn.Module.to does not tell it, unlike MMDetection's models
+        preprocessor.to(self.device)
+        packed = [self._pack(one) for one in batched_inputs]
+        data = preprocessor(
+            {"inputs": [image for image, _ in packed], "data_samples": [s for _, s in packed]},
+            self.training,
+        )
+        if not self.training:
+            return [self._unpack(sample) for sample in self.detector(**data, mode="predict")]
+        losses = self.detector(**data, mode="loss")
+        _, values = self.detector.parse_losses(losses)
+        for name in losses:
+            if "loss" not in name:  # which is how MMDetection tells them
+                get_event_storage().put_scalar(name, float(values[name]))
+        return {name: values[name] for name in losses if "loss" in name}
+
+    def _pack(self, one: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """An image in BGR, and all that MMDetection is told of it."""
+        from mmdet.structures import DetDataSample
+        from mmengine.structures import PixelData
+
+        image = one["image"]
+        height, width = image.shape[-2:]
+        ori_shape = (one.get("height", height), one.get("width", width))
+        sample = DetDataSample(
+            metainfo={
+                "img_id": one.get("image_id", 0),
+                "img_path": one.get("file_name"),
+                "ori_shape": ori_shape,
+                "img_shape": (height, width),
+                "scale_factor": (width / ori_shape[1], height / ori_shape[0]),
+                "flip": False,
+                "flip_direction": None,
+            }
+        )
+        if self.training:
+            sample.gt_instances = _pack_instances(one["instances"])
+            if getattr(self.detector, "num_stuff_classes", 0):
+                sample.gt_sem_seg = PixelData(sem_seg=self._pack_semantic(one)[None])
+        return image.flip(0) if self.input_format == "RGB" else image, sample
+
+    def _pack_semantic(self, one: Mapping[str, Any]) -> Tensor:
+        """(H, W): classes as MMDetection numbers them, the stuff ones after those of things."""
+        if "sem_seg" not in one:
+            raise ValueError(
+                f"image {one.get('file_name')!r} has no 'sem_seg', and the detector learns "
+                f"{self.detector.num_stuff_classes} stuff classes; train on a dataset as "
+                "register_coco_panoptic_separated registers it"
+            )
+        semantic = one["sem_seg"]
+        fixed = (semantic == 0) | (semantic == _VOID)  # 0 is a thing's class there as well
+        return torch.where(fixed, semantic, semantic + self.detector.num_things_classes - 1)
+
+    def _unpack(self, sample: Any) -> dict[str, Any]:
+        outputs: dict[str, Any] = {}
+        if "pred_instances" in sample:
+            found = sample.pred_instances
+            boxes = Boxes(found.bboxes)
+            boxes.clip(sample.ori_shape)
+            masks = {"pred_masks": found.masks} if "masks" in found else {}
+            outputs["instances"] = Instances(
+                sample.ori_shape,
+                pred_boxes=boxes,
+                scores=found.scores,
+                pred_classes=found.labels,
+                **masks,
+            )
+        if "pred_panoptic_seg" in sample:
+            outputs["panoptic_seg"] = self._unpack_panoptic(sample.pred_panoptic_seg.sem_seg[0])
+        return outputs
+
+    def _unpack_panoptic(self, labels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """Of (H, W), class + instance · INSTANCE_OFFSET, the segments as Detectron2 has them."""
+        from mmdet.evaluation.functional import INSTANCE_OFFSET
+
+        num_things = self.detector.num_things_classes
+        num_classes = num_things + self.detector.num_stuff_classes
+        segments = torch.zeros_like(labels, dtype=torch.int32)
+        infos: list[dict[str, Any]] = []
+        for label in labels.unique().tolist():
+            category = label % INSTANCE_OFFSET
+            if category >= num_classes:
+                continue  # of no segment, which is 0
+            mask, isthing = labels == label, category < num_things
+            segments[mask] = len(infos) + 1
+            infos.append(
+                {
+                    "id": len(infos) + 1,
+                    "isthing": isthing,
+                    # Stuff classes are counted from 1 on, as in "sem_seg".
+                    "category_id": category if isthing else category - num_things + 1,
+                    "area": int(mask.sum()),
+                }
+            )
+        return segments, infos
+
+
+def load_config(config: str, overrides: Sequence[str] = ()) -> Any:
+    """Read a config of MMDetection.
+
+    Args:
+        config: ``mmdet::`` and the name of one of MMDetection's own, or a path.
+        overrides: each as "model.bbox_head.num_classes=20", read as MMDetection's scripts read
+            their ``--cfg-options``.
+
+    Returns:
+        mmengine's ``Config``.
+
+    Raises:
+        ImportError: if MMDetection is not installed, with what to install.
+        ValueError: if the config cannot be read or has no model, or an override is wrong.
+    """
+    import mm_plugins.analysis  # registers the plugins too
+
+    setting = f"MODEL.MMDET.CONFIG {config!r}"
+    if not config:
+        raise ValueError(
+            "MODEL.MMDET.CONFIG: names no config; expected a path, or one of MMDetection's own, "
+            "such as 'mmdet::detr/detr_r50_8xb2-150e_coco.py'"
+        )
+    try:
+        cfg = mm_plugins.analysis.load_config(config)
+    except Exception as error:  # of mmengine's reader, or whatever the code in it raises
+        raise ValueError(f"{setting}: {_in_a_line(error)}") from error
+    for override in overrides:
+        _override(cfg, override)
+    return cfg
+
+
+def build_detector(config: Any, *, pretrained: bool) -> nn.Module:
+    """Build and initialize a detector of MMDetection.
+
+    Args:
+        config: mmengine's, of which ``model`` and ``default_scope`` are read.
+        pretrained: whether to load the weights that its ``init_cfg``s name, or leave these random.
+
+    Raises:
+        ValueError: if the config's model cannot be built.
+    """
+    model_config = copy.deepcopy(config.model)
+    if not pretrained:
+        _leave_random(model_config)
+    detector: Any = _build(model_config, config.get("default_scope") or "mmdet")
+    with _without_reports():
+        detector.init_weights()
+    return detector
+
+
+def check_detector(cfg: CfgNode, *, resumed: bool) -> None:
+    """Check what can be known to be wrong with a config whose meta-architecture is this one.
+
+    Args:
+        cfg: the whole config.
+        resumed: whether ``MODEL.WEIGHTS`` is not read.
+
+    Raises:
+        ValueError: names the setting, its value and what would be right.
+    """
+    try:
+        from mm_plugins.preflight import check_config
+    except ImportError as error:
+        raise ValueError(f"MODEL.META_ARCHITECTURE: 'MMDetDetector': {error}") from error
+    from mmengine.config import Config
+
+    node: Any = cfg.MODEL.MMDET
+    config = load_config(node.CONFIG, node.OVERRIDES)
+    weights = "" if resumed else cfg.MODEL.WEIGHTS.partition("?")[0]
+    try:
+        # As if it were to be trained there from these weights, with no data of its own
+        check_config(
+            Config({"model": config.model, "load_from": weights}), train=False, resumes=False
+        )
+    except ValueError as error:
+        raise ValueError(str(error).replace("load_from", "MODEL.WEIGHTS", 1)) from error
+    detector = _build(copy.deepcopy(config.model), config.get("default_scope") or "mmdet")
+    MMDetDetector(detector=detector, input_format=cfg.INPUT.FORMAT)
+    if getattr(detector.data_preprocessor, "pad_mask", False) and not cfg.MODEL.MASK_ON:
+        raise ValueError(
+            f"MODEL.MASK_ON: False, but the detector of {node.CONFIG!r} learns masks; set it to "
+            "True"
+        )
+    if cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            "TEST.AUG.ENABLED: Detectron2 has test-time augmentation for its own R-CNNs only; set "
+            "it to False"
+        )
+    for setting in ("TRAIN", "TEST"):
+        for name in cfg.DATASETS[setting]:
+            _check_classes(detector, node.CONFIG, f"DATASETS.{setting}", name)
+
+
+def count_cost(cfg: CfgNode, image_size: tuple[int, int]) -> Report:
+    """What the detector of a config costs, as :func:`mm_plugins.analysis.analyze` counts it."""
+    from mm_plugins.analysis import analyze
+
+    node: Any = cfg.MODEL.MMDET
+    return analyze(load_config(node.CONFIG, node.OVERRIDES), image_size)
+
+
+def find_detector_mismatches(cfg: CfgNode) -> list[str]:
+    """How pixels disagree with the weights, as :mod:`mm_plugins.pixels` says it."""
+    from mm_plugins.pixels import find_mismatches
+
+    node: Any = cfg.MODEL.MMDET
+    config = load_config(node.CONFIG, node.OVERRIDES)
+    config.load_from = cfg.MODEL.WEIGHTS or None
+    return find_mismatches(config)
+
+
+def _override(config: Any, override: str) -> None:
+    from mmengine.config import DictAction
+
+    setting = f"MODEL.MMDET.OVERRIDES: {override!r}"
+    if not isinstance(override, str) or not override.startswith("model.") or "=" not in override:
+        raise ValueError(
+            f"{setting} is no override such as 'model.bbox_head.num_classes=20'; of the config "
+            "nothing but its model is read"
+        )
+    parsed = SimpleNamespace()
+    try:
+        DictAction((), dest="options")(None, parsed, [override])
+        config.merge_from_dict(parsed.options)
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{setting}: {_in_a_line(error)}") from error
+
+
+def _pack_instances(instances: Instances) -> Any:
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    packed = InstanceData(bboxes=instances.gt_boxes.tensor, labels=instances.gt_classes)
+    if instances.has("gt_masks"):
+        height, width = instances.image_size
+        masks = instances.gt_masks
+        if isinstance(masks, PolygonMasks):
+            masks = BitMasks.from_polygon_masks(masks, height, width)
+        # MMDetection's are arrays, on every device.
+        bitmaps = masks.tensor.cpu().numpy().astype("uint8")
+        packed.masks = BitmapMasks(bitmaps, height, width)
+    return packed
+
+
+def _build(model_config: Any, scope: str) -> Any:
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.registry import init_default_scope
+
+    register_all_modules(init_default_scope=False)
+    init_default_scope(scope)  # for good, as mmengine's runner does: heads build parts later on
+    try:
+        return MODELS.build(model_config)
+    except Exception as error:  # whatever the constructors raise
+        raise ValueError(f"MODEL.MMDET: no detector can be built: {_in_a_line(error)}") from error
+
+
+def _leave_random(node: Any) -> None:
+    """Take pretrained weights out of a model's config, which are to be overwritten anyway."""
+    if isinstance(node, (list, tuple)):
+        for part in node:
+            _leave_random(part)
+    if isinstance(node, dict):
+        init_cfg = node.get("init_cfg")
+        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
+            node["init_cfg"] = None
+        for part in node.values():
+            _leave_random(part)
+
+
+@contextlib.contextmanager
+def _without_reports() -> Iterator[None]:
+    """Keep mmengine from printing a paragraph on how each parameter was initialized."""
+    from mmengine.logging import MMLogger
+
+    mm_logger = MMLogger.get_current_instance()
+    level = mm_logger.level
+    mm_logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        mm_logger.setLevel(level)
+
+
+def _check_classes(detector: nn.Module, config: str, setting: str, dataset: str) -> None:
+    """Compare numbers of classes, as far as the dataset's metadata and the detector tell them."""
+    metadata = MetadataCatalog.get(dataset)
+    known = {"thing": _number_of_classes(detector)}
+    stuff = getattr(detector, "num_stuff_classes", 0)
+    if stuff:
+        known["stuff"] = stuff + 1  # Detectron2 counts all things as one of them
+    for kind, number in known.items():
+        names = metadata.get(f"{kind}_classes")
+        if names is not None and number not in (None, len(names)):
+            raise ValueError(
+                f"{setting}: {dataset!r} has {len(names)} {kind} classes, but the detector of "
+                f"{config!r} has {number}; set its number of classes by MODEL.MMDET.OVERRIDES, "
+                "such as ['model.bbox_head.num_classes=20']"
+            )
+
+
+def _number_of_classes(detector: Any) -> int | None:
+    """How many classes of things a detector has; None if it cannot be told."""
+    if hasattr(detector, "num_things_classes"):
+        return detector.num_things_classes
+    owner = getattr(detector, "roi_head", detector)
+    head = getattr(owner, "bbox_head", None) or getattr(owner, "mask_head", None)
+    if isinstance(head, nn.ModuleList):  # of the stages of a cascade
+        head = head[-1]
+    return getattr(head, "num_classes", None)
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -1,0 +1,680 @@
+"""Detectors of MMDetection as a meta-architecture of Detectron2: the same in both frameworks."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+pytest.importorskip("mmdet", reason="MMDetection is not installed")
+
+import numpy as np
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, LazyCall, instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import register_coco_panoptic_separated
+from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
+from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from mmdet.datasets import CocoDataset, CocoPanopticDataset
+from mmengine.logging import MessageHub
+from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.registry import DefaultScope
+
+from d2_plugins import merge_config
+from d2_plugins.analysis import analyze
+from d2_plugins.data import register_coco
+from d2_plugins.evaluation import build_evaluator
+from d2_plugins.mmdet_bridge import MMDetDetector, build_detector, load_config
+from d2_plugins.preflight import check_config
+from d2_plugins.trainer import PluginCheckpointer, PluginTrainer
+from mm_plugins.analysis import analyze as analyze_in_mmdetection
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = sorted((ROOT / "configs/d2/MMDet-Detection").glob("*.yaml"))
+CLASSES = ("person", "disk", "square", "triangle", "star", "ring", "cross")
+STUFF = 6
+BACKBONE = (
+    "model.backbone.depth=18",
+    "model.backbone.base_channels=8",
+    "model.backbone.frozen_stages=-1",
+    "model.backbone.init_cfg=None",  # nothing is downloaded
+)
+PYRAMID = ("model.neck.in_channels=[8,16,32,64]", "model.neck.out_channels=16")
+DENSE_HEAD = (
+    "model.bbox_head.in_channels=16",
+    "model.bbox_head.feat_channels=16",
+    "model.bbox_head.stacked_convs=1",
+    "model.bbox_head.num_classes=7",
+    "model.test_cfg.score_thr=0.0",
+    "model.test_cfg.max_per_img=20",
+)
+
+
+def wider(*overrides: str) -> list[str]:
+    """With 64 channels, for a head with GroupNorm of 32 groups."""
+    return [override.replace("=16", "=64") for override in overrides]
+
+
+def transformer(name: str, *attentions: str) -> list[str]:
+    """Overrides for a transformer of one narrow layer."""
+    widths = {f"{part}.embed_dims": 16 for part in (*attentions, "ffn_cfg")}
+    layer = {**widths, "ffn_cfg.feedforward_channels": 16}
+    return [f"{name}.num_layers=1", *(f"{name}.layer_cfg.{k}={v}" for k, v in layer.items())]
+
+
+SELF, CROSS = "self_attn_cfg", "cross_attn_cfg"
+SMALL: dict[str, tuple[str, tuple[str, ...]]] = {
+    "retinanet": (
+        "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py",
+        (*BACKBONE, *PYRAMID, *DENSE_HEAD),
+    ),
+    "fcos": (
+        "mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py",
+        (*BACKBONE, *wider(*PYRAMID, *DENSE_HEAD)),
+    ),
+    "mask_rcnn": (
+        "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",
+        (
+            *BACKBONE,
+            *PYRAMID,
+            "model.rpn_head.in_channels=16",
+            "model.rpn_head.feat_channels=16",
+            "model.roi_head.bbox_roi_extractor.out_channels=16",
+            "model.roi_head.mask_roi_extractor.out_channels=16",
+            "model.roi_head.bbox_head.in_channels=16",
+            "model.roi_head.bbox_head.fc_out_channels=16",
+            "model.roi_head.bbox_head.num_classes=7",
+            "model.roi_head.mask_head.in_channels=16",
+            "model.roi_head.mask_head.num_convs=1",
+            "model.roi_head.mask_head.conv_out_channels=16",
+            "model.roi_head.mask_head.num_classes=7",
+            "model.test_cfg.rpn.max_per_img=30",
+            "model.test_cfg.rcnn.score_thr=0.0",
+            "model.test_cfg.rcnn.max_per_img=10",
+        ),
+    ),
+    "detr": (
+        "mmdet::detr/detr_r50_8xb2-150e_coco.py",
+        (
+            *BACKBONE,
+            *transformer("model.encoder", SELF),
+            *transformer("model.decoder", SELF, CROSS),
+            "model.neck.in_channels=[64]",
+            "model.neck.out_channels=16",
+            "model.positional_encoding.num_feats=8",
+            "model.num_queries=12",
+            "model.bbox_head.embed_dims=16",
+            "model.bbox_head.num_classes=7",
+            "model.test_cfg.max_per_img=10",
+        ),
+    ),
+    "maskformer": (
+        "mmdet::maskformer/maskformer_r50_ms-16xb1-75e_coco.py",
+        (
+            *BACKBONE,
+            "model.panoptic_head.in_channels=[8,16,32,64]",
+            "model.panoptic_head.feat_channels=16",
+            "model.panoptic_head.out_channels=16",
+            "model.panoptic_head.num_queries=12",
+            f"model.panoptic_head.loss_cls.class_weight={[1.0] * 13 + [0.1]}",
+            *transformer("model.panoptic_head.transformer_decoder", SELF, CROSS),
+            "model.panoptic_head.pixel_decoder.norm_cfg.num_groups=4",
+            "model.panoptic_head.pixel_decoder.positional_encoding.num_feats=8",
+            *transformer("model.panoptic_head.pixel_decoder.encoder", SELF),
+            "model.panoptic_head.positional_encoding.num_feats=8",
+            *(
+                f"model.{head}.num_{kind}_classes={number}"
+                for head in ("panoptic_head", "panoptic_fusion_head")
+                for kind, number in (("things", 7), ("stuff", STUFF))
+            ),
+            "model.test_cfg.object_mask_thr=0.0",
+            "model.test_cfg.iou_thr=0.0",
+            "model.test_cfg.instance_on=True",
+            "model.test_cfg.max_per_image=20",
+        ),
+    ),
+}
+
+
+def use(cfg: CfgNode, name: str, *overrides: str) -> CfgNode:
+    """Make ``cfg`` one of a small detector."""
+    config, small = SMALL[name]
+    cfg.MODEL.META_ARCHITECTURE = "MMDetDetector"
+    cfg.MODEL.MMDET.CONFIG = config
+    cfg.MODEL.MMDET.OVERRIDES = [*small, *overrides]
+    cfg.MODEL.MASK_ON = name.startswith("mask")
+    return cfg
+
+
+@pytest.fixture(scope="module")
+def packed(drawn_coco: Path) -> list[dict[str, Any]]:
+    """Two images as MMDetection's pipeline gives them, resized to other shapes than they have."""
+    samples = []
+    for index, scale in enumerate([(96, 80), (72, 88)]):
+        pipeline = [
+            {"type": "LoadImageFromFile"},
+            {"type": "LoadAnnotations", "with_bbox": True, "with_mask": True},
+            {"type": "Resize", "scale": scale, "keep_ratio": False},
+            {"type": "PackDetInputs"},
+        ]
+        with DefaultScope.overwrite_default_scope("mmdet"):
+            dataset = CocoDataset(
+                ann_file=str(drawn_coco / "annotations/instances_train2017.json"),
+                data_prefix={"img": str(drawn_coco / "train2017")},
+                metainfo={"classes": CLASSES},
+                pipeline=pipeline,
+            )
+        samples.append(dataset[index])
+    assert all(len(sample["data_samples"].gt_instances) for sample in samples)
+    return samples
+
+
+def as_detectron2(sample: dict[str, Any]) -> dict[str, Any]:
+    """What Detectron2's mapper would give of the same image."""
+    meta, found = sample["data_samples"], sample["data_samples"].gt_instances
+    instances = Instances(
+        meta.img_shape,
+        gt_boxes=Boxes(found.bboxes.tensor),
+        gt_classes=found.labels,
+        gt_masks=BitMasks(torch.from_numpy(found.masks.masks)),
+    )
+    height, width = meta.ori_shape
+    return {"image": sample["inputs"], "height": height, "width": width, "instances": instances}
+
+
+def run_in_mmdetection(detector: Any, samples: Sequence[dict[str, Any]], training: bool) -> Any:
+    """What MMDetection's own training or evaluation computes."""
+    batch = {key: [copy.deepcopy(sample[key]) for sample in samples] for key in samples[0]}
+    data = detector.data_preprocessor(batch, training)
+    torch.manual_seed(0)  # proposals are sampled, and there is dropout
+    return detector(**data, mode="loss" if training else "predict")
+
+
+def losses_of(model: nn.Module, inputs: list[dict[str, Any]]) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    with EventStorage():
+        return model.train()(copy.deepcopy(inputs))
+
+
+def with_semantic(
+    packed: list[dict[str, Any]], inputs: list[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Both forms of a batch with the same stuff: two classes, things, and pixels of no class."""
+    from mmengine.structures import PixelData
+
+    packed = copy.deepcopy(packed)
+    for sample, one in zip(packed, inputs, strict=True):
+        ours = torch.full(one["image"].shape[1:], 255)
+        ours[:40], ours[:, :30], ours[20:30, 20:30] = 1, 6, 0
+        theirs = torch.full_like(ours, 255)
+        theirs[:40], theirs[:, :30], theirs[20:30, 20:30] = 7, 12, 0
+        one["sem_seg"] = ours
+        sample["data_samples"].gt_sem_seg = PixelData(sem_seg=theirs[None])
+    return packed, inputs
+
+
+# ---------------------------------------------------------------------- the same in both frameworks
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_losses_are_those_of_mmdetection(cfg, name, packed):
+    inputs = [as_detectron2(sample) for sample in packed]
+    if name == "maskformer":
+        packed, inputs = with_semantic(packed, inputs)
+    model = build_model(use(cfg, name)).train()
+    reference = copy.deepcopy(model.detector)
+    raw = run_in_mmdetection(reference, packed, training=True)
+    total, values = reference.parse_losses(raw)
+    losses = losses_of(model, inputs)
+    assert set(losses) == {key for key in raw if "loss" in key}
+    assert all(torch.equal(losses[key], values[key]) for key in losses)
+    assert torch.equal(sum(losses.values()), total) and total > 0
+    total.backward()
+    sum(losses.values()).backward()
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_detections_are_those_of_mmdetection_on_the_image_of_the_file(cfg, name, packed):
+    model = build_model(use(cfg, name)).eval()
+    with torch.no_grad():
+        expected = run_in_mmdetection(copy.deepcopy(model.detector), packed, training=False)
+        outputs = model([as_detectron2(sample) for sample in packed])
+    for output, sample in zip(outputs, expected, strict=True):
+        found, theirs = output["instances"], sample.pred_instances
+        height, width = sample.ori_shape
+        assert found.image_size == (height, width) and len(found) == len(theirs) > 5
+        assert torch.equal(found.scores, theirs.scores)
+        assert torch.equal(found.pred_classes, theirs.labels)
+        limits = torch.tensor([width, height, width, height])
+        clipped = theirs.bboxes.clamp(min=torch.zeros(4), max=limits)
+        assert torch.equal(found.pred_boxes.tensor, clipped)
+        assert found.has("pred_masks") == name.startswith("mask")
+        if found.has("pred_masks"):
+            assert torch.equal(found.pred_masks, theirs.masks)
+            assert found.pred_masks.shape[1:] == (height, width)
+
+
+def test_what_is_no_loss_is_logged_and_not_added(cfg, packed):
+    model = build_model(use(cfg, "mask_rcnn")).train()
+    with EventStorage() as storage:
+        losses = model([as_detectron2(sample) for sample in packed])
+    assert "acc" not in losses and 0 <= storage.latest()["acc"][0] <= 100
+
+
+def test_detector_is_told_the_iteration(cfg, packed):
+    model = build_model(use(cfg, "retinanet")).train()
+    with EventStorage(41):
+        model([as_detectron2(packed[0])])
+    assert MessageHub.get_current_instance().get_info("iter") == 41
+
+
+def test_order_of_channels_does_not_matter(cfg, packed):
+    bgr = [as_detectron2(sample) for sample in packed]
+    rgb = [{**one, "image": one["image"][[2, 1, 0]]} for one in bgr]
+    model = build_model(use(cfg, "retinanet"))
+    cfg.INPUT.FORMAT = "RGB"
+    twin = build_model(cfg)
+    twin.load_state_dict(model.state_dict())
+    expected, losses = losses_of(model, bgr), losses_of(twin, rgb)
+    assert all(torch.equal(losses[key], expected[key]) for key in expected)
+    assert not torch.equal(losses_of(twin, bgr)["loss_cls"], expected["loss_cls"])
+
+
+def test_detectron2s_mean_and_deviation_are_not_used(cfg, packed):
+    inputs = [as_detectron2(sample) for sample in packed]
+    model = build_model(use(cfg, "retinanet"))
+    cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD = [1.0, 2.0, 3.0], [4.0, 5.0, 6.0]
+    twin = build_model(cfg)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(losses_of(model, inputs)["loss_cls"], losses_of(twin, inputs)["loss_cls"])
+
+
+def test_images_go_where_the_model_is(cfg):
+    model = build_model(use(cfg, "retinanet")).eval()
+    model.detector.data_preprocessor._device = torch.device("meta")  # which .to() does not change
+    with torch.no_grad():
+        (output,) = model([{"image": torch.zeros(3, 64, 64)}])
+    assert output["instances"].scores.device == model.device == torch.device("cpu")
+
+
+def test_image_of_which_no_other_size_is_known_keeps_its_own(cfg):
+    model = build_model(use(cfg, "retinanet")).eval()
+    with torch.no_grad():
+        (output,) = model([{"image": torch.randint(256, (3, 48, 72), dtype=torch.uint8)}])
+    assert output["instances"].image_size == (48, 72)
+
+
+def test_polygons_become_the_bitmaps_that_detectron2_makes_of_them(cfg):
+    corners = np.array([8.0, 8, 24, 8, 24, 20, 8, 20])
+    target = Instances((64, 64), gt_boxes=Boxes(torch.tensor([[8.0, 8, 24, 20]])))
+    target.gt_classes = torch.tensor([0])
+    bitmap = torch.zeros(1, 64, 64, dtype=torch.bool)
+    bitmap[0, 8:20, 8:24] = True
+    losses = []
+    model = build_model(use(cfg, "mask_rcnn"))
+    for masks in (PolygonMasks([[corners]]), BitMasks(bitmap)):
+        target.gt_masks = masks
+        image = torch.full((3, 64, 64), 100, dtype=torch.uint8)
+        losses.append(losses_of(copy.deepcopy(model), [{"image": image, "instances": target}]))
+    assert torch.equal(losses[0]["loss_mask"], losses[1]["loss_mask"])
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "detr"])
+def test_image_without_objects_trains(cfg, name):
+    target = Instances((64, 64), gt_boxes=Boxes(torch.zeros(0, 4)))
+    target.gt_classes = torch.zeros(0, dtype=torch.long)
+    target.gt_masks = PolygonMasks([])
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    model = build_model(use(cfg, name))
+    losses = losses_of(model, [{"image": image, "instances": target}])
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+def test_losses_are_finite_in_mixed_precision(cfg, packed):
+    model = build_model(use(cfg, "retinanet"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = losses_of(model, [as_detectron2(sample) for sample in packed])
+        sum(losses.values()).backward()
+    assert all(loss.isfinite() for loss in losses.values())
+
+
+# ----------------------------------------------------------------------------------------- panoptic
+
+
+def test_panoptic_segments_are_those_of_mmdetection(cfg, packed):
+    model = build_model(use(cfg, "maskformer")).eval()
+    nn.init.normal_(model.detector.panoptic_head.cls_embed.weight, std=3)  # of several classes
+    with torch.no_grad():
+        expected = run_in_mmdetection(copy.deepcopy(model.detector), packed, training=False)
+        outputs = model([as_detectron2(sample) for sample in packed])
+    kinds = set()
+    for output, sample in zip(outputs, expected, strict=True):
+        segments, infos = output["panoptic_seg"]
+        theirs = sample.pred_panoptic_seg.sem_seg[0]
+        assert segments.shape == sample.ori_shape
+        assert torch.equal(segments == 0, theirs % 1000 == 7 + STUFF)
+        assert [info["id"] for info in infos] == list(range(1, len(theirs.unique()) + 1))[
+            : len(infos)
+        ]
+        for info in infos:
+            mask = segments == info["id"]
+            (label,) = theirs[mask].unique().tolist()
+            assert torch.equal(mask, theirs == label) and info["area"] == mask.sum()
+            assert info["isthing"] == (label % 1000 < 7)
+            kinds.add(info["isthing"])
+    assert kinds == {True, False}
+
+
+def test_panoptic_segments_of_a_map_made_by_hand():
+    detector = nn.Conv2d(1, 1, 1)
+    detector.num_things_classes, detector.num_stuff_classes = 7, 6
+    void, first, second, stuff = 13, 1002, 2002, 8
+    labels = torch.tensor([[void, first, first], [stuff, second, stuff]])
+    segments, infos = MMDetDetector(detector=detector)._unpack_panoptic(labels)
+    by_id = {info.pop("id"): info for info in infos}
+    assert [[by_id.get(i) for i in row] for row in segments.tolist()] == [
+        [None, thing := {"isthing": True, "category_id": 2, "area": 2}, thing],
+        [
+            ground := {"isthing": False, "category_id": 2, "area": 2},
+            {"isthing": True, "category_id": 2, "area": 1},
+            ground,
+        ],
+    ]
+
+
+def test_every_class_of_coco_gets_the_id_that_it_has_in_the_dataset():
+    detector = nn.Conv2d(1, 1, 1)
+    detector.num_things_classes, detector.num_stuff_classes = 80, 53
+    model = MMDetDetector(detector=detector)
+    evaluator = COCOPanopticEvaluator("coco_2017_val_panoptic_separated")
+    _, infos = model._unpack_panoptic(torch.arange(133)[None])
+    dataset_ids = [evaluator._convert_category_id(info)["category_id"] for info in infos]
+    standard = _get_builtin_metadata("coco_panoptic_standard")
+    things, stuff = (standard[f"{k}_dataset_id_to_contiguous_id"] for k in ("thing", "stuff"))
+    places = {**stuff, **things}
+    names = [standard["stuff_classes"][places[i]] for i in dataset_ids]
+    assert names == list(CocoPanopticDataset.METAINFO["classes"])
+
+
+def test_panoptic_detector_without_semantic_maps_says_what_to_train_on(cfg, packed):
+    model = build_model(use(cfg, "maskformer"))
+    with pytest.raises(ValueError, match="no 'sem_seg', .* 6 stuff classes; .*separated"):
+        losses_of(model, [as_detectron2(packed[0])])
+
+
+def test_panoptic_detector_is_not_asked_for_semantic_scores(cfg, registered, drawn_coco, tmp_path):
+    ids = {f"{kind}_dataset_id_to_contiguous_id": {1: 0} for kind in ("thing", "stuff")}
+    annotations = str(drawn_coco / "annotations/instances_val2017.json")
+    register_coco_panoptic_separated("drawn", ids, "", "", "", "", annotations)
+    use(cfg, "maskformer").OUTPUT_DIR = str(tmp_path)
+    evaluator = build_evaluator(cfg, "drawn_separated")
+    assert isinstance(evaluator, DatasetEvaluators)
+    kinds = [type(part) for part in evaluator._evaluators]
+    assert kinds == [COCOEvaluator, COCOPanopticEvaluator]
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+def mmdetection_checkpoint(detector: nn.Module, path: Path, **changed: Tensor) -> str:
+    """A file as MMDetection's training leaves it."""
+    history = HistoryBuffer([1.0], [1])
+    content = {
+        "meta": {"epoch": 1, "dataset_meta": {"classes": CLASSES}},
+        "state_dict": {**detector.state_dict(), **changed},
+        "message_hub": {"log_scalars": {"train/loss": history}},
+        "optimizer": {"state": {}, "param_groups": []},
+    }
+    torch.save(content, path)
+    return str(path)
+
+
+def test_checkpoint_of_mmdetection_loads_as_it_is(cfg, tmp_path):
+    first, second = (build_model(use(cfg, "detr")) for _ in range(2))
+    path = mmdetection_checkpoint(first.detector, tmp_path / "epoch_1.pth")
+    PluginCheckpointer(second).load(path)
+    theirs = second.detector.state_dict()
+    assert all(torch.equal(t, theirs[name]) for name, t in first.detector.state_dict().items())
+
+
+def test_checkpoint_of_detectron2_goes_back_to_mmdetection(cfg, tmp_path):
+    model, other = (build_model(use(cfg, "retinanet")) for _ in range(2))
+    DetectionCheckpointer(model, str(tmp_path)).save("model_final")
+    saved = torch.load(tmp_path / "model_final.pth")["model"]
+    other.detector.load_state_dict(saved)  # strictly: no name more or less
+    DetectionCheckpointer(other).load(str(tmp_path / "model_final.pth"))
+    assert all(torch.equal(t, other.state_dict()[name]) for name, t in saved.items())
+
+
+def test_what_does_not_fit_is_reported_as_detectron2_does(cfg, tmp_path, caplog):
+    model = build_model(use(cfg, "retinanet"))
+    more = build_model(use(cfg, "retinanet", "model.bbox_head.num_classes=9"))
+    del model.detector.neck.fpn_convs[0].conv.bias
+    left_over = {"neck.another": torch.zeros(1)}
+    path = mmdetection_checkpoint(model.detector, tmp_path / "epoch_1.pth", **left_over)
+    with caplog.at_level(logging.WARNING, "fvcore.common.checkpoint"):
+        PluginCheckpointer(more).load(path)
+    assert "'bbox_head.retina_cls.weight' to the model due to incompatible shapes" in caplog.text
+    said = re.sub(r"\x1b\[\d+m", "", caplog.text)  # names are coloured
+    assert "not found in the checkpoint:\nbbox_head.retina_cls.{bias, weight}\nneck.fpn" in said
+    assert "keys that are not used by the model:\n  neck.another\n" in said
+    assert torch.equal(more.detector.backbone.conv1.weight, model.detector.backbone.conv1.weight)
+
+
+def test_pretrained_backbone_is_loaded_where_no_weights_are_given(cfg, tmp_path):
+    backbone = build_model(use(cfg, "retinanet")).detector.backbone
+    torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
+    overrides = [o for o in cfg.MODEL.MMDET.OVERRIDES if "init_cfg" not in o]
+    overrides.append(f"model.backbone.init_cfg.checkpoint={tmp_path / 'backbone.pth'}")
+    cfg.MODEL.MMDET.OVERRIDES = overrides
+    loaded = build_model(cfg).detector.backbone
+    assert torch.equal(loaded.conv1.weight, backbone.conv1.weight)
+    cfg.MODEL.WEIGHTS = "of_the_whole_detector.pth"
+    fresh = build_model(cfg).detector.backbone
+    assert not torch.equal(fresh.conv1.weight, backbone.conv1.weight)
+
+
+# -------------------------------------------------------------------------------------- the trainer
+
+
+@pytest.fixture
+def training(cfg: CfgNode, drawn_coco: Path, registered: None, tmp_path: Path) -> CfgNode:
+    """Two steps on drawn scenes, and their evaluation."""
+    for split in ("train", "val"):
+        annotations = drawn_coco / f"annotations/instances_{split}2017.json"
+        register_coco(f"drawn_{split}", str(annotations), str(drawn_coco / f"{split}2017"))
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("drawn_train",), ("drawn_val",)
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (64,), 64
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BASE_LR = 2, 1e-4
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = 2, ()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.SEED = 0
+    cfg.OUTPUT_DIR = str(tmp_path / "output")
+    return cfg
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "detr"])
+def test_detector_trains_evaluates_and_resumes(training, name, tmp_path):
+    use(training, name)
+    start = build_model(training)
+    training.MODEL.WEIGHTS = mmdetection_checkpoint(start.detector, tmp_path / "epoch_1.pth")
+    check_config(training, eval_only=False, resume=False)
+    trainer = PluginTrainer(training)
+    trainer.resume_or_load(resume=False)
+    state = trainer.model.state_dict()
+    assert all(torch.equal(t, state[name]) for name, t in start.state_dict().items())
+    trainer.train()
+    tasks = {"bbox", "segm"} if name == "mask_rcnn" else {"bbox"}
+    assert set(trainer._last_eval_results) == tasks
+    resumed = PluginTrainer(training)
+    resumed.resume_or_load(resume=True)
+    state = trainer.model.state_dict()
+    assert resumed.start_iter == 2
+    assert all(torch.equal(t, state[name]) for name, t in resumed.model.state_dict().items())
+    assert not torch.equal(state["backbone.conv1.weight"], start.detector.backbone.conv1.weight)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_shipped_config_trains_a_step_and_evaluates(training, path, tmp_path):
+    small = training.clone()
+    merge_config(training, str(path))
+    training.MODEL.MMDET.OVERRIDES = [*BACKBONE, *wider(*PYRAMID, *DENSE_HEAD)]
+    for node in ("DATASETS", "INPUT", "SOLVER"):
+        training[node] = small[node]
+    training.SOLVER.MAX_ITER = 1
+    check_config(training, eval_only=False, resume=False)
+    trainer = PluginTrainer(training)
+    trainer.train()
+    logged = json.loads((tmp_path / "output/metrics.json").read_text().splitlines()[0])
+    assert np.isfinite(logged["total_loss"]) and "bbox" in trainer._last_eval_results
+
+
+def test_building_leaves_detectron2s_logging_as_it_is_and_prints_nothing(cfg, capfd):
+    logger = logging.getLogger("detectron2")
+    loggers = [logging.getLogger(), logger, logging.getLogger("fvcore")]
+    before = [(list(lg.handlers), lg.level, lg.propagate) for lg in loggers]
+    build_model(use(cfg, "retinanet"))
+    assert [(list(lg.handlers), lg.level, lg.propagate) for lg in loggers] == before
+    assert capfd.readouterr().out == ""
+
+
+# --------------------------------------------------------------------------------------- the config
+
+
+def test_overrides_come_from_a_file_and_from_the_command_line(cfg, tmp_path):
+    file = tmp_path / "detr.yaml"
+    file.write_text(
+        "MODEL:\n"
+        "  META_ARCHITECTURE: MMDetDetector\n"
+        "  MMDET:\n"
+        '    CONFIG: "mmdet::detr/detr_r50_8xb2-150e_coco.py"\n'
+        '    OVERRIDES: ["model.num_queries=50", "model.backbone.dcn=None"]\n'
+        "VERSION: 2\n"
+    )
+    merge_config(cfg, str(file))
+    node = cfg.MODEL.MMDET
+    model = load_config(node.CONFIG, node.OVERRIDES).model
+    assert model.num_queries == 50 and model.backbone.dcn is None
+    options = ["MODEL.MMDET.OVERRIDES", "['model.num_queries=7','model.backbone.strides=(1,2)']"]
+    merge_config(cfg, options=options)
+    model = load_config(node.CONFIG, node.OVERRIDES).model
+    assert model.num_queries == 7 and model.backbone.strides == (1, 2)
+    assert "dcn" not in model.backbone
+
+
+def test_config_may_be_a_file_of_the_users(cfg, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "_base_ = 'mmdet::detr/detr_r50_8xb2-150e_coco.py'\nmodel = dict(num_queries=9)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_config("mine.py").model.num_queries == 9
+
+
+def test_cost_is_what_mmdetections_side_counts(cfg):
+    use(cfg, "mask_rcnn")
+    cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST = 64, 96
+    config = load_config(*SMALL["mask_rcnn"])
+    assert analyze(cfg) == analyze_in_mmdetection(config, (64, 96))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"MODEL.MMDET.CONFIG": ""}, "MODEL.MMDET.CONFIG: names no config; expected a path, or"),
+        ({"MODEL.MMDET.CONFIG": "no.py"}, "MODEL.MMDET.CONFIG 'no.py': FileNotFoundError"),
+        ({"MODEL.MMDET.CONFIG": "mmdet::detr/no.py"}, "'mmdet::detr/no.py': FileNotFoundError"),
+        ({"MODEL.MMDET.OVERRIDES": ["model.neck"]}, "'model.neck' is no override such as 'model."),
+        ({"MODEL.MMDET.OVERRIDES": ["train_cfg.max_epochs=1"]}, "nothing but its model is read"),
+        ({"MODEL.MMDET.OVERRIDES": ["model.neck.in_channels=[(1]"]}, "Imbalanced brackets"),
+        ({"MODEL.MMDET.OVERRIDES": ["model.neck.type.x=1"]}, "'model.neck.type.x=1': TypeError"),
+        ({"MODEL.MMDET.OVERRIDES": ["model.nekc=1"]}, "unexpected keyword argument 'nekc'"),
+        ({"MODEL.MASK_ON": False}, "MODEL.MASK_ON: False, but the detector of 'mmdet::mask_rcnn/"),
+        ({"INPUT.FORMAT": "L"}, "INPUT.FORMAT: expected 'BGR' or 'RGB' for a detector of"),
+        ({"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED: Detectron2 has test-time augmentation"),
+        ({"MODEL.WEIGHTS": "no.pth"}, "MODEL.WEIGHTS: there is no checkpoint 'no.pth'"),
+        ({"MODEL.RESNETS.IDA.STAGES": ("res5",)}, "MODEL.RESNETS.IDA is set, but MODEL.META_ARCH"),
+        (
+            {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN"},
+            "MODEL.MMDET is set, but MODEL.META_ARCHITECTURE is 'GeneralizedRCNN'",
+        ),
+    ],
+)
+def test_wrong_setting_is_one_clear_error(training, settings, reason):
+    use(training, "mask_rcnn")
+    training.merge_from_list([part for pair in settings.items() for part in pair])
+    with pytest.raises(ValueError) as error:
+        check_config(training, eval_only=False, resume=False)
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "reason"),
+    [
+        (
+            "detr",
+            {"thing_classes": ["a", "b"]},
+            "has 2 thing classes, but the detector of .* has 7",
+        ),
+        ("mask_rcnn", {"thing_classes": ["a", "b"]}, "has 2 thing classes"),
+        ("maskformer", {"stuff_classes": ["things", "a"]}, "has 2 stuff classes, but .* has 7"),
+    ],
+)
+def test_number_of_classes_is_compared_with_the_datasets(training, name, metadata, reason):
+    MetadataCatalog.get("drawn_val").set(**metadata)
+    with pytest.raises(ValueError, match=f"DATASETS.TEST: 'drawn_val' {reason}"):
+        check_config(use(training, name), eval_only=True, resume=False)
+
+
+def test_number_of_classes_of_a_cascade_is_known(training):
+    MetadataCatalog.get("drawn_val").set(thing_classes=["a", "b"])
+    training.MODEL.META_ARCHITECTURE = "MMDetDetector"
+    training.MODEL.MMDET.CONFIG = "mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py"
+    training.MODEL.WEIGHTS = "https://example.com/weights.pth"
+    with pytest.raises(ValueError, match="has 2 thing classes, but the detector of .* has 80; set"):
+        check_config(training, eval_only=True, resume=False)
+
+
+def test_weights_with_detectron2s_names_are_refused(training, tmp_path):
+    path = tmp_path / "R-18.pth"
+    torch.save({"model": {"backbone.res2.0.conv1.weight": torch.zeros(1)}}, path)
+    training.MODEL.WEIGHTS = str(path)
+    with pytest.raises(ValueError, match="^MODEL.WEIGHTS: .*R-18.pth' has Detectron2's names, of"):
+        check_config(use(training, "retinanet"), eval_only=False, resume=False)
+
+
+def test_lazy_config_builds_the_detector(cfg):
+    node = LazyCall(MMDetDetector)(
+        detector=LazyCall(build_detector)(
+            config=LazyCall(load_config)(config=SMALL["detr"][0], overrides=list(SMALL["detr"][1])),
+            pretrained=False,
+        )
+    )
+    names = build_model(use(cfg, "detr")).state_dict().keys()
+    assert instantiate(node).state_dict().keys() == names
+
+
+def test_without_mmdetection_the_error_says_what_to_install(training, monkeypatch):
+    use(training, "detr")
+    for name in [m for m in sys.modules if m.partition(".")[0] == "mm_plugins"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "mmdet", None)
+    with pytest.raises(ImportError, match=r"pip install -e .\[mmdet\]"):
+        build_model(training)
+    with pytest.raises(ValueError, match=r"'MMDetDetector': .*pip install -e .\[mmdet\]"):
+        check_config(training, eval_only=False, resume=False)
