@@ -19,25 +19,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shlex
-import statistics
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from tabulate import tabulate
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
+import study  # noqa: E402
 from context_bias import NUMBERS  # noqa: E402
-
-from plugin_core.files import replacing  # noqa: E402
+from study import folder  # noqa: E402
 
 RESULTS = Path("benchmarks/results")
 CONFIG = "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"
@@ -92,41 +83,21 @@ The first seed's; another differs in `SEED` and the folder.
 ```
 
 """
-FINDINGS = "## Findings\n"
 
 
 def main() -> None:
-    args = parse_args()
+    args = study.parse_args(__doc__, Path("work_dirs/context_bias"))
     for name in DATA:
-        if not (args.work_dir / name).is_dir():
-            subprocess.run([sys.executable, *draw_command(name, args.work_dir)], check=True)
-    runs = [(name, seed) for seed in args.seeds for name in DETECTORS]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(lambda pair: run(*pair, args), runs)
-        list(tqdm(done, total=len(runs), unit="run"))
+        study.draw(draw_command(name, args.work_dir))
+    study.run_all(DETECTORS, steps, args)
     write(args)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
-    parser.add_argument("--work-dir", type=Path, default=Path("work_dirs/context_bias"))
-    return parser.parse_args()
+def draw_command(name: str, work_dir: Path) -> study.Command:
+    return study.draw_command(work_dir / name, DATA[name])
 
 
-def folder(work_dir: Path, name: str, seed: int) -> Path:
-    return work_dir / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
-
-
-def draw_command(name: str, work_dir: Path) -> list[str]:
-    options = [str(word) for pair in DATA[name].items() for word in pair]
-    return ["tools/make_synthetic_coco.py", str(work_dir / name), *options]
-
-
-def train_command(name: str, seed: int, work_dir: Path) -> list[str]:
+def train_command(name: str, seed: int, work_dir: Path) -> study.Command:
     train = "coco_unbiased" if "unbiased" in name else "coco"
     register = []
     for part, data in (("train", work_dir / train), ("val", work_dir / "coco")):
@@ -138,7 +109,7 @@ def train_command(name: str, seed: int, work_dir: Path) -> list[str]:
     return [str(word) for word in command]
 
 
-def evaluate_command(name: str, seed: int, work_dir: Path) -> list[str]:
+def evaluate_command(name: str, seed: int, work_dir: Path) -> study.Command:
     out, labels = folder(work_dir, name, seed), work_dir / "coco" / "annotations"
     return [
         "tools/evaluate_context_bias.py",
@@ -149,26 +120,12 @@ def evaluate_command(name: str, seed: int, work_dir: Path) -> list[str]:
     ]
 
 
-def run(name: str, seed: int, args: argparse.Namespace) -> None:
-    """Train, evaluate and measure a detector, unless this was done before."""
-    out = folder(args.work_dir, name, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    steps = [
-        (train_command, out / "inference" / "coco_instances_results.json"),
-        (evaluate_command, out / "context_bias" / "context_bias.json"),
+def steps(name: str, seed: int, work_dir: Path) -> list[tuple[study.Command, Path]]:
+    out = folder(work_dir, name, seed)
+    return [
+        (train_command(name, seed, work_dir), out / "inference" / "coco_instances_results.json"),
+        (evaluate_command(name, seed, work_dir), out / "context_bias" / "context_bias.json"),
     ]
-    for command, written_last in steps:
-        if written_last.exists():
-            continue
-        with open(out / "output.txt", "a") as log:
-            subprocess.run(
-                [sys.executable, *command(name, seed, args.work_dir)],
-                check=True,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            )
 
 
 def measured(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
@@ -181,46 +138,10 @@ def measured(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]
 def write(args: argparse.Namespace) -> None:
     """Write the table over the seeds, every run's numbers, and how to repeat them."""
     runs = {name: {seed: measured(name, seed, args) for seed in args.seeds} for name in DETECTORS}
-    lines = []
-    for name, by_seed in runs.items():
-        columns = zip(*(numbers.values() for numbers in by_seed.values()), strict=True)
-        lines.append([name, *map(mean_and_spread, columns)])
-    table = tabulate(lines, ["detector", *NUMBERS.values()], "github", disable_numparse=True)
-    seeds = [
-        [name, seed, *(f"{value:.1f}" for value in numbers.values())]
-        for name, by_seed in runs.items()
-        for seed, numbers in by_seed.items()
-    ]
-    headers = ["detector", "seed", *NUMBERS.values()]
-    single = tabulate(seeds, headers, "github", disable_numparse=True)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    machine = f"{device}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     commands = [draw_command(name, args.work_dir) for name in DATA]
     for name in DETECTORS:
-        commands.append(train_command(name, args.seeds[0], args.work_dir))
-        commands.append(evaluate_command(name, args.seeds[0], args.work_dir))
-    content = {"machine": machine, "commands": commands, "runs": runs}
-    RESULTS.mkdir(exist_ok=True)
-    with replacing(RESULTS / "context_bias.json") as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
-    text = TEMPLATE.format(
-        command=shlex.join(["benchmarks/context_bias.py", *sys.argv[1:]]),
-        machine=machine,
-        seeds=len(args.seeds),
-        table=table,
-        single=single,
-        commands="\n".join(map(shlex.join, commands)),
-    )
-    path = RESULTS / "context_bias.md"
-    before = path.read_text() if path.exists() else ""
-    with replacing(path) as file:  # what people wrote of it stays
-        file.write((text + FINDINGS + before.partition(FINDINGS)[2]).encode())
-    print(f"\n{text}\nwrote {path} and .json")
-
-
-def mean_and_spread(values: Sequence[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+        commands += [command for command, _ in steps(name, args.seeds[0], args.work_dir)]
+    study.write(RESULTS / "context_bias", TEMPLATE, runs, NUMBERS.values(), commands)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_table_has_mean_and_spread_over_the_seeds_and_findings_stay(benchmark, t
     path.write_text(path.read_text() + "\nWritten by hand.\n")
     benchmark.write(args)
     text = path.read_text()
-    assert text.endswith(f"{benchmark.FINDINGS}\nWritten by hand.\n")
+    assert text.endswith(f"{benchmark.study.FINDINGS}\nWritten by hand.\n")
     rows = [line for line in text.splitlines() if line.startswith("| IDA in stages ")]
     assert rows[0].count("21.0 ± 1.4") == len(benchmark.NUMBERS)
     assert [row.split("|")[2].strip() for row in rows[1:]] == ["0", "1"]

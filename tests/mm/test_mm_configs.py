@@ -36,9 +36,9 @@ SMALL_MODEL = {
     "num_classes": len(CLASSES),
     "fc_out_channels": 64,
     "nms_pre": 50,
-    "max_per_img": 20,
+    "max_per_img": 10,
     "score_thr": 0.0,
-    "num_queries": 20,
+    "num_queries": 10,
 }
 METHODS = ("triplet", "ida", "batchformer")  # in a config's name
 SMALL_DATA = {"times": 1, "scale": (64, 64), "scales": [(64, 64)]}
