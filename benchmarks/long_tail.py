@@ -133,11 +133,13 @@ def steps(name: str, seed: int, work_dir: Path) -> list[tuple[study.Command, Pat
     config, options = DETECTORS[name]
     out = folder(work_dir, name, seed)
     checkpoint = out / f"iter_{options['train_cfg.max_iters']}.pth"
+    detections = out / "val.bbox.json"
     train = {**data_options(work_dir, "train", "val"), "randomness.seed": seed, **TRAIN_ONLY}
     test = {**data_options(work_dir, "test"), "test_evaluator.outfile_prefix": out / "val"}
     return [
-        (command("train", config, "--resume", out, {**options, **train}), checkpoint),
-        (command("test", config, checkpoint, out, {**options, **test}), out / "val.bbox.json"),
+        # A training that is over ends at once when it is resumed; a checkpoint may be half written.
+        (command("train", config, "--resume", out, {**options, **train}), detections),
+        (command("test", config, checkpoint, out, {**options, **test}), detections),
     ]
 
 
@@ -168,18 +170,19 @@ def data_options(work_dir: Path, *parts: str) -> dict[str, Any]:
 
 
 def groups(content: Mapping[str, Any]) -> dict[int, str]:
-    """Which third of the classes each is in, by its number of objects; by category id.
+    """Third of the classes that each is in by its number of objects, which may be 0; by id.
 
     Args:
         content: annotations of the train images, in COCO's format.
     """
     counts = Counter(annotation["category_id"] for annotation in content["annotations"])
-    ranked = [category_id for category_id, _ in counts.most_common()]
+    ids = [category["id"] for category in content["categories"]]
+    ranked = sorted(ids, key=lambda category_id: -counts[category_id])
     return {c: GROUPS[rank * len(GROUPS) // len(ranked)] for rank, c in enumerate(ranked)}
 
 
 def measured(
-    name: str, seed: int, truth: COCO, groups: Mapping[int, str], work_dir: Path
+    name: str, seed: int, truth: COCO, thirds: Mapping[int, str], work_dir: Path
 ) -> dict[str, float]:
     """AP of all classes, of each third of them and of each class, in percent."""
     results = json.loads((folder(work_dir, name, seed) / "val.bbox.json").read_text())
@@ -188,10 +191,10 @@ def measured(
         category_id: average_precision(
             evaluate(truth, detections, "bbox", category_id, truth.getImgIds())
         )
-        for category_id in groups
+        for category_id in thirds
     }
     means = {
-        f"AP {group}": statistics.mean(ap for c, ap in aps.items() if groups[c] == group)
+        f"AP {group}": statistics.mean(ap for c, ap in aps.items() if thirds[c] == group)
         for group in GROUPS
     }
     names = {category["id"]: category["name"] for category in truth.dataset["categories"]}

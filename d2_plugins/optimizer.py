@@ -7,13 +7,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import build_optimizer as build_sgd
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import (
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+    reduce_param_groups,
+)
 from torch import nn
 
 _FULL_MODEL = "full_model"
@@ -42,7 +46,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
-    groups = list(_with_factors(groups, model, solver.LR_FACTORS))
+    groups = reduce_param_groups(list(_with_factors(groups, model, solver.LR_FACTORS)))
     full_model = solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_TYPE == _FULL_MODEL
     kind: Any = torch.optim.AdamW
     if not full_model:
@@ -72,10 +76,16 @@ def check_solver(cfg: CfgNode) -> None:
                 "SOLVER.LR_FACTORS: expected pairs of a part of a parameter's name and a factor, "
                 f"such as ['backbone', 0.1], got {pair!r}"
             )
+    clip = solver.CLIP_GRADIENTS
+    if clip.ENABLED and clip.CLIP_TYPE not in ("value", "norm", _FULL_MODEL):
+        raise ValueError(
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE: expected value, norm or full_model, "
+            f"got {clip.CLIP_TYPE!r}"
+        )
     if solver.OPTIMIZER == "SGD":
         for setting, used in (
             ("SOLVER.LR_FACTORS", bool(solver.LR_FACTORS)),
-            ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", solver.CLIP_GRADIENTS.CLIP_TYPE == _FULL_MODEL),
+            ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", clip.ENABLED and clip.CLIP_TYPE == _FULL_MODEL),
         ):
             if used:
                 raise ValueError(f"{setting}: is for SOLVER.OPTIMIZER ADAMW, not for SGD")
@@ -92,12 +102,14 @@ class _Clipper:
 
 
 def _with_factors(
-    groups: list[dict[str, Any]], model: nn.Module, factors: list[tuple[str, float]]
+    groups: list[dict[str, Any]], model: nn.Module, factors: Sequence[tuple[str, float]]
 ) -> Iterator[dict[str, Any]]:
-    """One group for each parameter, slowed down by the first factor whose text its name has."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    """One group for each parameter, slowed down by the first factor whose text its names have."""
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter] = f"{names.get(parameter, '')} {name}"  # all of a shared one
     for text, _ in factors:
-        if not any(text in name for name in names.values()):
+        if not any(text in all_names for all_names in names.values()):
             raise ValueError(
                 f"SOLVER.LR_FACTORS: no parameter of the model has {text!r} in its name"
             )

@@ -11,8 +11,9 @@ except ImportError as error:
         "`pip install -e .[mmdet]` in a checkout of this project"
     ) from error
 
-from mm_plugins import batchformer, resume  # noqa: F401  # only for registration
+from mm_plugins import resume  # noqa: F401  # only for registration
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
+from mm_plugins.batchformer import build_batchformer_detector
 from mm_plugins.heads import BatchFormerBBoxHead, IDABBoxHead
 from mm_plugins.layers import IDABlock, TripletAttention
 
@@ -23,4 +24,5 @@ __all__ = [
     "PluginMobileNetV2",
     "PluginResNet",
     "TripletAttention",
+    "build_batchformer_detector",
 ]

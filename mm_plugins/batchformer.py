@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def build_batchformer_detector(
 
     Args:
         detector: the type of the detector, as it stands in the config without BatchFormerV2.
-        batchformer: arguments of :class:`TwoStreams` but for the encoder.
+        batchformer: arguments of :func:`insert_batchformer` but for the encoder.
         **kwargs: of the detector.
 
     Raises:
@@ -65,75 +64,47 @@ def build_batchformer_detector(
 
 
 class TwoStreams(nn.ModuleDict):
-    """The BatchFormers of an encoder, and what makes two streams of its batch.
+    """The BatchFormers of an encoder, each under the index of the layer that it comes after.
 
-    It becomes the encoder's submodule ``batchformer``, with a BatchFormer under the index of each
-    layer that one is inserted after; a shared one stands under the first index.
+    A shared one stands under the first index. :func:`insert_batchformer` makes it a part of an
+    encoder.
 
     Args:
-        encoder: an encoder of MMDetection's, with ``layers`` and ``embed_dims``.
-        insert_after: indices of layers, counted from 0; the first, in the paper.
+        embed_dims: channels C of the encoder.
+        insert_after: indices of layers, counted from 0, ascending.
         share: the same weights at all insertions.
-        num_layers, num_heads, feedforward_channels, dropout: of each
-            :class:`plugin_core.BatchFormer`.
-        mask_padding: padded positions of an image are not seen by the other images. The authors
-            let them be seen.
-        gather: the images of a distributed run's other processes are seen, too.
-        eval: in evaluation the batch goes through the BatchFormers, so that results depend on
-            which images are evaluated together: the authors' batch inference.
+        mask_padding: padded positions of an image are not seen by the other images.
+        eval: the BatchFormers work in evaluation, too.
+        **batchformer: other arguments of each :class:`plugin_core.BatchFormer`.
 
     Raises:
-        ValueError: if ``insert_after`` names no layer of the encoder, or BatchFormer does not take
-            an argument's value.
+        ValueError: if BatchFormer does not take an argument's value.
     """
 
     def __init__(
         self,
-        encoder: DetrTransformerEncoder,
-        insert_after: Sequence[int] = (0,),
-        share: bool = False,
-        num_layers: int = 1,
-        num_heads: int = 4,
-        feedforward_channels: int | None = None,
-        dropout: float = 0.5,
-        mask_padding: bool = False,
-        gather: bool = False,
-        eval: bool = False,
+        embed_dims: int,
+        insert_after: Sequence[int],
+        share: bool,
+        mask_padding: bool,
+        eval: bool,
+        **batchformer: Any,
     ) -> None:
-        indices = _check_insertions(insert_after, len(encoder.layers))
-        try:
-            modules = [
-                BatchFormer(
-                    encoder.embed_dims, num_heads, feedforward_channels, dropout, num_layers, gather
-                )
-                for _ in (indices[:1] if share else indices)
-            ]
-        except ValueError as error:
-            raise ValueError(f"batchformer: {error}") from error
-        super().__init__({str(i): module for i, module in zip(indices, modules, strict=False)})
+        super().__init__(
+            {
+                str(index): BatchFormer(embed_dims, **batchformer)
+                for index in (insert_after[:1] if share else insert_after)
+            }
+        )
         self.share = share
         self.mask_padding = mask_padding
         self.in_evaluation = eval
-        self._first = indices[0]
-        self.is_doubled = False  # whether batches hold every image twice
-        for layer_list in encoder.children():
-            if isinstance(layer_list, nn.ModuleList) and len(layer_list) == len(encoder.layers):
-                # Grounding DINO has lists of layers for text and for fusion, too.
-                for i, layer in enumerate(layer_list[: self._first + 1]):
-                    is_insertion = layer_list is encoder.layers and i == self._first
-                    self.run_once(layer, repeat=not is_insertion)
-        for i in indices:
-            hook = functools.partial(self._insert, i)
-            encoder.layers[i].register_forward_hook(hook, with_kwargs=True)
-
-    @contextmanager
-    def doubled(self) -> Iterator[None]:
-        """Within, batches hold every image twice: first all images, then all again."""
-        self.is_doubled = True
-        try:
-            yield
-        finally:
-            self.is_doubled = False
+        self.first = insert_after[0]
+        # Whether batches hold every image twice. It stays so after a training's forward, as a
+        # checkpointed encoder runs again in the backward.
+        self.is_doubled = False
+        # (H, W) of the feature map, where the encoder does not tell its layers
+        self.map_size: tuple[int, int] | None = None
 
     def run_once(self, module: nn.Module, repeat: bool = True) -> None:
         """Let a module see each image of a doubled batch once.
@@ -145,6 +116,11 @@ class TwoStreams(nn.ModuleDict):
         module.register_forward_pre_hook(self._halve_inputs, with_kwargs=True)
         if repeat:
             module.register_forward_hook(self._repeat_output)
+
+    def insert_after(self, index: int, layer: nn.Module) -> None:
+        """Let what an encoder's layer gives go through the BatchFormer of its index."""
+        hook = functools.partial(self._insert, index)
+        layer.register_forward_hook(hook, with_kwargs=True)
 
     def _halve_inputs(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -166,13 +142,17 @@ class TwoStreams(nn.ModuleDict):
         if self.mask_padding:
             # Encoders pass it by its name, or as the third argument.
             padding = args[2] if len(args) > 2 else kwargs["key_padding_mask"]
-        module = self[str(self._first if self.share else index)]
+        module = self[str(self.first if self.share else index)]
+        shapes = None
+        if module.gather and self.training:
+            known = kwargs.get("spatial_shapes")
+            shapes = [self.map_size] if known is None else [tuple(hw) for hw in known.tolist()]
         if not self.is_doubled:
             return module(x, padding)
-        if index == self._first:
-            return torch.cat([x, module(x, padding)])
+        if index == self.first:
+            return torch.cat([x, module(x, padding, shapes)])
         untouched, related = x.chunk(2)
-        return torch.cat([untouched, module(related, first_half(padding))])
+        return torch.cat([untouched, module(related, first_half(padding), shapes)])
 
     def extra_repr(self) -> str:
         return (
@@ -181,40 +161,128 @@ class TwoStreams(nn.ModuleDict):
         )
 
 
+def insert_batchformer(
+    encoder: DetrTransformerEncoder,
+    insert_after: Sequence[int] = (0,),
+    share: bool = False,
+    num_layers: int = 1,
+    num_heads: int = 4,
+    feedforward_channels: int | None = None,
+    dropout: float = 0.5,
+    mask_padding: bool = False,
+    gather: bool = False,
+    eval: bool = False,
+) -> TwoStreams:
+    """Put BatchFormers into an encoder of MMDetection's, as its submodule ``batchformer``.
+
+    Args:
+        encoder: with ``layers`` and ``embed_dims``.
+        insert_after: indices of layers, counted from 0; the first, in the paper.
+        share: the same weights at all insertions.
+        num_layers: of each BatchFormer.
+        num_heads: by which the encoder's channels can be divided.
+        feedforward_channels: None for as many as the encoder has.
+        dropout: rate in [0, 1).
+        mask_padding: padded positions of an image are not seen by the other images. The authors
+            let them be seen.
+        gather: the images of a distributed training's other processes are seen, too, each position
+            at the same place of their feature maps.
+        eval: in evaluation the batch goes through the BatchFormers, so that results depend on
+            which images are evaluated together: the authors' batch inference.
+
+    Raises:
+        ValueError: if ``insert_after`` names no layer of the encoder, or BatchFormer does not take
+            an argument's value.
+    """
+    indices = _check_insertions(insert_after, len(encoder.layers))
+    try:
+        streams = TwoStreams(
+            encoder.embed_dims,
+            indices,
+            share,
+            mask_padding,
+            eval,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            feedforward_channels=feedforward_channels,
+            dropout=dropout,
+            gather=gather,
+        )
+    except ValueError as error:
+        raise ValueError(f"batchformer: {error}") from error
+    for layer_list in encoder.children():
+        if isinstance(layer_list, nn.ModuleList) and len(layer_list) == len(encoder.layers):
+            # Grounding DINO has lists of layers for text and for fusion, too.
+            for i, layer in enumerate(layer_list[: streams.first + 1]):
+                is_insertion = layer_list is encoder.layers and i == streams.first
+                streams.run_once(layer, repeat=not is_insertion)
+    for i in indices:
+        streams.insert_after(i, encoder.layers[i])
+    encoder.batchformer = streams
+    return streams
+
+
 class _BatchFormerDetector(BaseDetector):
     """What is laid over a detector's class."""
 
     def __init__(self, *args: Any, batchformer: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        encoder = self._encoder()
-        encoder.batchformer = TwoStreams(encoder, **batchformer)
-        for module in _before_the_encoder(self):
-            encoder.batchformer.run_once(module)
-
-    def loss(self, batch_inputs: Tensor, batch_data_samples: list) -> dict | list:
-        if not self.training:
-            return super().loss(batch_inputs, batch_data_samples)
-        with self._encoder().batchformer.doubled():
-            return super().loss(repeat(batch_inputs), repeat(list(batch_data_samples)))
-
-    def extract_feat(self, batch_inputs: Tensor) -> Any:
-        if not self._encoder().batchformer.is_doubled:
-            return super().extract_feat(batch_inputs)
-        return repeat(super().extract_feat(first_half(batch_inputs)))
-
-    def _encoder(self) -> DetrTransformerEncoder:
-        encoders = [m for m in self.modules() if isinstance(m, DetrTransformerEncoder)]
+        encoders = [n for n, m in self.named_modules() if isinstance(m, DetrTransformerEncoder)]
         if len(encoders) != 1:
             raise ValueError(
                 f"detector: {type(self).__mro__[2].__name__} has {len(encoders)} DETR encoders "
                 "where BatchFormerV2 needs one; take a DETR, MaskFormer or Mask2Former with one"
             )
-        return encoders[0]
+        streams = insert_batchformer(self.get_submodule(encoders[0]), **batchformer)
+        self._streams_name = f"{encoders[0]}.batchformer"
+        self._holds_images_twice = False
+        for module in _before_the_encoder(self):
+            streams.run_once(module)
+
+    def loss(self, batch_inputs: Tensor, batch_data_samples: list) -> dict | list:
+        self._streams.is_doubled = self.training
+        if not self.training:
+            return super().loss(batch_inputs, batch_data_samples)
+        self._holds_images_twice = True
+        try:
+            return super().loss(repeat(batch_inputs), repeat(list(batch_data_samples)))
+        finally:
+            self._holds_images_twice = False
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        self._streams.is_doubled = False
+        return super().predict(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._streams.is_doubled = False
+        return super()._forward(*args, **kwargs)
+
+    def extract_feat(self, batch_inputs: Tensor) -> Any:
+        if not self._holds_images_twice:
+            return super().extract_feat(batch_inputs)
+        features = super().extract_feat(first_half(batch_inputs))
+        self._streams.map_size = tuple(features[-1].shape[-2:])
+        return repeat(features)
+
+    @property
+    def _streams(self) -> TwoStreams:
+        return self.get_submodule(self._streams_name)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Its class is made when it is asked for, so that pickle does not find it by its name.
+        _, _, *rest = super().__reduce_ex__(protocol)  # a function, its arguments and the state
+        return _new, (type(self).__mro__[2],), *rest
+
+
+def _new(kind: Any) -> BaseDetector:
+    return object.__new__(_subclass(kind))
 
 
 @functools.cache
 def _subclass(kind: type[BaseDetector]) -> type[BaseDetector]:
-    return type(f"BatchFormer{kind.__name__}", (_BatchFormerDetector, kind), {})
+    name = f"BatchFormer{kind.__name__}"
+    made: type[BaseDetector] = type(name, (_BatchFormerDetector, kind), {"__module__": __name__})
+    return made
 
 
 def _before_the_encoder(detector: BaseDetector) -> Iterator[nn.Module]:

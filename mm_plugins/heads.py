@@ -149,7 +149,8 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Scores and deltas for the maps (M, C, H, W) of M regions; of 2M regions in training."""
-        if not self.training:
+        # Where there is no gradient there is no training: a teacher's predictions are plain.
+        if not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
         streams: list[Tensor] = []
 
@@ -182,7 +183,8 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Losses of both streams in training, for the regions and targets of one."""
-        if self.training:
+        predictions = bbox_pred if cls_score is None else cls_score
+        if predictions is not None and len(predictions) == 2 * len(rois):
             rois, targets = _twice(rois), tuple(map(_twice, targets))
         return super().loss(cls_score, bbox_pred, rois, *targets, **kwargs)
 

@@ -20,12 +20,14 @@ from mmdet.models.backbones import MobileNetV2, ResNet
 from mmdet.registry import DATASETS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import DefaultScope
 from torch import nn
 
-from mm_plugins.batchformer import TwoStreams, build_batchformer_detector
+from mm_plugins.batchformer import build_batchformer_detector, insert_batchformer
 from mm_plugins.heads import BatchFormerBBoxHead, IDABBoxHead
 from mm_plugins.layers import IDABlock, TripletAttention
 from plugin_core import BatchFormer
+from plugin_core.checkpoint import read_checkpoint
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
 
 _RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
@@ -51,39 +53,89 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
             _check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset", is_train)
     load_from = cfg.get("load_from")
     model = cfg.get("model", {})
-    _check_batchformer_detector(model)
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+        _check_batchformer_detectors(model, "model")
     for setting, head in _modules(model, "model", IDABBoxHead, BatchFormerBBoxHead):
         kind, arguments = MODELS.get(head["type"]), _arguments(head)
         _check_arguments(kind, arguments, setting)
-        if isinstance(inner := arguments.get("batchformer"), dict):
-            _check_arguments(BatchFormer, inner, f"{setting}.batchformer")
+        if (inner := arguments.get("batchformer")) is not None:
+            _check_is_dict(inner, f"{setting}.batchformer")
+            _check_arguments(BatchFormer, inner, f"{setting}.batchformer", "embed_dims")
         _check_values(kind, arguments, setting)
     for setting, backbone in _modules(model, "model", ResNet, MobileNetV2):
         _check_plugins(backbone, setting)
-        if load_from and not resumes:
-            _check_weights(load_from, "load_from", backbone, setting)
         init_cfg = backbone.get("init_cfg")
         if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained" and not load_from:
-            _check_weights(
-                init_cfg["checkpoint"], f"{setting}.init_cfg.checkpoint", backbone, setting
+            checkpoint, where = init_cfg["checkpoint"], f"{setting}.init_cfg.checkpoint"
+            _check_names(checkpoint, where, backbone, setting)
+            _check_layout(checkpoint, where)
+    if load_from and not resumes:
+        check_weights(model, load_from, "load_from")
+        _check_layout(load_from, "load_from")
+
+
+def check_weights(model: ConfigDict, path: str, setting: str) -> None:
+    """Check that a checkpoint of a whole model, if it has a ResNet, has the model's.
+
+    Args:
+        model: its config.
+        path: of the checkpoint.
+        setting: that names the checkpoint, for the message.
+
+    Raises:
+        ValueError: names the setting, its value and what would be right.
+    """
+    for where, backbone in _modules(model, "model", ResNet, MobileNetV2):
+        networks = _check_names(path, setting, backbone, where)
+        if networks and networks <= {"", "module."}:
+            raise ValueError(
+                f"{setting}: {path!r} holds a backbone alone, which is not loaded into a detector; "
+                f"use {where}.init_cfg=dict(type='Pretrained', checkpoint={path!r})"
             )
 
 
-def _check_batchformer_detector(model: ConfigDict) -> None:
-    kind = model.get("type")
+def _check_batchformer_detectors(node: Any, setting: str) -> None:
+    """Check a model, or those that it holds, such as a student and its teacher."""
+    if isinstance(node, (list, tuple)):
+        for i, part in enumerate(node):
+            _check_batchformer_detectors(part, f"{setting}[{i}]")
+    if not isinstance(node, dict):
+        return
+    for key, value in node.items():
+        _check_batchformer_detectors(value, f"{setting}.{key}")
+    kind = node.get("type")
     if (MODELS.get(kind) if isinstance(kind, str) else kind) is not build_batchformer_detector:
         return
-    if "detector" not in model:
+    if "detector" not in node:
         raise ValueError(
-            "model.detector: missing; name the detector's type, as it stands in the config without "
-            "BatchFormerV2"
+            f"{setting}.detector: missing; name the detector's type, as it stands in the config "
+            "without BatchFormerV2"
         )
-    batchformer = model.get("batchformer", {})
-    if not isinstance(batchformer, dict):
-        raise ValueError(f"model.batchformer: expected dict(insert_after=…), got {batchformer!r}")
-    _check_arguments(TwoStreams, batchformer, "model.batchformer")
+    batchformer = node.get("batchformer")
+    if batchformer is not None:
+        _check_is_dict(batchformer, f"{setting}.batchformer")
+        _check_arguments(insert_batchformer, batchformer, f"{setting}.batchformer", "encoder")
+    encoder = node.get("encoder") or _find(node, "panoptic_head", "pixel_decoder", "encoder")
+    if isinstance(encoder, dict) and isinstance(encoder.get("num_layers"), int):
+        # Not every detector can be built without memory for its parameters.
+        probe: Any = nn.Module()
+        probe.layers = nn.ModuleList(nn.Identity() for _ in range(encoder["num_layers"]))
+        probe.embed_dims = _find(encoder, "layer_cfg", "self_attn_cfg", "embed_dims") or 256
+        _check_values(insert_batchformer, {"encoder": probe, **(batchformer or {})}, setting)
     # It says by itself which of the model's settings is wrong.
-    _check_values(build_batchformer_detector, _arguments(copy.deepcopy(model)), "model")
+    build: Any = build_batchformer_detector
+    _check_values(build, _arguments(copy.deepcopy(node)), setting)
+
+
+def _find(node: Any, *keys: str) -> Any:
+    for key in keys:
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _check_is_dict(value: Any, setting: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{setting}: expected dict(…), got {value!r}")
 
 
 def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
@@ -234,14 +286,27 @@ def _arguments(module: ConfigDict) -> dict[str, Any]:
     return {k: v for k, v in module.items() if k not in ("type", "postfix", "_scope_", "_delete_")}
 
 
-def _check_arguments(kind: type, arguments: Mapping[str, Any], setting: str) -> None:
-    """Check that a class takes these arguments, itself or by a base that it hands them on to."""
+def _check_arguments(
+    kind: Callable[..., Any], arguments: Mapping[str, Any], setting: str, *reserved: str
+) -> None:
+    """Check that a function takes these arguments, or a class, or a base that it hands them on to.
+
+    Args:
+        kind: the function or class.
+        arguments: by name.
+        setting: where they stand in the config.
+        reserved: names that the config may not give.
+    """
     known: set[str] = set()
-    for base in kind.__mro__:
-        parameters = inspect.signature(base.__init__).parameters.values()  # type: ignore[misc]
+    functions = [kind]
+    if inspect.isclass(kind):
+        functions = [base.__init__ for base in kind.__mro__]  # type: ignore[misc]
+    for function in functions:
+        parameters = inspect.signature(function).parameters.values()
         known |= {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
         if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
             break
+    known -= {"self", *reserved}
     for argument in arguments:
         if argument not in known:
             likely = difflib.get_close_matches(argument, known)
@@ -249,19 +314,31 @@ def _check_arguments(kind: type, arguments: Mapping[str, Any], setting: str) -> 
             raise ValueError(f"{setting}: {kind.__name__} has no argument {argument!r}{hint}")
 
 
-def _check_weights(path: str, setting: str, backbone: ConfigDict, backbone_setting: str) -> None:
+def _check_names(path: str, setting: str, backbone: ConfigDict, backbone_setting: str) -> set[str]:
+    """Check the ResNet in a checkpoint; gives what comes before its names, if there is one."""
     if "://" in path:
-        return
+        return set()
     path = os.path.expanduser(path)  # as mmengine does
     if "depth" in backbone:
-        depth_setting = f"{backbone_setting}.depth"
-        check_resnet_checkpoint(path, backbone["depth"], setting, depth_setting)
+        check_resnet_checkpoint(path, backbone["depth"], setting, f"{backbone_setting}.depth")
         command = f"tools/convert_checkpoint.py {path} converted.pth --to mm"
-        networks = check_resnet_names(path, "layer", setting, command)
-        if setting == "load_from" and networks and networks <= {"", "module."}:
-            raise ValueError(
-                f"load_from: {path!r} holds a backbone alone, which is not loaded into a detector; "
-                f"use {backbone_setting}.init_cfg=dict(type='Pretrained', checkpoint={path!r})"
-            )
-    elif not os.path.isfile(path):
+        return check_resnet_names(path, "layer", setting, command)
+    if not os.path.isfile(path):
         raise ValueError(f"{setting}: there is no checkpoint {path!r}")
+    return set()
+
+
+def _check_layout(path: str, setting: str) -> None:
+    """Check that a checkpoint's tensors stand where mmengine looks for them."""
+    if "://" in path:
+        return
+    try:
+        content = read_checkpoint(os.path.expanduser(path))
+    except ValueError:
+        return  # which mmengine notices, unlike the other
+    if isinstance(content.get("model"), Mapping) and "state_dict" not in content:
+        raise ValueError(
+            f"{setting}: {path!r} has its tensors under 'model', as Detectron2 writes them, of "
+            "which none would be loaded; write them as MMDetection has them: "
+            f"torch.save({{'state_dict': torch.load({path!r})['model']}}, 'converted.pth')"
+        )

@@ -12,11 +12,15 @@ without it, in evaluation, the network still works. That is laid out where it is
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
+
+# PyTorch's attention on CUDA takes no more sequences at once.
+_MAX_SEQUENCES = 65535
 
 
 class BatchFormer(nn.Module):
@@ -33,8 +37,7 @@ class BatchFormer(nn.Module):
         num_layers: layers one after the other; 1 in the papers.
         gather: in distributed training the samples of the other processes, too, are keys and
             values, and gradients flow back to them. All processes must call the module equally
-            often. Their numbers of samples and positions may differ: position p is attended to
-            where there is one.
+            often. Their numbers of samples and positions may differ.
 
     Shape: (B, L, C) → (B, L, C). B = 1 leaves nothing to relate, and a warning says so once.
 
@@ -77,13 +80,22 @@ class BatchFormer(nn.Module):
         )
         self._has_warned = False
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None = None,
+        spatial_shapes: Sequence[tuple[int, int]] | None = None,
+    ) -> Tensor:
         """Attend over the batch.
 
         Args:
             x: (B, L, C).
             key_padding_mask: (B, L), True where there is padding, which is then no key. Where all
                 samples are padding, all are keys.
+            spatial_shapes: (H, W) of each level of the feature maps that the L positions are, row
+                by row; None for a single row. Where processes gather, whose maps may differ, it is
+                the place in a map that a position has in common with another one's. A process that
+                has no such place gives no key there.
         """
         if x.dim() != 3 or x.shape[2] != self.embed_dims:
             raise ValueError(
@@ -94,9 +106,16 @@ class BatchFormer(nn.Module):
                 f"key_padding_mask must be of the input's shape (B, L) = {tuple(x.shape[:2])}, "
                 f"got {tuple(key_padding_mask.shape)}"
             )
+        if spatial_shapes is None:
+            spatial_shapes = [(1, x.shape[1])]
+        if sum(height * width for height, width in spatial_shapes) != x.shape[1]:
+            raise ValueError(
+                f"spatial_shapes must have the input's {x.shape[1]} positions together, "
+                f"got {list(spatial_shapes)}"
+            )
         peers = None
         if self.gather and self.training and _num_processes() > 1:
-            peers = _Peers(x, key_padding_mask)
+            peers = _Peers(x, key_padding_mask, spatial_shapes)
             key_padding_mask = peers.key_padding_mask
         if self.training and x.shape[0] == 1 and peers is None:
             self._warn()
@@ -145,7 +164,12 @@ class _Layer(nn.TransformerEncoderLayer):
         heads = (attention.num_heads, -1)
         q, k, v = (part.unflatten(2, heads).permute(1, 2, 0, 3) for part in (q, k, v))
         dropout = attention.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=is_key, dropout_p=dropout)
+        parts = []
+        for first in range(0, max(1, x.shape[1]), _MAX_SEQUENCES):
+            part = slice(first, first + _MAX_SEQUENCES)
+            mask = None if is_key is None else is_key[part]
+            parts.append(F.scaled_dot_product_attention(q[part], k[part], v[part], mask, dropout))
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]
         out = out.permute(2, 0, 1, 3).flatten(2)  # (L, heads, B, D) → (B, L, C)
         return attention.out_proj(out)
 
@@ -164,18 +188,29 @@ class _Peers:
     Args:
         x: (B, L, C) of this process.
         key_padding_mask: (B, L) of this process.
+        spatial_shapes: (H, W) of the levels of its L positions.
 
     Attributes:
-        key_padding_mask: (sum of all B, L), True also at positions that a process does not have.
+        key_padding_mask: (sum of all B, L), True also at places that a process does not have.
     """
 
-    def __init__(self, x: Tensor, key_padding_mask: Tensor | None) -> None:
-        here = torch.tensor(x.shape[:2], device=x.device)
+    def __init__(
+        self,
+        x: Tensor,
+        key_padding_mask: Tensor | None,
+        spatial_shapes: Sequence[tuple[int, int]],
+    ) -> None:
+        self._shapes = [(int(height), int(width)) for height, width in spatial_shapes]
+        here = torch.tensor([len(x), *sum(self._shapes, ())], device=x.device)
         sizes = [torch.empty_like(here) for _ in range(_num_processes())]
         distributed.all_gather(sizes, here)
-        batches, lengths = zip(*(size.tolist() for size in sizes), strict=True)
-        self._batches: tuple[int, ...] = batches
-        self._largest = (max(batches), max(lengths))
+        # Of each process its B, and (H, W) of its levels
+        self._peers = [
+            (batch, list(zip(rest[::2], rest[1::2], strict=True)))
+            for batch, *rest in (size.tolist() for size in sizes)
+        ]
+        self._max_batch = max(batch for batch, _ in self._peers)
+        self._max_length = max(sum(h * w for h, w in shapes) for _, shapes in self._peers)
         if key_padding_mask is None:
             key_padding_mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
         # Gloo has no booleans.
@@ -183,30 +218,45 @@ class _Peers:
         self.key_padding_mask = is_token.squeeze(2) == 0
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """(B, L, C) of every process → (sum of all B, L, C), zeros where there is no position."""
+        """(B, L, C) of every process → (sum of all B, L, C), zeros where there is no place."""
         batch, length = tokens.shape[:2]
-        missing = (self._largest[0] - batch, self._largest[1] - length)
-        tokens = F.pad(tokens, (0, 0, 0, missing[1], 0, missing[0]))
-        gathered = _AllGather.apply(tokens)
-        present = [part[:b, :length] for part, b in zip(gathered, self._batches, strict=True)]
-        return torch.cat(present)
+        missing = (self._max_length - length, self._max_batch - batch)
+        gathered = _AllGather.apply(F.pad(tokens, (0, 0, 0, missing[0], 0, missing[1])))
+        return torch.cat(
+            [
+                self._as_here(part[:peers_batch], shapes)
+                for part, (peers_batch, shapes) in zip(gathered, self._peers, strict=True)
+            ]
+        )
+
+    def _as_here(self, tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+        """Crop and pad another process's maps to the sizes of this one's."""
+        if shapes == self._shapes:
+            return tokens[:, : sum(height * width for height, width in shapes)]
+        levels, first = [], 0
+        for (height, width), (own_height, own_width) in zip(shapes, self._shapes, strict=True):
+            level = tokens[:, first : first + height * width].unflatten(1, (height, width))
+            crop = (0, 0, 0, own_width - width, 0, own_height - height)
+            levels.append(F.pad(level, crop).flatten(1, 2))
+            first += height * width
+        return torch.cat(levels, dim=1)
 
 
 class _AllGather(torch.autograd.Function):
-    """(…) of every process → (processes, …), whose gradients return to where they belong.
+    """What every process has; gradients return to where they belong.
 
     ``torch.distributed.nn.functional.all_gather`` needs an all-to-all to go back, which Gloo lacks.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
         parts = [torch.empty_like(x) for _ in range(_num_processes())]
         distributed.all_gather(parts, x.contiguous())
-        return torch.stack(parts)
+        return tuple(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)  # it is summed in place
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = torch.stack(grads)
         distributed.all_reduce(grad)
         return grad[distributed.get_rank()]
 

@@ -126,6 +126,10 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
             "args.dilation is set: the last stage is dilated (DC5), all of it but its first "
             "block; MMDetection's ResNet can only dilate a whole stage"
         )
+    if args.get("nheads", 8) != 8:
+        raise ValueError(
+            f"args.nheads is {args['nheads']}, which no tensor tells; MMDetection's configs have 8"
+        )
     known: dict[str, Tensor] = {}
     for name, tensor in source.items():
         name = name.removeprefix(_OF_PANOPTIC_MODEL)
@@ -140,6 +144,8 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
     decoder_layers = _count("transformer.decoder.layers.", known) or 1
     num_levels = _count("input_proj.", known) or 1
     batchformer = _find_batchformer(known, args)
+    if detector == "DeformableDETR" and num_levels == 1:
+        raise ValueError("a Deformable DETR with a single level; MMDetection's has several")
 
     names = dict(_layer_names(detector, encoder_layers, decoder_layers))
     if detector == "DeformableDETR":

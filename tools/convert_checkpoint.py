@@ -14,7 +14,8 @@ either framework. Use OUT as
 Without --config OUT is for a backbone with triplet attention in every block.
 
 SOURCE may also be a whole DETR, Conditional DETR or Deformable DETR of the original repositories,
-with BatchFormerV2 or without it. OUT is then MMDetection's (--to mm), `load_from` in its config.
+with BatchFormerV2 or without it. OUT is then MMDetection's (--to mm), `load_from` in its config; it
+is the backbone alone with --to d2 or --backbone.
 """
 
 from __future__ import annotations
@@ -100,6 +101,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         "(default: the same backbone with triplet attention in every block; the same DETR)",
     )
     parser.add_argument(
+        "--backbone",
+        action="store_true",
+        help="of a whole DETR of the original repositories take the backbone alone",
+    )
+    parser.add_argument(
         "--trust",
         action="store_true",
         help="let SOURCE run what it asks for; only for a file whose origin you know",
@@ -119,9 +125,14 @@ def run(args: argparse.Namespace) -> None:
         torch.serialization.add_safe_globals([argparse.Namespace])
     checkpoint = read_checkpoint(args.source, trust=args.trust)
     source = find_state_dict(checkpoint)
-    if is_original_detr(source):
-        run_detr(args, checkpoint, source)
-        return
+    if is_original_detr(source) and not args.backbone:
+        if args.to == "mm":
+            run_detr(args, checkpoint, source)
+            return
+        print(
+            "SOURCE is a whole DETR, of which Detectron2 can use the backbone alone; for "
+            "MODEL.META_ARCHITECTURE MMDetDetector convert it with --to mm"
+        )
     try:
         backbone = find_backbone(source)
     except ValueError as error:
@@ -148,18 +159,15 @@ def run_detr(
     args: argparse.Namespace, checkpoint: Mapping[str, Any], source: Mapping[str, Tensor]
 ) -> None:
     """Like :func:`run`, for a whole detector of the original repositories."""
-    if args.to == "d2":
-        raise ValueError(
-            f"{args.source}: a whole DETR, which Detectron2 has none of; convert it with --to mm, "
-            "for MODEL.META_ARCHITECTURE MMDetDetector"
-        )
     training = checkpoint.get("args")
     if isinstance(training, argparse.Namespace):
         training = vars(training)
     try:
         conversion = convert_detr(source, training if isinstance(training, Mapping) else {})
     except ValueError as error:
-        raise ValueError(f"{args.source}: {error}") from error
+        raise ValueError(
+            f"{args.source}: {error}. With --backbone its backbone alone is converted"
+        ) from error
     print(f"{args.source}: {describe(conversion)}")
     with saying_where(args):
         target = detr_target(args.config, conversion)
@@ -233,6 +241,11 @@ def detectron2_target(config: str | None, depth: int, attention: dict[str, Any])
     if config.endswith(".py"):
         raise ValueError("is a LazyConfig; take a yaml config of the same backbone, or none")
     merge_config(cfg, config, ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", "0"])
+    if cfg.MODEL.META_ARCHITECTURE == "MMDetDetector":
+        raise ValueError(
+            "is of a detector of MMDetection, and so are its weights: "
+            f"use --to mm --config {cfg.MODEL.MMDET.CONFIG}"
+        )
     model = build_model(cfg)
     state_dict = getattr(model.backbone, "bottom_up", model.backbone).state_dict()
     res5 = getattr(getattr(model, "roi_heads", None), "res5", None)
@@ -244,9 +257,9 @@ def detectron2_target(config: str | None, depth: int, attention: dict[str, Any])
 def mmdetection_target(config: str | None, depth: int | None, attention: dict[str, Any]) -> Target:
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
-    from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
+    from mm_plugins.analysis import load_config
     from mm_plugins.pixels import pixel_format, pixel_settings
 
     register_all_modules(init_default_scope=False)
@@ -259,7 +272,7 @@ def mmdetection_target(config: str | None, depth: int | None, attention: dict[st
         layer = {"type": "TripletAttention", **attention}
         settings["plugins"] = [{"cfg": layer, "position": position}]
     else:
-        model = Config.fromfile(config).model
+        model = load_config(config).model
         settings = model.backbone
         pixels = pixel_format(model, settings)
     with DefaultScope.overwrite_default_scope("mmdet"):
@@ -271,15 +284,15 @@ def detr_target(config: str | None, conversion: DetrConversion) -> Target:
     """The detector of a config, which must be the converted one; raises ValueError."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
-    from mmengine.config import Config
     from mmengine.registry import DefaultScope
 
+    from mm_plugins.analysis import load_config
     from mm_plugins.pixels import pixel_format, pixel_settings
 
     if config is None:
         return Target(conversion.tensors, pixel_settings)
     register_all_modules(init_default_scope=False)
-    settings = Config.fromfile(config).model
+    settings = load_config(config).model
     with DefaultScope.overwrite_default_scope("mmdet"), torch.device("meta"):
         model = MODELS.build(settings)
     check_detr(conversion, model)

@@ -181,6 +181,14 @@ def test_empty_batches_pass(shape):
     assert y.shape == shape
 
 
+def test_more_positions_than_cuda_attends_to_at_once_are_cut(monkeypatch):
+    module, x = BatchFormer(8, dropout=0), torch.randn(3, 7, 8)
+    padding = torch.rand(3, 7) < 0.3
+    expected = module(x, padding)
+    monkeypatch.setattr("plugin_core.batchformer._MAX_SEQUENCES", 3)
+    torch.testing.assert_close(module(x, padding), expected)
+
+
 def test_copy_computes_the_same():
     module, x = BatchFormer(8).eval(), torch.randn(3, 4, 8)
     assert torch.equal(copy.deepcopy(module)(x), module(x))
@@ -221,6 +229,8 @@ def test_wrong_input_is_named():
         module(torch.randn(2, 3, 4))
     with pytest.raises(ValueError, match=r"\(B, L\) = \(2, 3\), got \(3, 2\)"):
         module(torch.randn(2, 3, 8), torch.zeros(3, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"3 positions together, got \[\(1, 2\)\]"):
+        module(torch.randn(2, 3, 8), spatial_shapes=[(1, 2)])
 
 
 # ----------------------------------------------------------------------------------- two processes

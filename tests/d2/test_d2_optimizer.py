@@ -62,6 +62,13 @@ def test_parts_of_the_model_learn_slower_and_norms_decay_by_their_own_setting(mo
     }
 
 
+def test_shared_parameter_answers_to_all_its_names_and_alike_ones_are_one_group(model):
+    model["head"] = model["neck"]
+    optimizer = build_optimizer(adamw(**{"SOLVER.LR_FACTORS": [["head", 0.5]]}), model)
+    rates = {group["lr"]: len(group["params"]) for group in optimizer.param_groups}
+    assert rates[0.005] == 1 and len(optimizer.param_groups) == 3  # norms decay otherwise
+
+
 @pytest.mark.parametrize("clip_type", ["full_model", "norm"])
 def test_gradients_are_clipped_together_or_each(model, clip_type):
     cfg = adamw(
@@ -97,8 +104,19 @@ def test_gradients_are_clipped_together_or_each(model, clip_type):
             "SOLVER.LR_FACTORS: is for SOLVER.OPTIMIZER ADAMW",
         ),
         (
-            {"SOLVER.OPTIMIZER": "SGD", "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model"},
+            {
+                "SOLVER.OPTIMIZER": "SGD",
+                "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+                "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
+            },
             "CLIP_TYPE: is for SOLVER.OPTIMIZER ADAMW",
+        ),
+        (
+            {
+                "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+                "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "all",
+            },
+            "CLIP_TYPE: expected value, norm or full_model, got 'all'",
         ),
     ],
 )

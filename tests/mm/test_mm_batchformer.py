@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
 from batchformer_detectors import (
+    CLASSES,
     CONFIGS,
     DETECTORS,
     batch,
@@ -25,10 +29,12 @@ from batchformer_detectors import (
 )
 from mmdet.models.layers import DetrTransformerEncoder
 from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage
+from mmengine.registry import DefaultScope
 
-from mm_plugins.batchformer import TwoStreams, repeat
+from mm_plugins.batchformer import insert_batchformer, repeat
 from mm_plugins.preflight import check_config
 from plugin_core import BatchFormer
 
@@ -131,21 +137,26 @@ def test_evaluation_is_the_plain_detectors_to_the_last_bit(name, request):
 class Unchanged(nn.Module):
     """A BatchFormer that leaves the second stream as the first."""
 
-    def forward(self, x: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    gather = False
+
+    def forward(self, x: Tensor, *others: Any) -> Tensor:
         return x
 
 
-# DINO's and its followers' denoising queries are drawn for each stream, Mask2Former's points too.
-@pytest.mark.parametrize(
-    "name", [n for n in DETECTORS if n not in ("DINO", "DDQ", "Grounding DINO", "Mask2Former")]
-)
+# Mask2Former draws the points of its loss for each stream.
+@pytest.mark.parametrize("name", [n for n in DETECTORS if n != "Mask2Former"])
 def test_losses_are_means_over_both_streams_and_so_compare_with_the_plain_detectors(name, request):
     cfg = config(name, request)
+    if "dn_cfg" in cfg:  # its noise is drawn for each stream
+        cfg.dn_cfg.update(label_noise_scale=1e-9, box_noise_scale=1e-9)
     plain = without_dropout(build(cfg)).train()
     detector = without_dropout(build(with_batchformer(cfg), weights_of=plain)).train()
     encoder_of(detector).batchformer["0"] = Unchanged()
     data = batch(plain, True)
+    data["data_samples"][1].set_metainfo({"text": CLASSES[::-1]})  # of Grounding DINO
     losses = [m(**copy.deepcopy(data), mode="loss") for m in (detector, plain)]
+    # DDQ divides its auxiliary losses by the number of targets' weights, or by 1 if that is less.
+    losses = [{k: v for k, v in all_.items() if "aux" not in k} for all_ in losses]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
 
 
@@ -225,7 +236,8 @@ def test_detrs_encoder_gives_the_authors_numbers(name):
         },
     )
     insert_after = (0,) if name == "first" else (0, 2)
-    encoder.batchformer = TwoStreams(encoder, insert_after, dropout=0.0)
+    streams = insert_batchformer(encoder, insert_after, dropout=0.0)
+    assert encoder.batchformer is streams
     state = {mmdet_name(key): v for key, v in numbers.items() if key.startswith("state/")}
     encoder.load_state_dict(state, strict=True)
     inputs = {
@@ -237,8 +249,8 @@ def test_detrs_encoder_gives_the_authors_numbers(name):
     out = encoder(**inputs).transpose(0, 1)
     torch.testing.assert_close(out, numbers["out_eval"], rtol=0, atol=1e-5)
     encoder.train()
-    with encoder.batchformer.doubled():
-        out = encoder(**repeat(inputs)).transpose(0, 1)
+    streams.is_doubled = True
+    out = encoder(**repeat(inputs)).transpose(0, 1)
     torch.testing.assert_close(out, numbers["out_train"], rtol=0, atol=1e-5)
 
 
@@ -285,7 +297,7 @@ def test_padding_is_masked_where_that_is_asked_for(name, mask_padding):
         module.register_forward_pre_hook(lambda module, args: masks.append(args))
     loss_of(detector.train(), batch(detector, True))
     assert len(masks) == 2
-    for x, mask in masks:
+    for x, mask, _ in masks:
         if mask_padding:
             assert mask.shape == x.shape[:2] and mask.any() and not mask.all()
         else:
@@ -331,6 +343,41 @@ def test_copy_uses_its_own_batchformer():
     assert torch.equal(loss_of(detector, data), before)
 
 
+def test_checkpointed_encoder_trains_the_batchformer_all_the_same():
+    detector = without_dropout(detr(dropout=0.0)).train()
+    data = batch(detector, True)
+    parameters = list(encoder_of(detector).batchformer.parameters())
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            encoder = encoder_of(detector)
+            encoder.forward = functools.partial(checkpoint, encoder.forward, use_reentrant=False)
+        detector.zero_grad()
+        loss_of(detector, data).backward()
+        gradients.append([p.grad.clone() for p in parameters])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_features_are_extracted_of_every_image_after_a_training_step_too():
+    detector = detr().train()
+    data = batch(detector, True)
+    detector.eval()
+    expected = detector.extract_feat(data["inputs"])
+    detector.train()
+    loss_of(detector, data)
+    detector.eval()
+    for found, feature in zip(detector.extract_feat(data["inputs"]), expected, strict=True):
+        assert torch.equal(found, feature)
+
+
+def test_detector_is_pickled():
+    detector = detr().train()
+    data = batch(detector, True)
+    twin = pickle.loads(pickle.dumps(detector))
+    assert type(twin) is type(detector)
+    assert torch.equal(loss_of(twin, data), loss_of(detector, data))
+
+
 # --------------------------------------------------------------------------------------- bad input
 
 
@@ -362,7 +409,8 @@ def test_wrong_setting_is_named_before_the_training(batchformer, message):
         ({"detector": "DTER"}, "detector: 'DTER' is no detector of MMDetection"),
         ({"detector": "ResNet"}, "detector: 'ResNet' is no detector of MMDetection"),
         ({}, "model.detector: missing"),
-        ({"detector": "DETR", "batchformer": 3}, r"batchformer: expected dict\(insert_after=…\)"),
+        ({"detector": "DETR", "batchformer": 3}, r"batchformer: expected dict\(…\), got 3"),
+        ({"detector": "DETR", "batchformer": {"encoder": 3}}, "has no argument 'encoder'"),
     ],
 )
 def test_wrong_detector_is_named_before_the_training(model, message):
@@ -379,6 +427,59 @@ def test_detector_without_an_encoder_is_refused():
 
 
 @EVERY_DETECTOR
-def test_right_settings_pass_the_check(name, request):
-    cfg = Config({"model": with_batchformer(config(name, request))})
-    check_config(cfg, train=True, resumes=False)
+def test_check_before_the_training_knows_right_from_wrong(name, request):
+    # Which begins without MMDetection's scope
+    with DefaultScope.overwrite_default_scope(None):
+        cfg = Config({"model": with_batchformer(config(name, request))})
+        check_config(cfg, train=True, resumes=False)
+        cfg.model.batchformer = None
+        check_config(cfg, train=True, resumes=False)
+        cfg.model.batchformer = {"insert_after": (9,)}
+        with pytest.raises(ValueError, match="model: batchformer.insert_after: .* no layer 9"):
+            check_config(cfg, train=True, resumes=False)
+        cfg.model = {"type": "SemiBaseDetector", "detector": cfg.model}
+        with pytest.raises(ValueError, match="model.detector: batchformer.insert_after"):
+            check_config(cfg, train=True, resumes=False)
+
+
+# ----------------------------------------------------------------------------------- two processes
+
+
+def process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
+    )
+    register_all_modules()
+    cfg = with_batchformer(model_config("DETR"), insert_after=(0, 2), gather=True, dropout=0.0)
+    detector = without_dropout(build(cfg)).train()
+    seen = []
+    modules = encoder_of(detector).batchformer.values()
+    for module in modules:
+        module.register_forward_hook(lambda module, args, out: seen.append((args, out)))
+    # Images of different sizes, and so maps: 2×3 and 3×2
+    loss = loss_of(detector, batch(detector, True, shapes=((64, 96), (96, 64))[rank : rank + 1]))
+    loss.backward()
+    largest = [p.grad.abs().max() for module in modules for p in module.parameters()]
+    torch.save((seen, min(largest)), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_that_gather_see_the_same_place_of_one_anothers_maps(tmp_path):
+    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
+    (mine, gradient), (yours, _) = (
+        torch.load(tmp_path / str(rank), weights_only=False) for rank in (0, 1)
+    )
+    assert len(mine) == len(yours) == 2 and gradient > 0
+    for i, name in enumerate(("0", "2")):
+        x, _, shapes = mine[i][0]
+        other, _, other_shapes = yours[i][0]
+        assert (shapes, other_shapes) == ([(2, 3)], [(3, 2)])
+        cfg = with_batchformer(model_config("DETR"), insert_after=(0, 2), dropout=0.0)
+        module = encoder_of(without_dropout(build(cfg))).batchformer[name]
+        # Laid out by hand: the other's third column is missing, and its third row not looked at.
+        theirs = torch.zeros(1, 2, 3, 256)
+        theirs[:, :, :2] = other.unflatten(1, (3, 2))[:, :2]
+        padding = torch.tensor([[False] * 6, [False, False, True] * 2])
+        expected = module(torch.cat([x, theirs.flatten(1, 2)]), padding)[:1]
+        torch.testing.assert_close(mine[i][1], expected, rtol=0, atol=1e-5)

@@ -187,6 +187,13 @@ def test_no_region_gives_zero_gradients(form):
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+def test_predictions_without_a_gradient_are_plain_in_training_mode_too():
+    model = head()
+    assert len(model(regions(6))[0]) == 12
+    with torch.no_grad():
+        assert len(model(regions(6))[0]) == 6
+
+
 def test_a_single_region_is_warned_of():
     with pytest.warns(UserWarning, match="the batch is a single sample"):
         head()(regions(1))

@@ -21,6 +21,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NO_CATEGORY = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_IDS = [i for i in range(91) if i not in NO_CATEGORY]
 BASES = {
@@ -299,7 +300,7 @@ def no_backbone(state: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (no_classifier, "no whole DETR: it has no class_embed.weight, class_embed.bias\n"),
+        (no_classifier, "no whole DETR: it has no class_embed.weight, class_embed.bias. With"),
         (no_decoder, "it has no transformer.decoder.layers.0.self_attn.in_proj_weight, "),
         (half_a_batchformer, "it has no transformer.bf.0.self_attn.in_proj_weight, "),
         (norms_before, "DETR has no place for transformer.encoder.norm.weight; it has no mask"),
@@ -323,11 +324,49 @@ def test_detr_with_a_dilated_stage_is_an_error(tmp_path, capsys):
     assert "args.dilation is set: the last stage is dilated (DC5)" in capsys.readouterr().err
 
 
-def test_detectron2_is_told_of_the_bridge(tmp_path, capsys):
-    source = save(original.DETR(), tmp_path / "source.pth")
-    assert convert_checkpoint.main([str(source), str(tmp_path / "out.pth"), "--to", "d2"]) == 1
-    error = capsys.readouterr().err
-    assert "convert it with --to mm, for MODEL.META_ARCHITECTURE MMDetDetector" in error
+def test_other_number_of_heads_is_an_error(tmp_path, capsys):
+    source = save(original.DETR(), tmp_path / "source.pth", nheads=4)
+    assert convert(source, tmp_path / "out.pth") == 1
+    assert "args.nheads is 4, which no tensor tells" in capsys.readouterr().err
+
+
+def test_backbone_alone_is_converted_where_that_is_asked_for(tmp_path):
+    net = original.DETR()
+    source, out = save(net, tmp_path / "source.pth"), tmp_path / "out.pth"
+    assert convert(source, out, "--backbone") == 0
+    state = torch.load(out)["state_dict"]
+    assert torch.equal(state["conv1.weight"], net.state_dict()["backbone.0.body.conv1.weight"])
+    assert not any("encoder" in name for name in state)
+
+
+def test_detectron2_gets_the_backbone_and_is_told_of_the_bridge(tmp_path, capsys):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    net = original.DETR()
+    source, out = save(net, tmp_path / "source.pth"), tmp_path / "out.pth"
+    assert convert_checkpoint.main([str(source), str(out), "--to", "d2"]) == 0
+    assert "for MODEL.META_ARCHITECTURE MMDetDetector convert it with --to mm" in (
+        capsys.readouterr().out.replace("\n", " ")
+    )
+    state = torch.load(out)["model"]
+    assert torch.equal(state["stem.conv1.weight"], net.state_dict()["backbone.0.body.conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    ("framework", "config", "message"),
+    [
+        (
+            "d2",
+            "d2/BatchFormer-Detection/detr_R_50_batchformer_50ep.yaml",
+            "use --to mm --config mmdet::detr/detr_r50_8xb2-150e_coco.py",
+        ),
+        ("mm", "d2/COCO-Detection/retinanet_R_50_IDA_FPN_1x.yaml", "defines no `model`"),
+    ],
+)
+def test_config_of_the_other_framework_is_an_error(tmp_path, capsys, framework, config, message):
+    source, out = save(original.DETR(), tmp_path / "source.pth"), tmp_path / "out.pth"
+    arguments = [str(source), str(out), "--to", framework, "--config", str(CONFIGS / config)]
+    assert convert_checkpoint.main(arguments) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -580,6 +580,32 @@ def test_names_that_mmdetection_does_not_load_are_refused_with_the_remedy(tmp_pa
     assert f"tools/convert_checkpoint.py {path} converted.pth --to mm" in message
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["load_from", "init_cfg"])
+def test_tensors_that_stand_where_detectron2_has_them_are_refused_with_the_remedy(
+    tmp_path, monkeypatch, whole
+):
+    path = resnet_checkpoint(tmp_path / "model_final.pth", (3, 4, 6, 3))
+    torch.save({"model": torch.load(path)["state_dict"], "iteration": 9}, path)
+
+    def cfg(path: str) -> Config:
+        pretrained = {"type": "Pretrained", "checkpoint": path}
+        return config(load_from=path) if whole else config(resnet(init_cfg=pretrained))
+
+    message = error_of(cfg(path))
+    setting = "load_from" if whole else "model.backbone.init_cfg.checkpoint"
+    assert message.startswith(f"{setting}: {path!r} has its tensors under 'model', as Detectron2")
+    monkeypatch.chdir(tmp_path)
+    exec(message.partition("has them: ")[2])
+    check(cfg("converted.pth"))
+
+
+def test_layout_does_not_depend_on_the_backbone(tmp_path):
+    torch.save({"model": {"backbone.weight": torch.zeros(1)}}, tmp_path / "a.pth")
+    swin = {"type": "SwinTransformer"}
+    assert "tensors under 'model'" in error_of(config(swin, load_from=str(tmp_path / "a.pth")))
+    check(config(swin, load_from=str(tmp_path / "a.pth")), resumes=True)
+
+
 def test_backbone_alone_is_no_detector(tmp_path):
     path = resnet_checkpoint(tmp_path / "r50.pth", (3, 4, 6, 3))
     state_dict = torch.load(path)["state_dict"]
