@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from d2_plugins.config import add_plugin_config, load_lazy_config, merge_config
-from d2_plugins.mmdet_bridge import count_cost
+from d2_plugins.mmdet_bridge import count_cost, is_bridge
 from plugin_core.analysis import Report, make_report, prepare_model
 
 _LAZY_IMAGE_SIZE = (800, 1333)  # a LazyConfig has it somewhere in its data's augmentations
@@ -56,7 +56,7 @@ def analyze(cfg: CfgNode | DictConfig, image_size: tuple[int, int] | None = None
             wrong.
     """
     height, width = image_size or _test_size(cfg)
-    if isinstance(cfg, CfgNode) and cfg.MODEL.META_ARCHITECTURE == "MMDetDetector":
+    if isinstance(cfg, CfgNode) and is_bridge(cfg):
         return count_cost(cfg, (height, width))
     if isinstance(cfg, CfgNode):
         cfg = cfg.clone()

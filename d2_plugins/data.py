@@ -43,13 +43,16 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
     try:
         with open(json_file, encoding="utf-8") as file:
             categories = json.load(file)["categories"]
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{setting}: {json_file!r} is no COCO-format JSON: {error!r}") from error
-    metadata = {
-        # As Detectron2 finds them when it reads the annotations; known before, for checks.
-        "thing_classes": [c["name"] for c in sorted(categories, key=lambda c: c["id"])],
-        **_keypoint_metadata(categories),
-    }
+        metadata = {
+            # As Detectron2 finds them when it reads the annotations; known before, for checks.
+            "thing_classes": [c["name"] for c in sorted(categories, key=lambda c: c["id"])],
+            **_keypoint_metadata(categories),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{setting}: {json_file!r} is no COCO-format JSON, which has a list of categories, "
+            f"each with an id and a name: {error!r}"
+        ) from error
     register_coco_instances(name, metadata, json_file, image_root)
 
 

@@ -22,6 +22,8 @@ from detectron2.evaluation import (
     SemSegEvaluator,
 )
 
+from d2_plugins.mmdet_bridge import is_bridge
+
 
 def build_evaluator(
     cfg: CfgNode, dataset_name: str, output_dir: str | None = None
@@ -42,7 +44,7 @@ def build_evaluator(
         return _WITHOUT_OUTPUT[kind](dataset_name)
     coco = partial(COCOEvaluator, kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS)
     builders = _WITH_OUTPUT[kind]
-    if cfg.MODEL.META_ARCHITECTURE == "MMDetDetector" and kind == "coco_panoptic_seg":
+    if is_bridge(cfg) and kind == "coco_panoptic_seg":
         # MMDetection's panoptic detectors score no pixels by class.
         builders = tuple(build for build in builders if build is not SemSegEvaluator)
     evaluators = [

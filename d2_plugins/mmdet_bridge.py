@@ -8,8 +8,12 @@
 
 Detectron2 reads and augments the images, optimizes, saves and evaluates. The detector does what is
 between, beginning with the normalization of pixels. Of MMDetection's config nothing but ``model``
-is read: its data, optimizer, schedule and hooks do not take part. Detectors are told the number of
-the iteration, but no epoch: TOOD, which asks for it, evaluates here and does not train.
+is read: its data, optimizer, schedule and hooks do not take part. What a detector is not told here:
+
+- the number of the epoch, only that of the iteration: TOOD evaluates and does not train;
+- a semantic map, unless it is panoptic: HTC and SCNet with a semantic branch evaluate and do not
+  train;
+- a text: Grounding DINO and GLIP do neither.
 
 No other module of this package may import MMDetection, and this one does so only in functions.
 """
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
@@ -40,8 +45,9 @@ _VOID = 255  # in semantic maps of both frameworks
 class MMDetDetector(nn.Module):
     """A detector of MMDetection, which takes and gives what Detectron2's do.
 
-    State dicts have the detector's own names, so that its checkpoints are the same in both
-    frameworks.
+    State dicts have the detector's own names. MMDetection's checkpoints are read as they are
+    (:class:`d2_plugins.trainer.PluginCheckpointer`); Detectron2's have the same tensors under
+    "model", where MMDetection looks for them under "state_dict".
 
     Args:
         detector: of MMDetection, with its data preprocessor. In a config it is what
@@ -91,6 +97,13 @@ class MMDetDetector(nn.Module):
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self.detector.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Where a parent loads, such as DDP or an average of weights: it asks for the state_dict
+        # above, but does not call load_state_dict.
+        for name in [name for name in state_dict if name.startswith(prefix)]:
+            state_dict[f"{prefix}detector.{name[len(prefix) :]}"] = state_dict.pop(name)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Losses or detections of a batch.
@@ -213,6 +226,13 @@ class MMDetDetector(nn.Module):
         return segments, infos
 
 
+def is_bridge(cfg: CfgNode) -> bool:
+    """Whether a config's meta-architecture is :class:`MMDetDetector`, or derived from it."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return inspect.isclass(kind) and issubclass(kind, MMDetDetector)
+
+
 def load_config(config: str, overrides: Sequence[str] = ()) -> Any:
     """Read a config of MMDetection.
 
@@ -264,47 +284,86 @@ def build_detector(config: Any, *, pretrained: bool) -> nn.Module:
     return detector
 
 
-def check_detector(cfg: CfgNode, *, resumed: bool) -> None:
+def check_detector(cfg: CfgNode, *, eval_only: bool, resumed: bool) -> None:
     """Check what can be known to be wrong with a config whose meta-architecture is this one.
 
     Args:
         cfg: the whole config.
+        eval_only: whether the detector is not trained.
         resumed: whether ``MODEL.WEIGHTS`` is not read.
 
     Raises:
         ValueError: names the setting, its value and what would be right.
     """
     try:
-        from mm_plugins.preflight import check_config
+        from mm_plugins.preflight import check_config, check_weights
     except ImportError as error:
-        raise ValueError(f"MODEL.META_ARCHITECTURE: 'MMDetDetector': {error}") from error
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE: {cfg.MODEL.META_ARCHITECTURE!r}: {error}"
+        ) from error
     from mmengine.config import Config
 
     node: Any = cfg.MODEL.MMDET
     config = load_config(node.CONFIG, node.OVERRIDES)
     weights = "" if resumed else cfg.MODEL.WEIGHTS.partition("?")[0]
-    try:
-        # As if it were to be trained there from these weights, with no data of its own
-        check_config(
-            Config({"model": config.model, "load_from": weights}), train=False, resumes=False
-        )
-    except ValueError as error:
-        raise ValueError(str(error).replace("load_from", "MODEL.WEIGHTS", 1)) from error
-    detector = _build(copy.deepcopy(config.model), config.get("default_scope") or "mmdet")
-    MMDetDetector(detector=detector, input_format=cfg.INPUT.FORMAT)
-    if getattr(detector.data_preprocessor, "pad_mask", False) and not cfg.MODEL.MASK_ON:
+    if weights.startswith(("detectron2://", "catalog://")):
         raise ValueError(
-            f"MODEL.MASK_ON: False, but the detector of {node.CONFIG!r} learns masks; set it to "
-            "True"
+            f"MODEL.WEIGHTS: {weights!r} has Detectron2's names, of which a detector of "
+            'MMDetection would load none; set MODEL.WEIGHTS to "", to start from the backbone that '
+            "the detector's config names, or to a checkpoint of the detector"
         )
+    if "language_model" in config.model:
+        raise ValueError(
+            f"MODEL.MMDET.CONFIG: the detector of {node.CONFIG!r} reads texts, as Grounding DINO "
+            "and GLIP do, and Detectron2's data has none; use tools/train_mmdet.py"
+        )
+    scope = config.get("default_scope") or "mmdet"
+    # Of a training there that has no data of its own, and whose weights are looked at below
+    alone = {"model": config.model, "default_scope": scope, "load_from": cfg.MODEL.WEIGHTS}
+    try:
+        check_config(Config(alone), train=False, resumes=True)
+    except ValueError as error:
+        raise ValueError(f"MODEL.MMDET.CONFIG/OVERRIDES: {error}") from error
+    if weights:
+        check_weights(config.model, weights, "MODEL.WEIGHTS")
+    detector = _build_to_look_at(config.model, scope)
+    MMDetDetector(detector=detector, input_format=cfg.INPUT.FORMAT)
+    if not eval_only:
+        _check_training(detector, cfg)
     if cfg.TEST.AUG.ENABLED:
         raise ValueError(
             "TEST.AUG.ENABLED: Detectron2 has test-time augmentation for its own R-CNNs only; set "
             "it to False"
         )
-    for setting in ("TRAIN", "TEST"):
+    for setting in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[setting]:
             _check_classes(detector, node.CONFIG, f"DATASETS.{setting}", name)
+
+
+def _check_training(detector: Any, cfg: CfgNode) -> None:
+    """Check that the detector is given all that its losses ask for."""
+    config = cfg.MODEL.MMDET.CONFIG
+    learns_masks = (
+        getattr(detector, "with_mask", False)
+        or getattr(detector.data_preprocessor, "pad_mask", False)
+        or any(hasattr(module, "loss_mask") for module in detector.modules())
+    )
+    if learns_masks and not cfg.MODEL.MASK_ON:
+        raise ValueError(
+            f"MODEL.MASK_ON: False, but the detector of {config!r} learns masks; set it to True"
+        )
+    has_semantic_branch = getattr(getattr(detector, "roi_head", None), "with_semantic", False)
+    if has_semantic_branch and not getattr(detector, "num_stuff_classes", 0):
+        raise ValueError(
+            f"MODEL.MMDET.CONFIG: the RoI head of {config!r} learns a semantic map, which only "
+            "panoptic detectors are given here; use one without a semantic branch, such as "
+            "'mmdet::htc/htc-without-semantic_r50_fpn_1x_coco.py', or tools/train_mmdet.py"
+        )
+    if any(hasattr(module, "initial_epoch") for module in detector.modules()):
+        raise ValueError(
+            f"MODEL.MMDET.CONFIG: the detector of {config!r} trains by the number of the epoch, as "
+            "TOOD does, and Detectron2 counts none; use tools/train_mmdet.py"
+        )
 
 
 def count_cost(cfg: CfgNode, image_size: tuple[int, int]) -> Report:
@@ -355,7 +414,19 @@ def _pack_instances(instances: Instances) -> Any:
         # MMDetection's are arrays, on every device.
         bitmaps = masks.tensor.cpu().numpy().astype("uint8")
         packed.masks = BitmapMasks(bitmaps, height, width)
+    elif not len(instances):
+        # Without annotations there are no masks either, which MMDetection reads of every image.
+        packed.masks = BitmapMasks([], *instances.image_size)
     return packed
+
+
+def _build_to_look_at(model_config: Any, scope: str) -> Any:
+    """Build a detector without memory for its parameters, where that is possible."""
+    try:
+        with torch.device("meta"):
+            return _build(copy.deepcopy(model_config), scope)
+    except ValueError:  # it is wrong, or a part of it computes with tensors when it is built
+        return _build(copy.deepcopy(model_config), scope)
 
 
 def _build(model_config: Any, scope: str) -> Any:
@@ -378,10 +449,18 @@ def _leave_random(node: Any) -> None:
             _leave_random(part)
     if isinstance(node, dict):
         init_cfg = node.get("init_cfg")
-        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
+        if _is_pretrained(init_cfg):
             node["init_cfg"] = None
+        elif isinstance(init_cfg, (list, tuple)):
+            node["init_cfg"] = [one for one in init_cfg if not _is_pretrained(one)] or None
         for part in node.values():
             _leave_random(part)
+
+
+def _is_pretrained(init_cfg: Any) -> bool:
+    from mmengine.model import PretrainedInit
+
+    return isinstance(init_cfg, dict) and init_cfg.get("type") in ("Pretrained", PretrainedInit)
 
 
 @contextlib.contextmanager

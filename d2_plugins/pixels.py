@@ -10,7 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf
 
-from d2_plugins.mmdet_bridge import find_detector_mismatches
+from d2_plugins.mmdet_bridge import find_detector_mismatches, is_bridge
 from plugin_core.pixel_format import PixelFormat, explain_mismatch, find_pixel_format
 
 
@@ -37,7 +37,7 @@ def pixel_settings(pixels: PixelFormat) -> dict[str, tuple[str, Any]]:
 
 def find_mismatches(cfg: CfgNode) -> list[str]:
     """Settings that disagree with ``MODEL.WEIGHTS``, a sentence for each."""
-    if cfg.MODEL.META_ARCHITECTURE == "MMDetDetector":
+    if is_bridge(cfg):
         return find_detector_mismatches(cfg)
     weights = cfg.MODEL.WEIGHTS
     wanted = find_pixel_format(weights) if weights else None

@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, ResNet
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ResNet,
+)
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from d2_plugins.config import add_plugin_config
 from d2_plugins.evaluation import check_evaluator
-from d2_plugins.mmdet_bridge import check_detector
+from d2_plugins.mmdet_bridge import check_detector, is_bridge
 from d2_plugins.optimizer import check_solver
 from d2_plugins.resnet_plugins import (
     PLUGINS,
@@ -42,6 +47,8 @@ _WITH_PLUGINS = {
     "build_resnet_fpn_backbone": "build_resnet_plugin_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_plugin_fpn_backbone",
 }
+# Detectron2's meta-architectures that build none
+_WITHOUT_ROI_HEADS = ("RetinaNet", "ProposalNetwork", "SemanticSegmentor")
 
 # Folders that a dataset's metadata may name
 _FOLDERS = {
@@ -73,7 +80,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         ValueError: names the setting, its value and what would be right.
     """
     _check_meta_architecture(cfg)
-    if not _is_mmdet(cfg):
+    if not is_bridge(cfg):
         _check_backbone(cfg)
         _check_roi_heads(cfg)
     _check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
@@ -83,8 +90,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         check_solver(cfg)
         _check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN, train=True)
     resumed = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if _is_mmdet(cfg):
-        check_detector(cfg, resumed=resumed)
+    if is_bridge(cfg):
+        check_detector(cfg, eval_only=eval_only, resumed=resumed)
     if not resumed:
         _check_weights(cfg, eval_only)
 
@@ -153,22 +160,25 @@ def _check_lazy_plugins(cfg: DictConfig) -> None:
 
 def _check_meta_architecture(cfg: CfgNode) -> None:
     """Check that the nodes of the plugins are read."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name in META_ARCH_REGISTRY and _is_users_own(META_ARCH_REGISTRY.get(name)):
+        return  # and may read all of them
     default: Any = get_cfg()
     add_plugin_config(default)
-    if not _is_mmdet(cfg):
+    if not is_bridge(cfg):
         if cfg.MODEL.MMDET != default.MODEL.MMDET:
             raise ValueError(
-                "MODEL.MMDET is set, but MODEL.META_ARCHITECTURE is "
-                f"{cfg.MODEL.META_ARCHITECTURE!r}, which does not read it; use 'MMDetDetector'"
+                f"MODEL.MMDET is set, but MODEL.META_ARCHITECTURE is {name!r}, which does not read "
+                "it; use 'MMDetDetector'"
             )
         return
     nodes = {"RESNETS": ("TRIPLET_ATTENTION", "IDA"), "ROI_BOX_HEAD": ("IDA", "BATCHFORMER")}
-    for parent, names in nodes.items():
-        for name in names:
-            if cfg.MODEL[parent][name] != default.MODEL[parent][name]:
+    for parent, plugins in nodes.items():
+        for plugin in plugins:
+            if cfg.MODEL[parent][plugin] != default.MODEL[parent][plugin]:
                 raise ValueError(
-                    f"MODEL.{parent}.{name} is set, but MODEL.META_ARCHITECTURE is "
-                    "'MMDetDetector', which does not read it; what a detector of MMDetection is "
+                    f"MODEL.{parent}.{plugin} is set, but MODEL.META_ARCHITECTURE is "
+                    f"{name!r}, which does not read it; what a detector of MMDetection is "
                     "made of is said in its own config, MODEL.MMDET.CONFIG"
                 )
 
@@ -215,10 +225,10 @@ def _check_roi_heads(cfg: CfgNode) -> None:
 
 
 def _check_ida_head(cfg: CfgNode) -> None:
-    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+    if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_ROI_HEADS:
         raise ValueError(
-            "MODEL.ROI_BOX_HEAD.NAME: 'IDABoxHead', but a RetinaNet has no RoI heads; it takes IDA "
-            "in MODEL.RESNETS.IDA.STAGES"
+            f"MODEL.ROI_BOX_HEAD.NAME: 'IDABoxHead', but a {cfg.MODEL.META_ARCHITECTURE} has no "
+            "RoI heads; it takes IDA in MODEL.RESNETS.IDA.STAGES"
         )
     _check_kind_of_roi_heads(
         cfg,
@@ -241,9 +251,10 @@ def _check_ida_head(cfg: CfgNode) -> None:
 
 
 def _check_batchformer_head(cfg: CfgNode) -> None:
-    if cfg.MODEL.META_ARCHITECTURE == "RetinaNet":
+    if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_ROI_HEADS:
         raise ValueError(
-            "MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED: True, but a RetinaNet has no RoI heads"
+            f"MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED: True, but a {cfg.MODEL.META_ARCHITECTURE} "
+            "has no RoI heads"
         )
     _check_kind_of_roi_heads(
         cfg,
@@ -273,21 +284,21 @@ def _check_kind_of_roi_heads(cfg: CfgNode, setting: str, *kinds: type) -> None:
     if name not in ROI_HEADS_REGISTRY:
         return
     kind = ROI_HEADS_REGISTRY.get(name)
-    # Others may be a user's own, and know what to do.
-    if not issubclass(kind, kinds) and kind.__module__.startswith(("detectron2.", "d2_plugins.")):
+    if not issubclass(kind, kinds) and not _is_users_own(kind):
         wanted = name.replace("ROIHeads", "PluginROIHeads")
         if wanted not in [kind.__name__ for kind in kinds]:
             wanted = StandardPluginROIHeads.__name__
         raise ValueError(f"MODEL.ROI_HEADS.NAME: {name!r} takes no {setting}; use {wanted!r}")
 
 
-def _is_mmdet(cfg: CfgNode) -> bool:
-    return cfg.MODEL.META_ARCHITECTURE == "MMDetDetector"
+def _is_users_own(kind: Any) -> bool:
+    """Whether what is registered may read settings that are not known here."""
+    return not kind.__module__.startswith(("detectron2.", "d2_plugins."))
 
 
 def _has_resnet(cfg: CfgNode) -> bool:
     named = cfg.MODEL.BACKBONE.NAME in {*_WITH_PLUGINS, *_WITH_PLUGINS.values()}
-    return named and not _is_mmdet(cfg)
+    return named and not is_bridge(cfg)
 
 
 def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -> None:

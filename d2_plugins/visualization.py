@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from d2_plugins.analysis import load_config
+from d2_plugins.mmdet_bridge import is_bridge
 from plugin_core.attention_maps import Call, Detections, Detector, Picture, load_weights
 
 
@@ -34,6 +35,12 @@ class Detectron2Detector(Detector):
     def __init__(self, config_file: str, weights: str, *, trust: bool = False) -> None:
         cfg: Any = load_config(config_file)
         device = "cuda" if torch.cuda.is_available() else "cpu"
+        if isinstance(cfg, CfgNode) and is_bridge(cfg):
+            raise ValueError(
+                f"{config_file}: of a detector of MMDetection; use its own config in place of this "
+                f"one, with the same weights: {cfg.MODEL.MMDET.CONFIG!r}, or where MODEL.MMDET has "
+                "OVERRIDES a config with these based on it"
+            )
         if isinstance(cfg, CfgNode):
             cfg.MODEL.DEVICE = device
             model = build_model(cfg)

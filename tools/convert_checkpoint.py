@@ -224,6 +224,7 @@ def detectron2_target(config: str | None, depth: int, attention: dict[str, Any])
     from detectron2.modeling import build_backbone, build_model
 
     from d2_plugins import add_plugin_config, merge_config
+    from d2_plugins.mmdet_bridge import is_bridge
     from d2_plugins.pixels import pixel_format, pixel_settings
 
     cfg = get_cfg()
@@ -241,7 +242,7 @@ def detectron2_target(config: str | None, depth: int, attention: dict[str, Any])
     if config.endswith(".py"):
         raise ValueError("is a LazyConfig; take a yaml config of the same backbone, or none")
     merge_config(cfg, config, ["MODEL.DEVICE", "cpu", "MODEL.BACKBONE.FREEZE_AT", "0"])
-    if cfg.MODEL.META_ARCHITECTURE == "MMDetDetector":
+    if is_bridge(cfg):
         raise ValueError(
             "is of a detector of MMDetection, and so are its weights: "
             f"use --to mm --config {cfg.MODEL.MMDET.CONFIG}"

@@ -14,7 +14,6 @@ import argparse
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import instantiate
 from detectron2.engine import AMPTrainer, SimpleTrainer, default_setup, default_writers, hooks
 from detectron2.engine.defaults import create_ddp_model
@@ -27,6 +26,7 @@ from d2_plugins.command_line import apply_arguments, check_batch_size, parse_arg
 from d2_plugins.config import load_lazy_config
 from d2_plugins.pixels import find_lazy_mismatches
 from d2_plugins.preflight import check_lazy_config
+from d2_plugins.trainer import PluginCheckpointer
 
 
 def setup(args: argparse.Namespace) -> DictConfig:
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace, cfg: DictConfig) -> Any:
         cfg.train.ddp.device_ids = None  # of several processes; else they are those of GPUs
     if args.eval_only:
         model = create_ddp_model(model, **cfg.train.ddp)
-        DetectionCheckpointer(model).load(cfg.train.init_checkpoint)
+        PluginCheckpointer(model).load(cfg.train.init_checkpoint)
         return evaluate(cfg, model)
     return train(args, cfg, model)
 
@@ -68,7 +68,7 @@ def train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> None:
     make_trainer = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     trainer = make_trainer(model, loader, optimizer)
     # The trainer's state has the optimizer's, so that --resume goes on with both.
-    checkpointer = DetectionCheckpointer(model, cfg.train.output_dir, trainer=trainer)
+    checkpointer = PluginCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     all_hooks = [
         hooks.IterationTimer(),
         hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),

@@ -409,7 +409,10 @@ NODE = "MODEL.ROI_BOX_HEAD.BATCHFORMER"
         ({"MODEL.ROI_HEADS.NAME": "CascadeROIHeads"}, "use 'CascadePluginROIHeads'"),
         ({"MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}, "use 'Res5PluginROIHeads'"),
         ({"MODEL.ROI_HEADS.NAME": "RROIHeads"}, "use 'StandardPluginROIHeads'"),
-        ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, f"{NODE}.ENABLED: True, but a RetinaNet has no"),
+        *(
+            ({"MODEL.META_ARCHITECTURE": name}, f"{NODE}.ENABLED: True, but a {name} has no RoI")
+            for name in ("RetinaNet", "ProposalNetwork", "SemanticSegmentor")
+        ),
         (
             {
                 "MODEL.ROI_HEADS.NAME": "Res5PluginROIHeads",

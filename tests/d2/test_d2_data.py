@@ -84,8 +84,10 @@ def test_taken_name_is_refused(tiny_coco):
     [
         '{"images": [1], "annotations": [1 2], "categories": []}',
         '{"images": [1], "annotations": [1]}',
+        '{"images": [1], "annotations": [1], "categories": [{"id": 1}]}',
+        '{"images": [1], "annotations": [1], "categories": ["person"]}',
     ],
-    ids=["broken", "no categories"],
+    ids=["broken", "no categories", "category without a name", "name alone"],
 )
 def test_annotations_that_are_no_coco_json_are_refused(tmp_path, text):
     path = tmp_path / "annotations.json"

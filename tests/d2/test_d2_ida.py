@@ -370,6 +370,7 @@ class _Transform:
         ({"MODEL.ROI_HEADS.NAME": "Res5PluginROIHeads"}, "use 'StandardPluginROIHeads'"),
         ({"MODEL.ROI_HEADS.NAME": "RROIHeads"}, "use 'StandardPluginROIHeads'"),
         ({"MODEL.META_ARCHITECTURE": "RetinaNet"}, "a RetinaNet has no RoI heads"),
+        ({"MODEL.META_ARCHITECTURE": "ProposalNetwork"}, "a ProposalNetwork has no RoI heads"),
         (
             {
                 "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",

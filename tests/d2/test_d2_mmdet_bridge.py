@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,26 +19,34 @@ from torch import Tensor, nn
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
+import lazyconfig_train_net
 import numpy as np
+from detectron2 import model_zoo
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, LazyCall, instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data.datasets import register_coco_panoptic_separated
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
+from fvcore.common.param_scheduler import CosineParamScheduler
 from mmdet.datasets import CocoDataset, CocoPanopticDataset
 from mmengine.logging import MessageHub
 from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.model import PretrainedInit
 from mmengine.registry import DefaultScope
+from omegaconf import DictConfig, OmegaConf
+from torch.optim.swa_utils import AveragedModel
 
-from d2_plugins import merge_config
+from d2_plugins import merge_config, mmdet_bridge
 from d2_plugins.analysis import analyze
 from d2_plugins.data import register_coco
 from d2_plugins.evaluation import build_evaluator
-from d2_plugins.mmdet_bridge import MMDetDetector, build_detector, load_config
+from d2_plugins.mmdet_bridge import MMDetDetector, build_detector, is_bridge, load_config
+from d2_plugins.pixels import find_mismatches
 from d2_plugins.preflight import check_config
 from d2_plugins.trainer import PluginCheckpointer, PluginTrainer
 from mm_plugins.analysis import analyze as analyze_in_mmdetection
@@ -147,6 +156,16 @@ SMALL: dict[str, tuple[str, tuple[str, ...]]] = {
         ),
     ),
 }
+
+
+@META_ARCH_REGISTRY.register()
+class MyBridge(MMDetDetector):
+    """Stands for a user's own, derived from the bridge."""
+
+
+@META_ARCH_REGISTRY.register()
+def build_my_detector(cfg):
+    """Stands for a meta-architecture of the user's own that reads the nodes of the plugins."""
 
 
 def use(cfg: CfgNode, name: str, *overrides: str) -> CfgNode:
@@ -335,15 +354,16 @@ def test_polygons_become_the_bitmaps_that_detectron2_makes_of_them(cfg):
     assert torch.equal(losses[0]["loss_mask"], losses[1]["loss_mask"])
 
 
-@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "detr"])
-def test_image_without_objects_trains(cfg, name):
-    target = Instances((64, 64), gt_boxes=Boxes(torch.zeros(0, 4)))
-    target.gt_classes = torch.zeros(0, dtype=torch.long)
-    target.gt_masks = PolygonMasks([])
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+@pytest.mark.parametrize("name", SMALL)
+def test_image_without_objects_trains_beside_one_with_objects(cfg, name, packed):
+    empty = {"image": torch.zeros(3, 64, 64, dtype=torch.uint8)}
+    empty["instances"] = annotations_to_instances([], (64, 64))  # as the mapper has it
+    empty["sem_seg"] = torch.full((64, 64), 255)
+    _, inputs = with_semantic(packed, [as_detectron2(sample) for sample in packed])
     model = build_model(use(cfg, name))
-    losses = losses_of(model, [{"image": image, "instances": target}])
-    assert all(loss.isfinite() for loss in losses.values())
+    for batch in ([*inputs, empty], [empty]):
+        losses = losses_of(model, batch)
+        assert all(loss.isfinite() for loss in losses.values())
 
 
 def test_losses_are_finite_in_mixed_precision(cfg, packed):
@@ -477,6 +497,30 @@ def test_what_does_not_fit_is_reported_as_detectron2_does(cfg, tmp_path, caplog)
     assert torch.equal(more.detector.backbone.conv1.weight, model.detector.backbone.conv1.weight)
 
 
+@pytest.mark.parametrize(("parent", "prefix"), [(nn.Sequential, "0."), (AveragedModel, "module.")])
+def test_parent_saves_and_loads_under_the_detectors_names(cfg, parent, prefix):
+    source, target = (parent(build_model(use(cfg, "retinanet"))) for _ in range(2))
+    state = source.state_dict()
+    names = {prefix + name for name in build_model(cfg).detector.state_dict()}
+    assert names == {name for name in state if name != "n_averaged"}
+    target.load_state_dict(state)  # strictly: no name more or less
+    assert all(torch.equal(tensor, state[name]) for name, tensor in target.state_dict().items())
+    del state[f"{prefix}backbone.conv1.weight"]
+    assert "backbone.conv1.weight" in target.load_state_dict(state, strict=False).missing_keys[0]
+
+
+@pytest.mark.parametrize("kind", ["Pretrained", PretrainedInit])
+@pytest.mark.parametrize("listed", [False, True])
+def test_weights_that_would_be_overwritten_are_not_read(kind, listed):
+    config = load_config(SMALL["retinanet"][0], BACKBONE)
+    missing, other = {"type": kind, "checkpoint": "no.pth"}, {"type": "Kaiming", "layer": "Conv2d"}
+    config.model.backbone.init_cfg = [other, missing] if listed else missing
+    with pytest.raises(FileNotFoundError):
+        build_detector(config, pretrained=True)
+    backbone = build_detector(config, pretrained=False).backbone
+    assert backbone.init_cfg[0] == other if listed else "no.pth" not in str(backbone.init_cfg)
+
+
 def test_pretrained_backbone_is_loaded_where_no_weights_are_given(cfg, tmp_path):
     backbone = build_model(use(cfg, "retinanet")).detector.backbone
     torch.save(backbone.state_dict(), tmp_path / "backbone.pth")
@@ -608,10 +652,23 @@ def test_cost_is_what_mmdetections_side_counts(cfg):
         ({"INPUT.FORMAT": "L"}, "INPUT.FORMAT: expected 'BGR' or 'RGB' for a detector of"),
         ({"TEST.AUG.ENABLED": True}, "TEST.AUG.ENABLED: Detectron2 has test-time augmentation"),
         ({"MODEL.WEIGHTS": "no.pth"}, "MODEL.WEIGHTS: there is no checkpoint 'no.pth'"),
+        (  # which every config of the model zoo hands on
+            {"MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-50.pkl"},
+            "MODEL.WEIGHTS: 'detectron2://ImageNetPretrained/MSRA/R-50.pkl' has Detectron2's names",
+        ),
+        ({"MODEL.WEIGHTS": "catalog://ImageNetPretrained/R-50"}, 'set MODEL.WEIGHTS to ""'),
+        (
+            {"MODEL.MMDET.OVERRIDES": ["model.backbone.depth=51"]},
+            "MODEL.MMDET.CONFIG/OVERRIDES: model.backbone.depth: no ResNet of depth 51",
+        ),
         ({"MODEL.RESNETS.IDA.STAGES": ("res5",)}, "MODEL.RESNETS.IDA is set, but MODEL.META_ARCH"),
         (
             {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN"},
             "MODEL.MMDET is set, but MODEL.META_ARCHITECTURE is 'GeneralizedRCNN'",
+        ),
+        (
+            {"MODEL.META_ARCHITECTURE": "MMDetDetektor"},
+            "MODEL.MMDET is set, but MODEL.META_ARCHITECTURE is 'MMDetDetektor'",
         ),
     ],
 )
@@ -624,29 +681,25 @@ def test_wrong_setting_is_one_clear_error(training, settings, reason):
 
 
 @pytest.mark.parametrize(
-    ("name", "metadata", "reason"),
+    ("name", "override", "reason"),
     [
-        (
-            "detr",
-            {"thing_classes": ["a", "b"]},
-            "has 2 thing classes, but the detector of .* has 7",
-        ),
-        ("mask_rcnn", {"thing_classes": ["a", "b"]}, "has 2 thing classes"),
-        ("maskformer", {"stuff_classes": ["things", "a"]}, "has 2 stuff classes, but .* has 7"),
+        ("detr", "bbox_head.num_classes=9", "has 7 thing classes, but the detector of .* has 9"),
+        ("mask_rcnn", "roi_head.bbox_head.num_classes=9", "has 7 thing classes, but .* has 9"),
+        ("maskformer", "panoptic_head.num_stuff_classes=6", "has 2 stuff classes, but .* has 7"),
     ],
 )
-def test_number_of_classes_is_compared_with_the_datasets(training, name, metadata, reason):
-    MetadataCatalog.get("drawn_val").set(**metadata)
+def test_number_of_classes_is_compared_with_the_datasets(training, name, override, reason):
+    MetadataCatalog.get("drawn_val").set(stuff_classes=["things", "a"])
+    use(training, name, f"model.{override}")
     with pytest.raises(ValueError, match=f"DATASETS.TEST: 'drawn_val' {reason}"):
-        check_config(use(training, name), eval_only=True, resume=False)
+        check_config(training, eval_only=True, resume=False)
 
 
 def test_number_of_classes_of_a_cascade_is_known(training):
-    MetadataCatalog.get("drawn_val").set(thing_classes=["a", "b"])
     training.MODEL.META_ARCHITECTURE = "MMDetDetector"
     training.MODEL.MMDET.CONFIG = "mmdet::cascade_rcnn/cascade-rcnn_r50_fpn_1x_coco.py"
     training.MODEL.WEIGHTS = "https://example.com/weights.pth"
-    with pytest.raises(ValueError, match="has 2 thing classes, but the detector of .* has 80; set"):
+    with pytest.raises(ValueError, match="has 7 thing classes, but the detector of .* has 80; set"):
         check_config(training, eval_only=True, resume=False)
 
 
@@ -658,15 +711,121 @@ def test_weights_with_detectron2s_names_are_refused(training, tmp_path):
         check_config(use(training, "retinanet"), eval_only=False, resume=False)
 
 
-def test_lazy_config_builds_the_detector(cfg):
-    node = LazyCall(MMDetDetector)(
+def test_weights_of_a_training_with_detectron2_pass(training, tmp_path):
+    model = build_model(use(training, "retinanet"))
+    DetectionCheckpointer(model, str(tmp_path)).save("model_final")
+    training.MODEL.WEIGHTS = str(tmp_path / "model_final.pth")
+    check_config(training, eval_only=False, resume=False)
+
+
+# Whole configs: they are refused before anything of them is built in memory.
+@pytest.mark.parametrize(
+    ("config", "reason", "evaluates"),
+    [
+        ("tood/tood_r50_fpn_1x_coco.py", "trains by the number of the epoch, as TOOD does", True),
+        ("htc/htc_r50_fpn_1x_coco.py", "learns a semantic map, which only panoptic", True),
+        ("glip/glip_atss_swin-t_a_fpn_dyhead_pretrain_obj365.py", "reads texts, as", False),
+        ("grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py", "reads texts, as", False),
+    ],
+)
+def test_detector_that_is_not_given_what_it_asks_for_is_refused(
+    training, config, reason, evaluates
+):
+    training.MODEL.META_ARCHITECTURE = "MMDetDetector"
+    training.MODEL.MMDET.CONFIG = f"mmdet::{config}"
+    training.MODEL.MASK_ON = True
+    training.DATASETS.TEST = ()
+    with pytest.raises(ValueError, match=f"^MODEL.MMDET.CONFIG: the .* {reason}"):
+        check_config(training, eval_only=False, resume=False)
+    training.MODEL.WEIGHTS = "https://example.com/weights.pth"
+    if evaluates:
+        check_config(training, eval_only=True, resume=False)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            check_config(training, eval_only=True, resume=False)
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "maskformer"])
+def test_masks_are_asked_for_where_they_are_learned(training, name):
+    use(training, name, "model.data_preprocessor.pad_mask=False").MODEL.MASK_ON = False
+    with pytest.raises(ValueError, match="^MODEL.MASK_ON: False, but the detector of .* set it to"):
+        check_config(training, eval_only=False, resume=False)
+    training.MODEL.WEIGHTS = "https://example.com/weights.pth"
+    check_config(training, eval_only=True, resume=False)
+
+
+def test_check_takes_no_memory_where_the_detector_allows_it(training, monkeypatch):
+    devices = []
+    for kind in ("retinanet", "mask_rcnn", "detr", "maskformer"):
+        monkeypatch.setattr(
+            mmdet_bridge,
+            "_check_classes",
+            lambda detector, *_: devices.append(next(detector.parameters()).device.type),
+        )
+        check_config(use(training, kind), eval_only=False, resume=False)
+    assert set(devices) == {"meta"}
+    # It computes its layers' rates of dropping with tensors.
+    training.MODEL.MMDET.CONFIG = "mmdet::pvt/retinanet_pvt-t_fpn_1x_coco.py"
+    training.MODEL.MMDET.OVERRIDES = []
+    check_config(training, eval_only=False, resume=False)
+    assert devices[-1] == "cpu"
+
+
+def test_bridge_of_the_users_own_is_one_to_every_tool(training):
+    use(training, "retinanet")
+    training.INPUT.MIN_SIZE_TEST, training.INPUT.MAX_SIZE_TEST = 64, 64
+    cost, mismatches = analyze(training), find_mismatches(training)
+    training.MODEL.META_ARCHITECTURE = "MyBridge"
+    assert is_bridge(training) and isinstance(build_model(training), MyBridge)
+    check_config(training, eval_only=False, resume=False)
+    assert (analyze(training), find_mismatches(training)) == (cost, mismatches)
+    training.MODEL.MMDET.CONFIG = ""
+    with pytest.raises(ValueError, match="^MODEL.MMDET.CONFIG: names no config"):
+        check_config(training, eval_only=False, resume=False)
+
+
+def test_meta_architecture_of_the_users_own_may_read_what_it_likes(training):
+    use(training, "retinanet").MODEL.META_ARCHITECTURE = "build_my_detector"
+    check_config(training, eval_only=False, resume=False)
+    assert not is_bridge(training)
+
+
+def lazy(name: str) -> DictConfig:
+    config, overrides = SMALL[name]
+    return LazyCall(MMDetDetector)(
         detector=LazyCall(build_detector)(
-            config=LazyCall(load_config)(config=SMALL["detr"][0], overrides=list(SMALL["detr"][1])),
+            config=LazyCall(load_config)(config=config, overrides=list(overrides)),
             pretrained=False,
         )
     )
+
+
+def test_lazy_config_builds_the_detector(cfg):
     names = build_model(use(cfg, "detr")).state_dict().keys()
-    assert instantiate(node).state_dict().keys() == names
+    assert instantiate(lazy("detr")).state_dict().keys() == names
+
+
+@pytest.mark.parametrize("eval_only", [False, True])
+def test_lazy_config_starts_from_a_checkpoint_of_mmdetection(
+    packed, tmp_path, monkeypatch, eval_only
+):
+    source = instantiate(lazy("retinanet")).detector
+    cfg = OmegaConf.create({"model": lazy("retinanet"), "dataloader": {}})
+    cfg.train = model_zoo.get_config("common/train.py").train
+    cfg.train.output_dir, cfg.train.device, cfg.train.max_iter = str(tmp_path), "cpu", 1
+    cfg.train.init_checkpoint = mmdetection_checkpoint(source, tmp_path / "epoch_1.pth")
+    batch = [as_detectron2(sample) for sample in packed]
+    cfg.dataloader.train = LazyCall(lambda: [batch])()
+    cfg.optimizer = model_zoo.get_config("common/optim.py").SGD
+    cfg.optimizer.lr = 0.0
+    cfg.lr_multiplier = LazyCall(CosineParamScheduler)(start_value=1.0, end_value=0.0)
+    models: list[nn.Module] = []
+    monkeypatch.setattr(lazyconfig_train_net, "default_setup", lambda *_: None)
+    monkeypatch.setattr(lazyconfig_train_net, "evaluate", lambda _, model: models.append(model))
+    lazyconfig_train_net.main(Namespace(eval_only=eval_only, resume=False), cfg)
+    (model,) = models
+    state = source.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
 
 
 def test_without_mmdetection_the_error_says_what_to_install(training, monkeypatch):

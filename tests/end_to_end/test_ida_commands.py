@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import detectron2_sample
-import mmdet_sample
+import both_frameworks
 import pytest
 import torch
+from both_frameworks import losses
 
 import mm_plugins  # noqa: F401  # lets torch.load read mmengine's checkpoints
 
-D2_CONFIG = "configs/d2/COCO-Detection/faster_rcnn_R_50_IDA_FPN_IDA_head_1x.yaml"
-MM_CONFIG = Path(__file__).parent / "faster-rcnn_r50-ida_fpn_ida-head_coco-sample.py"
-
-
-@dataclass
-class Side:
-    """What differs between the frameworks: a command line, and the files that it leaves.
-
-    Without weight decay, which would move weights that have no gradient.
-    """
-
-    tool: str
-    arguments: Callable[..., list[str]]
-    halfway: str  # checkpoint of step 10 of 20
-    final: str
-    weights: str  # key of a checkpoint
-    results: str
-
-
 SIDES = {
-    "detectron2": Side(
-        "train_net.py",
-        lambda sample, output, *flags: detectron2_sample.arguments(
-            sample, output, *flags, config=D2_CONFIG, **{"SOLVER.WEIGHT_DECAY": "0.0"}
-        ),
-        "model_0000009.pth",
-        "model_final.pth",
-        "model",
-        "inference/coco_instances_results.json",
+    "detectron2": both_frameworks.detectron2(
+        "configs/d2/COCO-Detection/faster_rcnn_R_50_IDA_FPN_IDA_head_1x.yaml"
     ),
-    "mmdetection": Side(
-        "train_mmdet.py",
-        lambda sample, output, *flags: [
-            str(MM_CONFIG),
-            *flags,
-            *mmdet_sample.options(sample, output, "optim_wrapper.optimizer.weight_decay=0.0"),
-        ],
-        "iter_10.pth",
-        "iter_20.pth",
-        "state_dict",
-        "results.bbox.json",
+    "mmdetection": both_frameworks.mmdetection(
+        Path(__file__).parent / "faster-rcnn_r50-ida_fpn_ida-head_coco-sample.py"
     ),
 }
 
@@ -68,13 +29,6 @@ def trained(request, coco_sample, run_tool, tmp_path_factory):
     output = tmp_path_factory.mktemp(request.param) / "whole"
     run_tool(side.tool, *side.arguments(coco_sample, output))
     return side, output
-
-
-def losses(output: Path) -> list[float]:
-    if (output / "metrics.json").exists():
-        lines = (output / "metrics.json").read_text().splitlines()
-        return [r["total_loss"] for r in map(json.loads, lines) if "total_loss" in r]
-    return [record["loss"] for record in mmdet_sample.scalars(output) if "loss" in record]
 
 
 def test_training_moves_every_part_of_ida(trained):
@@ -97,11 +51,7 @@ def test_a_training_resumed_halfway_ends_with_the_same_weights(
 ):
     side, whole = trained
     output = tmp_path / "resumed"
-    output.mkdir()
-    shutil.copy(whole / side.halfway, output)
-    last = (whole / "last_checkpoint").read_text()  # a name in Detectron2, else a path
-    last = last.replace(side.final, side.halfway).replace(str(whole), str(output))
-    (output / "last_checkpoint").write_text(last)
+    side.resume_from_halfway(whole, output)
     run_tool(side.tool, *side.arguments(coco_sample, output, "--resume"))
     final, expected = (torch.load(folder / side.final)[side.weights] for folder in (output, whole))
     assert_same_weights(final, expected)

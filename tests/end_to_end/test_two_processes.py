@@ -51,6 +51,35 @@ def test_detectron2s_processes_end_with_the_same_weights(norm, coco_sample, run_
     assert_trained_together(tmp_path, norm)
 
 
+def test_detectron2s_processes_train_a_detector_of_mmdetection(drawn_coco, run_tool, tmp_path):
+    overrides = [
+        "model.backbone.depth=18",
+        "model.backbone.base_channels=8",
+        "model.backbone.init_cfg=None",
+        "model.neck.in_channels=[8,16,32,64]",
+        "model.neck.out_channels=64",
+        "model.bbox_head.in_channels=64",
+        "model.bbox_head.feat_channels=64",
+        "model.bbox_head.num_classes=7",
+    ]
+    small = {
+        "MODEL.MMDET.OVERRIDES": str(overrides),
+        "INPUT.MIN_SIZE_TRAIN": "(64,)",
+        "SOLVER.MAX_ITER": str(STEPS),
+        "SOLVER.BASE_LR": "0.0001",
+        "DATALOADER.NUM_WORKERS": "0",
+        "DATASETS.TEST": "()",
+    }
+    config = "configs/d2/MMDet-Detection/atss_R_50_FPN_1x.yaml"
+    flags = ("--num-gpus", "2", "--dist-url", "auto")
+    line = arguments(drawn_coco, tmp_path, *flags, config=config, **small)
+    run_tool("../tests/end_to_end/train_net_saving_processes.py", *line)
+    first, second = saved(tmp_path)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert len(first["bbox_head.atss_cls.bias"].unique()) > 1  # it starts with one value
+
+
 @pytest.mark.parametrize("norm", ["BN", "SyncBN"])
 def test_mmdetections_processes_end_with_the_same_weights(norm, coco_sample, run_tool, tmp_path):
     small = {

@@ -431,6 +431,13 @@ def test_dataset_of_detectron2_is_not_registered_for_mmdetection(images):
     assert "--register-coco: of Detectron2" in error_of(*argv, "--register-coco", "a", "b", "c")
 
 
+def test_config_that_runs_a_detector_of_mmdetection_is_an_error_that_names_its_own(images):
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    yaml = str(ROOT / "configs/d2/MMDet-Detection/atss_R_50_FPN_1x.yaml")
+    message = error_of(*argv_of(yaml, images[0]))
+    assert "use its own config" in message and "'mmdet::atss/atss_r50_fpn_1x_coco.py'" in message
+
+
 def test_missing_grad_cam_is_an_error_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     with pytest.raises(ValueError, match=r"pip install -e .\[visualization\], or leave them out"):
