@@ -18,8 +18,9 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from small_rcnn import example, predictors, shrink
 
 from d2_plugins.preflight import check_config
 from d2_plugins.roi_heads import BatchFormerOutputLayers
@@ -31,31 +32,8 @@ from plugin_core import BatchFormer
 @pytest.fixture(params=["Standard", "Cascade"])
 def head_cfg(request: pytest.FixtureRequest, cfg: CfgNode) -> CfgNode:
     """A small detector on an FPN, whose regions train through a BatchFormer too."""
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res4", "res5"]
-    cfg.MODEL.FPN.IN_FEATURES = ["res4", "res5"]
-    cfg.MODEL.FPN.OUT_CHANNELS = 16
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64]]
-    cfg.MODEL.RPN.IN_FEATURES = ["p4", "p5", "p6"]
-    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 30
-    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 10
-    cfg.MODEL.ROI_HEADS.NAME = f"{request.param}PluginROIHeads"
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p4", "p5"]
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
-    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    head = cfg.MODEL.ROI_BOX_HEAD
-    head.NAME = "FastRCNNConvFCHead"
-    head.NUM_FC, head.FC_DIM, head.POOLER_RESOLUTION = 2, 32, 7
-    head.CLS_AGNOSTIC_BBOX_REG = request.param == "Cascade"
-    head.BATCHFORMER.ENABLED = True
-    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
-    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = [8]
+    shrink(cfg, request.param)
+    cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED = True
     return cfg
 
 
@@ -68,20 +46,6 @@ def build(cfg: CfgNode) -> tuple[nn.Module, nn.Module]:
     assert not keys.unexpected_keys
     assert keys.missing_keys and all(".batchformer.layers.0." in n for n in keys.missing_keys)
     return model, plain
-
-
-def predictors(model: nn.Module) -> list[BatchFormerOutputLayers]:
-    predictor = model.roi_heads.box_predictor
-    return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
-
-
-def example() -> dict[str, Any]:
-    instances = Instances((64, 64))
-    instances.gt_boxes = Boxes(torch.tensor([[4.0, 4, 40, 36], [20, 30, 60, 62]]))
-    instances.gt_classes = torch.tensor([0, 2])
-    instances.gt_masks = BitMasks(torch.ones(2, 64, 64, dtype=torch.bool))
-    instances.gt_keypoints = Keypoints(torch.full((2, 17, 3), 30.0))
-    return {"image": torch.randint(256, (3, 64, 64)).float(), "instances": instances}
 
 
 def losses(model: nn.Module, batch: list[dict[str, Any]]) -> dict[str, Tensor]:

@@ -18,8 +18,9 @@ from detectron2.export import TracingAdapter
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import ResNet, build_backbone, build_model
 from detectron2.modeling.roi_heads import FastRCNNConvFCHead
-from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from small_rcnn import example, predictors, shrink
 
 from d2_plugins.backbone import build_resnet_with_plugins
 from d2_plugins.preflight import check_config
@@ -187,54 +188,16 @@ def test_wrong_plugin_of_a_lazy_config_is_named(plugins, reason):
 @pytest.fixture(params=["Standard", "Cascade"])
 def head_cfg(request: pytest.FixtureRequest, cfg: CfgNode) -> CfgNode:
     """A small detector on an FPN with masks and keypoints, whose regions IDA classifies."""
-    cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
-    cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
-    cfg.MODEL.RESNETS.NORM = "BN"
-    cfg.MODEL.RESNETS.OUT_FEATURES = ["res4", "res5"]
-    cfg.MODEL.FPN.IN_FEATURES = ["res4", "res5"]
-    cfg.MODEL.FPN.OUT_CHANNELS = 16
-    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64]]
-    cfg.MODEL.RPN.IN_FEATURES = ["p4", "p5", "p6"]
-    cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = 30
-    cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = cfg.MODEL.RPN.POST_NMS_TOPK_TEST = 10
-    cfg.MODEL.ROI_HEADS.NAME = f"{request.param}PluginROIHeads"
-    cfg.MODEL.ROI_HEADS.IN_FEATURES = ["p4", "p5"]
-    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
-    cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE = 8
-    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 0.0
-    head = cfg.MODEL.ROI_BOX_HEAD
-    head.NAME = "IDABoxHead"
-    head.NUM_FC, head.FC_DIM, head.POOLER_RESOLUTION = 2, 32, 7
-    head.CLS_AGNOSTIC_BBOX_REG = request.param == "Cascade"
-    cfg.MODEL.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
-    cfg.MODEL.ROI_MASK_HEAD.CONV_DIM = 8
-    cfg.MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS = [8]
+    shrink(cfg, request.param)
+    cfg.MODEL.ROI_BOX_HEAD.NAME = "IDABoxHead"
     return cfg
-
-
-def predictors(model: nn.Module) -> list[nn.Module]:
-    predictor = model.roi_heads.box_predictor
-    return list(predictor) if isinstance(predictor, nn.ModuleList) else [predictor]
-
-
-def example(masks: bool = False, keypoints: bool = False) -> dict[str, Any]:
-    instances = Instances((64, 64))
-    instances.gt_boxes = Boxes(torch.tensor([[4.0, 4, 40, 36], [20, 30, 60, 62]]))
-    instances.gt_classes = torch.tensor([0, 2])
-    if masks:
-        instances.gt_masks = BitMasks(torch.ones(2, 64, 64, dtype=torch.bool))
-    if keypoints:
-        instances.gt_keypoints = Keypoints(torch.full((2, 17, 3), 30.0))
-    return {"image": torch.randint(256, (3, 64, 64)).float(), "instances": instances}
 
 
 @pytest.mark.parametrize("part", ["MASK_ON", "KEYPOINT_ON"])
 def test_detector_trains_every_parameter_and_predicts(head_cfg, part):
     head_cfg.MODEL[part] = True
     model = build_model(head_cfg)
-    batch = [example(part == "MASK_ON", part == "KEYPOINT_ON") for _ in range(2)]
+    batch = [example() for _ in range(2)]
     with EventStorage():
         losses = model.train()(batch)
     sum(losses.values()).backward()
