@@ -6,7 +6,8 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 # One process per core, each with one thread: more threads than cores only slow the tests down.
 # A file's tests stay together, as they share trainings.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n auto --dist loadfile \
+	--no-loadscope-reorder
 
 .PHONY: help setup demo test lint clean
 

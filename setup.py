@@ -57,7 +57,7 @@ EXTRAS = {
         "onnxruntime>=1.17",
         "onnxscript>=0.1",  # torch.onnx.export needs it
         "pytest>=8",
-        "pytest-xdist>=3.5",
+        "pytest-xdist>=3.7",
         "ruff>=0.6",
     ],
 }
