@@ -100,9 +100,9 @@ def add_plugin_config(cfg: CN) -> None:
     # Its config: the path of a file, or one of MMDetection's own, such as
     # "mmdet::detr/detr_r50_8xb2-150e_coco.py"
     cfg.MODEL.MMDET.CONFIG = ""
-    # What to change in it, such as ["model.num_queries=50", "model.bbox_head.num_classes=20"], each
-    # as MMDetection's --cfg-options takes it. The command line replaces the whole list:
-    # MODEL.MMDET.OVERRIDES "['model.num_queries=50']"
+    # What to change in it, such as ["model.bbox_head.num_classes=20"], each as MMDetection's
+    # --cfg-options takes it. The command line replaces the whole list:
+    # MODEL.MMDET.OVERRIDES "['model.bbox_head.num_classes=20']"
     cfg.MODEL.MMDET.OVERRIDES = []
 
 

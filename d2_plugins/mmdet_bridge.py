@@ -4,7 +4,7 @@
       META_ARCHITECTURE: "MMDetDetector"
       MMDET:
         CONFIG: "mmdet::detr/detr_r50_8xb2-150e_coco.py"    # or the path of a file
-        OVERRIDES: ["model.num_queries=50"]
+        OVERRIDES: ["model.bbox_head.num_classes=20"]
 
 Detectron2 reads and augments the images, optimizes, saves and evaluates. The detector does what is
 between, beginning with the normalization of pixels. Of MMDetection's config nothing but ``model``
