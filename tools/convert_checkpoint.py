@@ -30,12 +30,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from detr_settings import as_config, check_detr, describe, model_settings
+from torch import Tensor
 
 from plugin_core.checkpoint import find_state_dict, read_checkpoint
 from plugin_core.conversion import (
@@ -57,7 +57,6 @@ from plugin_core.pixel_format import (
 FRAMEWORKS = {"d2": "Detectron2", "mm": "MMDetection"}
 SUFFIXES = {"d2": (".pth", ".pkl"), "mm": (".pth",)}
 STAGES = ("res2", "res3", "res4", "res5")
-BATCHFORMER = "encoder.batchformer."
 SHOWN = 6  # names or groups of names in a line
 
 
@@ -300,45 +299,6 @@ def detr_target(config: str | None, conversion: DetrConversion) -> Target:
     return Target(model.state_dict(), pixel_settings, pixel_format(settings, settings.backbone))
 
 
-def check_detr(conversion: DetrConversion, model: nn.Module) -> None:
-    """Check that a model computes what the weights were trained for; raises ValueError."""
-    places = model.state_dict()
-    wrong = [
-        f"{setting} is {found!r}, not {value!r}"
-        for setting, value in flat(conversion.settings)
-        if (found := attribute(model, setting)) not in (value, None)
-    ]
-    for name, tensor in conversion.tensors.items():
-        if name not in places:
-            if not name.startswith(BATCHFORMER):
-                wrong.append(f"there is no {name}")
-        elif places[name].shape != tensor.shape:
-            wrong.append(f"{name} is {tuple(places[name].shape)}, not {tuple(tensor.shape)}")
-    if wrong:
-        more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
-        raise ValueError(
-            f"the model is not that of the weights: {'; '.join(wrong[:3])}{more}. They need "
-            f"model = {as_config(model_settings(conversion))}. To fine-tune on other classes "
-            "convert without --config: MMDetection leaves out a classifier that does not fit"
-        )
-
-
-def attribute(model: nn.Module, path: str) -> Any:
-    """A setting as a built model keeps it; None for one that it does not keep."""
-    try:
-        return attrgetter(path)(model)
-    except AttributeError:
-        return None
-
-
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
 # --- what is said and written --------------------------------------------------------------- #
 
 
@@ -351,17 +311,6 @@ def report(conversion: Conversion) -> None:
     print(f"unused of SOURCE: {in_short(conversion.unused)}")
 
 
-def describe(conversion: DetrConversion) -> str:
-    text = f"{conversion.detector} with ResNet-{conversion.settings['backbone']['depth']}"
-    if conversion.batchformer:
-        layers = conversion.batchformer["insert_after"]
-        text += f" and {'shared ' if conversion.batchformer['share'] else ''}BatchFormer"
-        text += (
-            f" after encoder layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-        )
-    return f"{text}, the original repository's names"
-
-
 def report_detr(conversion: DetrConversion, target: Target) -> None:
     if conversion.from_coco_ids:
         print("classes: the 80 categories of COCO, of its 91 ids")
@@ -371,25 +320,6 @@ def report_detr(conversion: DetrConversion, target: Target) -> None:
     print(f"matched {len(places) - len(fresh)} of the detector's {len(places)} tensors")
     print(f"fresh, as SOURCE has none: {in_short(fresh)}")
     print(f"unused of SOURCE: {in_short(unused)}")
-
-
-def model_settings(conversion: DetrConversion) -> dict[str, Any]:
-    """What MMDetection's config needs besides that of the same detector."""
-    settings = {"type": conversion.detector, **conversion.settings}
-    if conversion.batchformer:
-        settings |= {
-            "type": "BatchFormerDetector",
-            "detector": conversion.detector,
-            "batchformer": conversion.batchformer,
-        }
-    return settings
-
-
-def as_config(value: Any) -> str:
-    """A value as it is written in MMDetection's configs."""
-    if not isinstance(value, Mapping):
-        return repr(value)
-    return f"dict({', '.join(f'{name}={as_config(inner)}' for name, inner in value.items())})"
 
 
 def in_short(names: list[str]) -> str:

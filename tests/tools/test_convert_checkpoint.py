@@ -738,7 +738,8 @@ def test_command_says_in_one_line_what_is_missing(tmp_path, to, framework, advic
     arguments = [str(tmp_path / "source.pth"), str(tmp_path / "out.pth"), "--to", to]
     result = subprocess.run(
         [sys.executable, "-c", code, *arguments],
-        env=os.environ | {"PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"},
+        # The tool's own folder too, as when it is run as a script
+        env=os.environ | {"PYTHONPATH": f"{TOOLS.parent}:{TOOLS}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,

@@ -1,0 +1,82 @@
+"""What MMDetection's config of a converted DETR must say, and whether a model is that one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
+from typing import Any
+
+from torch import nn
+
+from plugin_core.detr_conversion import DetrConversion
+
+BATCHFORMER = "encoder.batchformer."
+
+
+def describe(conversion: DetrConversion) -> str:
+    text = f"{conversion.detector} with ResNet-{conversion.settings['backbone']['depth']}"
+    if conversion.batchformer:
+        layers = conversion.batchformer["insert_after"]
+        text += f" and {'shared ' if conversion.batchformer['share'] else ''}BatchFormer"
+        text += (
+            f" after encoder layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+        )
+    return f"{text}, the original repository's names"
+
+
+def model_settings(conversion: DetrConversion) -> dict[str, Any]:
+    """What MMDetection's config needs besides that of the same detector."""
+    settings = {"type": conversion.detector, **conversion.settings}
+    if conversion.batchformer:
+        settings |= {
+            "type": "BatchFormerDetector",
+            "detector": conversion.detector,
+            "batchformer": conversion.batchformer,
+        }
+    return settings
+
+
+def as_config(value: Any) -> str:
+    """A value as it is written in MMDetection's configs."""
+    if not isinstance(value, Mapping):
+        return repr(value)
+    return f"dict({', '.join(f'{name}={as_config(inner)}' for name, inner in value.items())})"
+
+
+def check_detr(conversion: DetrConversion, model: nn.Module) -> None:
+    """Check that a model computes what the weights were trained for; raises ValueError."""
+    places = model.state_dict()
+    wrong = [
+        f"{setting} is {found!r}, not {value!r}"
+        for setting, value in flat(conversion.settings)
+        if (found := attribute(model, setting)) not in (value, None)
+    ]
+    for name, tensor in conversion.tensors.items():
+        if name not in places:
+            if not name.startswith(BATCHFORMER):
+                wrong.append(f"there is no {name}")
+        elif places[name].shape != tensor.shape:
+            wrong.append(f"{name} is {tuple(places[name].shape)}, not {tuple(tensor.shape)}")
+    if wrong:
+        more = f" and {len(wrong) - 3} more differences" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"the model is not that of the weights: {'; '.join(wrong[:3])}{more}. They need "
+            f"model = {as_config(model_settings(conversion))}. To fine-tune on other classes "
+            "convert without --config: MMDetection leaves out a classifier that does not fit"
+        )
+
+
+def attribute(model: nn.Module, path: str) -> Any:
+    """A setting as a built model keeps it; None for one that it does not keep."""
+    try:
+        return attrgetter(path)(model)
+    except AttributeError:
+        return None
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
