@@ -33,5 +33,5 @@ lint: setup
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info work_dirs/demo
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info work_dirs/demo plugin_core/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

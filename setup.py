@@ -6,7 +6,7 @@ versions that the tests run with are in constraints.txt.
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 # tools/setup_environment.py reads this dictionary without running the file: literals only.
 EXTRAS = {
@@ -63,6 +63,17 @@ EXTRAS = {
 }
 
 
+# Fast paths on a CPU: plain C, no Python and no PyTorch in it, so it fits every version of both.
+KERNELS = Extension(
+    "plugin_core.kernels._library",
+    sources=["plugin_core/kernels/triplet_attention.c"],
+    depends=["plugin_core/kernels/triplet_attention_of_type.h"],
+    extra_compile_args=["-O3", "-fopenmp"],
+    extra_link_args=["-fopenmp"],
+    optional=True,  # without a compiler the plain formulas are used
+)
+
+
 def long_description() -> str:
     """Return the README's text, or nothing where the README was not shipped along."""
     readme = Path(__file__).with_name("README.md")
@@ -88,8 +99,9 @@ setup(
             "mm_plugins.*",
         ]
     ),
+    ext_modules=[KERNELS],
     package_data={
-        "plugin_core": ["py.typed"],
+        "plugin_core": ["py.typed", "kernels/*.c", "kernels/*.h"],
         "d2_plugins": ["py.typed"],
         "mm_plugins": ["py.typed"],
     },

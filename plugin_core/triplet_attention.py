@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from plugin_core.kernels import triplet
+
 # Checkpoints of the paper exist in two spellings. Ours is the first one, so that what is saved
 # here loads there; the second one, used by the published detectors, is renamed on loading.
 PUBLISHED_SPELLING = {
@@ -91,11 +93,27 @@ class TripletAttention(nn.Module):
                 f"TripletAttention takes a 4-D input (B, C, H, W), got {x.dim()}-D of shape "
                 f"{tuple(x.shape)}"
             )
+        passes = triplet.passes_for(x)
+        if passes is not None:
+            return self._forward_in_few_passes(x, passes)
         g_cw, g_hc, g_hw = self.gates(x)
         g = (g_cw + g_hc) / 2 if g_hw is None else (g_hw + g_cw + g_hc) / 3
         if self.alpha is not None:
             g = 1 + self.alpha * (g - 1)
         return x * g
+
+    def _forward_in_few_passes(self, x: Tensor, passes: triplet.Passes) -> Tensor:
+        (cw, hc, hw), links = triplet.z_pool(x, passes)
+        gates = [self.cw(cw, passes), self.hc(hc, passes)]
+        if self.hw is not None:
+            gates.append(self.hw(hw, passes))
+        weight = 1 / len(gates) if self.alpha is None else self.alpha / len(gates)
+        gates = [gate * weight for gate in gates]
+        if self.alpha is not None:
+            gates[0] = gates[0] + (1 - self.alpha)
+        if self.hw is None:
+            gates.append(torch.zeros_like(hw[:, :1]))
+        return triplet.scale(x, gates, links, passes)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """g_cw (B, C, 1, W), g_hc (B, C, H, 1) and g_hw (B, 1, H, W), None with ``no_spatial``."""
@@ -141,9 +159,15 @@ class _Gate(nn.Module):
             )
         )
 
-    def forward(self, pooled: Tensor) -> Tensor:
+    def forward(self, pooled: Tensor, passes: triplet.Passes | None = None) -> Tensor:
+        conv, bn = self.conv
+        if passes is None or type(conv) is not nn.Conv2d or conv._forward_hooks:
+            normalized = self.conv(pooled)
+        else:
+            normalized = triplet.correlate(pooled, conv.weight, passes)
+            normalized = bn(normalized.to(conv.weight.dtype))
         # Back from autocast's precision, while the map is small.
-        return torch.sigmoid(self.conv(pooled)).to(pooled.dtype)
+        return torch.sigmoid(normalized).to(pooled.dtype)
 
 
 class _GateNorm(nn.BatchNorm2d):

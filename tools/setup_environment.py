@@ -129,7 +129,10 @@ class Environment:
         packaging = self.root / "packaging" / "detectron2"
         return {
             "detectron2": hash_files(packaging / name for name in ("backend.py", "pyproject.toml")),
-            "project": hash_files(self.root / name for name in ("setup.py", "pyproject.toml")),
+            "project": hash_files(
+                [self.root / "setup.py", self.root / "pyproject.toml"]
+                + list((self.root / "plugin_core" / "kernels").glob("*.[ch]"))  # compiled then
+            ),
         }
 
     def _why_new(self) -> Optional[str]:

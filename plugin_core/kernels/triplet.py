@@ -1,0 +1,207 @@
+"""Triplet attention in few passes over its input: three forward, four back.
+
+A backend offers passes over tensors (B, P, Q, R) whose last axis is the one that is contiguous: P,
+Q, R are C, H, W, or H, W, C in channels_last. Each works on three maps, PQ, PR and QR, each over
+the axis that its name leaves out:
+
+    pool            maximum and mean of x over each axis, and where the first maximum was
+    scale           x * (PQ + PR + QR)
+    product         sums of g * x over each axis
+    input_gradient  g * (PQ + PR + QR), plus what the gradients of ``pool`` hand back
+
+Between them the gates are ordinary modules with an autograd of their own, on small maps. What saves
+passes is that ``scale``, in the backward, does not multiply g by the gates. It hands g on, as the
+gradient of a link that stands for x, and the gates, as gradients of links of their shapes, to the
+backward of ``pool``: that one has the last gradients to come, and writes the gradient of x at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from plugin_core.kernels import choice, is_plain_tensor
+from plugin_core.kernels.triplet_cpu import CpuPasses
+
+
+class Passes(Protocol):
+    """What a backend offers; the maps are in float32, or in float64 where x is."""
+
+    def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps (B, 2, rows, columns), maximum and mean; indices (B, rows, columns) or none."""
+
+    def scale(self, x: Tensor, gates: list[Tensor]) -> Tensor: ...
+
+    def product(self, g: Tensor, x: Tensor) -> list[Tensor]: ...
+
+    def input_gradient(
+        self, g: Tensor, gates: list[Tensor], pooled: list[Tensor], indices: list[Tensor]
+    ) -> Tensor: ...
+
+    def correlate(self, x: Tensor, weight: Tensor) -> Tensor: ...
+
+    def correlate_weight_gradient(self, g: Tensor, x: Tensor, k: int) -> Tensor: ...
+
+
+def passes_for(x: Tensor) -> Passes | None:
+    """The backend for x (B, C, H, W), or None for the plain formula.
+
+    Raises:
+        RuntimeError: if ``PLUGIN_KERNELS=fast`` and this machine lacks what the backend needs.
+        ValueError: if ``PLUGIN_KERNELS`` has an unknown value.
+    """
+    if choice() == "plain" or not is_plain_tensor(x) or x.numel() == 0:
+        return None
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        return None
+    return CpuPasses.of(x)
+
+
+def z_pool(x: Tensor, passes: Passes) -> tuple[list[Tensor], list[Tensor]]:
+    """Maximum and mean over H, W and C: maps (B, 2, C, W), (B, 2, H, C) and (B, 2, H, W).
+
+    Returns:
+        The maps, and what :func:`scale` takes as ``links``.
+    """
+    maps = _ZPool.apply(x, passes)
+    return list(maps[:3]), list(maps[3:])
+
+
+def scale(x: Tensor, gates: list[Tensor], links: list[Tensor], passes: Passes) -> Tensor:
+    """``x * sum(gates)`` with gates (B, 1, C, W), (B, 1, H, C) and (B, 1, H, W)."""
+    wide = links[1].dtype
+    return _Scale.apply(passes, x, *(gate.to(wide) for gate in gates), *links)
+
+
+def correlate(x: Tensor, weight: Tensor, passes: Passes) -> Tensor:
+    """``F.conv2d(x, weight, padding=k // 2)`` for a weight (1, I, k, k), in x's dtype."""
+    return _Correlate.apply(x, weight.to(x.dtype), passes)
+
+
+class _ZPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, passes: Passes) -> tuple[Tensor, ...]:
+        ctx.passes, ctx.layout = passes, _Layout(x)
+        pooled, indices = passes.pool(ctx.layout.to_pqr(x), indices=ctx.needs_input_grad[0])
+        ctx.save_for_backward(*indices)
+        ctx.set_materialize_grads(False)
+        maps = ctx.layout.to_named(pooled)
+        # Nothing is read of the links but their shapes, which their gradients must have.
+        slots = [m.new_empty(()).expand(m[:, :1].shape) for m in maps]
+        outputs = (*maps, x.new_empty(()).expand(x.shape), *slots)
+        ctx.outputs = [(output.shape, output.dtype, output.device) for output in outputs]
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        if all(grad is None for grad in grads):
+            return None, None
+        # Of a map that no gate was made of there is no gradient, and one of second order reaches
+        # the maps by the gates alone.
+        pooled_and_links = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
+        ]
+        pooled, g, gates = pooled_and_links[:3], pooled_and_links[3], pooled_and_links[4:]
+        if torch.is_grad_enabled():  # with create_graph: of these operations there are derivatives
+            return _input_gradient(g, gates, pooled, ctx.layout.to_named(ctx.saved_tensors)), None
+        gx = ctx.passes.input_gradient(
+            ctx.layout.to_pqr(g),
+            ctx.layout.from_named(gates),
+            ctx.layout.from_named(pooled),
+            list(ctx.saved_tensors),
+        )
+        return ctx.layout.from_pqr(gx), None
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, passes: Passes, x: Tensor, *maps: Tensor) -> Tensor:
+        gates = maps[:3]  # and then the links
+        ctx.passes, ctx.layout = passes, _Layout(x)
+        ctx.save_for_backward(x, *gates)
+        y = passes.scale(ctx.layout.to_pqr(x), ctx.layout.from_named(gates))
+        return ctx.layout.from_pqr(y)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, *gates = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            product = (g * x).to(gates[0].dtype)
+            sums = [product.sum(2), product.sum(3).transpose(1, 2), product.sum(1)]
+        else:
+            pqr = ctx.layout.to_pqr(g), ctx.layout.to_pqr(x)
+            sums = ctx.layout.to_named(ctx.passes.product(*pqr))
+        # The first gradient of x takes the way of the links; x is here for those of higher order.
+        return None, None, *(s.unsqueeze(1) for s in sums), g, *gates
+
+
+def _input_gradient(
+    g: Tensor, gates: Sequence[Tensor], pooled: Sequence[Tensor], indices: Sequence[Tensor]
+) -> Tensor:
+    """What ``Passes.input_gradient`` computes, by PyTorch's operators."""
+    # Each map laid along the axes of g, with a 1 where it was pooled.
+    axes = {2: (0, 2, 1, 3), 3: (0, 3, 2, 1), 1: (0, 1, 2, 3)}
+    cw, hc, hw = (gate.permute(order) for gate, order in zip(gates, axes.values(), strict=True))
+    grad = g * (cw + hc + hw)
+    for p, at, (axis, order) in zip(pooled, indices, axes.items(), strict=True):
+        maximum, mean = (p[:, i : i + 1].permute(order) for i in (0, 1))
+        index = at.unsqueeze(1).permute(order).long()
+        grad = grad + mean / g.shape[axis]
+        grad = grad + torch.zeros_like(grad).scatter(axis, index, maximum)
+    return grad.to(g.dtype)
+
+
+class _Correlate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, passes: Passes) -> Tensor:
+        ctx.passes = passes
+        ctx.save_for_backward(x, weight)
+        return passes.correlate(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, _ = ctx.needs_input_grad
+        k = weight.shape[2]
+        if torch.is_grad_enabled():
+            half, which = [k // 2] * 2, [for_x, for_weight, False]
+            gx, gw, _ = torch.ops.aten.convolution_backward(
+                g, x, weight, None, [1, 1], half, [1, 1], False, [0, 0], 1, which
+            )
+            return gx, gw, None
+        gx = ctx.passes.correlate(g, weight.flip(2, 3).transpose(0, 1)) if for_x else None
+        gw = ctx.passes.correlate_weight_gradient(g, x, k) if for_weight else None
+        return gx, gw, None
+
+
+class _Layout:
+    """How (B, C, H, W) lies in memory, and so which maps are PQ, PR and QR."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._channels_last = not x.is_contiguous()
+
+    def to_pqr(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) as contiguous (B, P, Q, R)."""
+        return (x.permute(0, 2, 3, 1) if self._channels_last else x).contiguous()
+
+    def from_pqr(self, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2) if self._channels_last else x
+
+    def to_named(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """PQ, PR and QR as cw, hc and hw."""
+        pq, pr, qr = maps
+        if self._channels_last:
+            return [qr.transpose(-2, -1), pr, pq]
+        return [pr, pq.transpose(-2, -1), qr]
+
+    def from_named(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Contiguous PQ, PR and QR of cw, hc and hw."""
+        cw, hc, hw = maps
+        pqr = [hw, hc, cw.transpose(-2, -1)]
+        if not self._channels_last:
+            pqr = [hc.transpose(-2, -1), cw, hw]
+        return [m.contiguous() for m in pqr]
