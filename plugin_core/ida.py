@@ -72,9 +72,10 @@ class _DualAttention(nn.Module):
                 f"{tuple(x.shape)}"
             )
         heads = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)
-        scores = torch.einsum("nkd,bndp->bnkp", weights.to(x.dtype), heads)
+        scores = weights.to(x.dtype) @ heads
         attention = _in_float32(scores).softmax(dim=3)
-        samples = torch.einsum("bnkp,bndp->bknd", attention.to(x.dtype), heads)
+        # In this order gradients arrive as the features lie in memory.
+        samples = (heads @ attention.to(x.dtype).transpose(2, 3)).permute(0, 3, 1, 2)
         batch, classes, samples_of_class, channels = samples.shape
         attended = self.att_layers(samples.reshape(batch * classes, samples_of_class, channels))
         if self.out_proj is not None:
@@ -164,12 +165,29 @@ class IDABlock(_DualAttention):
         """The features, and where it is asked for the spatial attention (B, N, K, H, W)."""
         scores, attention, attended = self._attend(x, self._class_weights())
         share = _in_float32(scores).softmax(dim=2).to(attended.dtype)
-        gathered = torch.einsum("bnkp,bnkd->bndp", share, attended)
-        y = self.proj(gathered.reshape(x.shape))
-        out = x + (self.gamma * y).to(x.dtype)
+        out = x + self._hand_back(attended, share, x).to(x.dtype)
         if return_attention:
             return out, attention.unflatten(3, x.shape[2:])
         return out
+
+    def _hand_back(self, attended: Tensor, share: Tensor, x: Tensor) -> Tensor:
+        """Give gamma * conv1x1(y), in the shape of x.
+
+        The convolution is linear, so instead of the H·W positions it can be applied to the N·K
+        samples, which are fewer. The shares of a head add up to 1, so a sample of each of the N
+        heads brings a part of the bias.
+        """
+        batch, heads, queries, channels = attended.shape
+        weight = self.proj.weight.flatten(1).unflatten(1, (heads, channels)).permute(1, 2, 0)
+        samples = attended.transpose(0, 1).flatten(1, 2) @ weight.to(attended.dtype)  # (N, B·K, C)
+        samples = self.gamma * (samples + self.proj.get_parameter("bias") / heads)
+        samples = samples.to(share.dtype).unflatten(1, (batch, queries)).permute(1, 3, 0, 2)
+        samples, share = samples.flatten(2), share.flatten(1, 2)  # (B, C, N·K), (B, N·K, H·W)
+        if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+            y = (share.transpose(1, 2) @ samples.transpose(1, 2)).transpose(1, 2)
+        else:
+            y = samples @ share
+        return y.unflatten(2, x.shape[2:])
 
 
 class _SampleAttention(nn.Module):
