@@ -72,7 +72,7 @@ class _DualAttention(nn.Module):
                 f"{tuple(x.shape)}"
             )
         heads = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)
-        scores = weights.to(x.dtype) @ heads
+        scores = weights.to(x.dtype).expand(len(x), -1, -1, -1) @ heads
         attention = _in_float32(scores).softmax(dim=3)
         # In this order gradients arrive as the features lie in memory.
         samples = (heads @ attention.to(x.dtype).transpose(2, 3)).permute(0, 3, 1, 2)
