@@ -66,10 +66,14 @@ EXTRAS = {
 # Fast paths on a CPU: plain C, no Python and no PyTorch in it, so it fits every version of both.
 KERNELS = Extension(
     "plugin_core.kernels._library",
-    sources=["plugin_core/kernels/triplet_attention.c"],
-    depends=["plugin_core/kernels/triplet_attention_of_type.h"],
+    sources=["plugin_core/kernels/batchformer.c", "plugin_core/kernels/triplet_attention.c"],
+    depends=[
+        "plugin_core/kernels/batchformer_of_type.h",
+        "plugin_core/kernels/common.h",
+        "plugin_core/kernels/triplet_attention_of_type.h",
+    ],
     extra_compile_args=["-O3", "-fopenmp"],
-    extra_link_args=["-fopenmp"],
+    extra_link_args=["-fopenmp", "-lm"],
     optional=True,  # without a compiler the plain formulas are used
 )
 

@@ -18,6 +18,11 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 INSERTIONS = pytest.mark.parametrize("name", ["first", "two"])
 
 
+@pytest.fixture(autouse=True, params=["plain", "fast"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLUGIN_KERNELS", request.param)
+
+
 # ------------------------------------------------------------------------------- published numbers
 
 

@@ -23,6 +23,11 @@ BOTH_VARIANTS = pytest.mark.parametrize("no_spatial", [False, True], ids=["spati
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
 
 
+@pytest.fixture(autouse=True, params=["plain", "fast"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLUGIN_KERNELS", request.param)
+
+
 def golden(no_spatial: bool) -> dict[str, Tensor]:
     name = "triplet_attention_no_spatial.npz" if no_spatial else "triplet_attention.npz"
     with np.load(GOLDEN / name) as arrays:
