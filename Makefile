@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # More arguments for pytest, for example `make test PYTEST_ARGS="-k triplet -x"`.
 PYTEST_ARGS ?=
+# Of the speed benchmarks, for example `make bench BENCH_ARGS="--only ida --device cpu"`.
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 # One process per core, each with one thread: more threads than cores only slow the tests down.
@@ -9,13 +11,14 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n auto --dist loadfile \
 	--no-loadscope-reorder
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test lint bench clean
 
 help:
 	@echo "make setup  set up .venv, or bring it up to date (first time: about 15 minutes)"
 	@echo "make demo   run the demo"
 	@echo "make test   lint, types and tests"
 	@echo "make lint   lint and types"
+	@echo "make bench  measure speed and memory on this machine (about 15 minutes)"
 	@echo "make clean  remove .venv, caches and the demo's output; other work_dirs stay"
 
 setup:
@@ -31,6 +34,9 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info work_dirs/demo plugin_core/kernels/*.so

@@ -103,16 +103,18 @@ class TripletAttention(nn.Module):
         return x * g
 
     def _forward_in_few_passes(self, x: Tensor, passes: triplet.Passes) -> Tensor:
-        (cw, hc, hw), links = triplet.z_pool(x, passes)
-        gates = [self.cw(cw, passes), self.hc(hc, passes)]
-        if self.hw is not None:
-            gates.append(self.hw(hw, passes))
+        maps, links, exchanged = triplet.z_pool(x, passes)
+        modules = [gate for gate in (self.cw, self.hc, self.hw) if gate is not None]
+        gates = [
+            gate(pooled, passes, is_exchanged)
+            for gate, pooled, is_exchanged in zip(modules, maps, exchanged, strict=False)
+        ]
         weight = 1 / len(gates) if self.alpha is None else self.alpha / len(gates)
         gates = [gate * weight for gate in gates]
         if self.alpha is not None:
             gates[0] = gates[0] + (1 - self.alpha)
         if self.hw is None:
-            gates.append(torch.zeros_like(hw[:, :1]))
+            gates.append(torch.zeros_like(maps[2][:, :1]))
         return triplet.scale(x, gates, links, passes)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -159,12 +161,20 @@ class _Gate(nn.Module):
             )
         )
 
-    def forward(self, pooled: Tensor, passes: triplet.Passes | None = None) -> Tensor:
+    def forward(
+        self,
+        pooled: Tensor,
+        passes: triplet.Passes | None = None,
+        is_exchanged: bool = False,
+    ) -> Tensor:
         conv, bn = self.conv
         if passes is None or type(conv) is not nn.Conv2d or conv._forward_hooks:
-            normalized = self.conv(pooled)
+            normalized = self.conv(pooled.mT if is_exchanged else pooled)
+            normalized = normalized.mT if is_exchanged else normalized
         else:
-            normalized = triplet.correlate(pooled, conv.weight, passes)
+            # Rows and columns exchanged in both are so in the result.
+            weight = conv.weight.mT if is_exchanged else conv.weight
+            normalized = triplet.correlate(pooled, weight, passes)
             normalized = bn(normalized.to(conv.weight.dtype))
         # Back from autocast's precision, while the map is small.
         return torch.sigmoid(normalized).to(pooled.dtype)

@@ -1,0 +1,126 @@
+"""What the benchmarks of single blocks share: inputs, and what is done with them."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import timing
+import torch
+from timing import Quantity, Setting
+from torch import Tensor, nn
+from torch.utils.benchmark import Measurement
+
+Shape = tuple[int, ...]
+Pair = tuple[Tensor, Tensor]
+CHANGING = "Another size in every round"
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+PASSES = ("forward", "forward + backward")
+
+
+def cases(
+    shapes: list[Shape], setting: Setting
+) -> Iterator[tuple[Shape, str, torch.dtype, str, str]]:
+    """Shape, memory format, dtype and pass of each case, and what it is called."""
+    for dtype, shape, layout, what in itertools.product(setting.dtypes, shapes, FORMATS, PASSES):
+        yield shape, layout, dtype, what, f"{text(shape)} {layout} {timing.name_of(dtype)}, {what}"
+
+
+def text(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def input_and_gradient(
+    shape: Shape, setting: Setting, dtype: torch.dtype, layout: str = "contiguous"
+) -> Pair:
+    """A random x, and the gradient of what a block makes of it."""
+    tensors = (torch.randn(shape, device=setting.device, dtype=dtype) for _ in range(2))
+    if len(shape) == 4:
+        tensors = (t.contiguous(memory_format=FORMATS[layout]) for t in tensors)
+    x, g = tensors
+    return x.requires_grad_(), g
+
+
+def prepare(
+    modules: Mapping[str, nn.Module], setting: Setting, dtype: torch.dtype, what: str
+) -> dict[str, nn.Module]:
+    """Modules on the device, with the weights of the first one, in training or not."""
+    first, *_ = modules.values()
+    for module in modules.values():
+        module.load_state_dict(first.state_dict())
+        module.to(setting.device, dtype).train(what != "forward")
+    return dict(modules)
+
+
+def candidate(module: nn.Module, what: str) -> Callable[[Pair], Any]:
+    return forward(module) if what == "forward" else forward_and_backward(module)
+
+
+def forward(module: nn.Module) -> Callable[[Pair], Tensor]:
+    def run(given: Pair) -> Tensor:
+        with torch.no_grad():
+            return module(given[0])
+
+    return run
+
+
+def forward_and_backward(module: nn.Module) -> Callable[[Pair], tuple[Tensor, ...]]:
+    """Gives the output and all gradients."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+
+    def run(given: Pair) -> tuple[Tensor, ...]:
+        x, g = given
+        y = module(x)
+        return y, *torch.autograd.grad(y, [x, *parameters], g)
+
+    return run
+
+
+def measure(
+    candidates: Mapping[str, Callable[[Pair], Any]], given: Pair, setting: Setting
+) -> dict[str, Measurement]:
+    """Candidates beside a copy of x, into new memory and into old."""
+    x = given[0].detach()
+    into = torch.empty_like(x)
+    copies = {"clone": lambda _: x.clone(), "copy_": lambda _: into.copy_(x)}
+    return timing.interleaved({**candidates, **copies}, lambda _: given, setting)
+
+
+def share_of_input(step: Callable[[Pair], Any], given: Pair, setting: Setting) -> float:
+    """Peak memory beyond input, output and gradients, in percent of the input."""
+    extra = timing.peak_extra_bytes(lambda: step(given), setting.device)
+    return 100 * extra / timing.nbytes(given[0])
+
+
+def changing(
+    shape: Shape, axes: Sequence[int], setting: Setting, dtype: torch.dtype
+) -> Callable[[int], Pair]:
+    """Inputs of other sizes in each round: each of the axes between half as long and as long."""
+
+    def inputs(i: int) -> Pair:
+        chance, sizes = random.Random(i), list(shape)
+        for axis in axes:
+            sizes[axis] = chance.randint(-(-shape[axis] // 2), shape[axis])
+        return input_and_gradient(tuple(sizes), setting, dtype)
+
+    return inputs
+
+
+def compare_in_changing_sizes(
+    make_candidates: Callable[[], Mapping[str, Callable[[Pair], Any]]],
+    inputs: Callable[[int], Pair],
+    setting: Setting,
+    names: tuple[str, str],
+) -> dict[str, Quantity]:
+    """Times of candidates that never see a size twice, and the ratio of two of them.
+
+    Images of a detector do not repeat a size either: what compiles or tunes itself for each shows.
+    """
+    times = timing.interleaved(make_candidates(), inputs, setting, repeat=False)
+    values = timing.in_milliseconds(times)
+    ratio = timing.ratio(*(times[name] for name in names))
+    values[" / ".join(names)] = ratio
+    values["of the worst round"] = Quantity(min(ratio.rounds))
+    return values

@@ -1,0 +1,118 @@
+"""Detectron2's R-CNNs with and without plugins, made so that their times compare.
+
+All have the same weights, and the plugins start as the identity: all compute the same function, and
+so have the same proposals and detections to work on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detector_step import IDA, PLAIN, TEXTBOOK, TRIPLET
+from detectron2.config import get_cfg
+from detectron2.model_zoo import get_config_file
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from textbook import TextbookTripletAttention
+from torch import Tensor, nn
+
+import d2_plugins
+
+CONFIGS = {
+    "Faster R-CNN": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "Mask R-CNN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
+}
+_TRIPLET = [
+    *("MODEL.BACKBONE.NAME", "build_resnet_plugin_fpn_backbone"),
+    *("MODEL.RESNETS.TRIPLET_ATTENTION.STAGES", "('res2','res3','res4','res5')"),
+    *("MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START", "True"),
+]
+PLUGINS = {
+    PLAIN: [],
+    TRIPLET: _TRIPLET,
+    TEXTBOOK: _TRIPLET,
+    IDA: [
+        *("MODEL.BACKBONE.NAME", "build_resnet_plugin_fpn_backbone"),
+        *("MODEL.RESNETS.IDA.STAGES", "('res4','res5')"),
+    ],
+}
+_SMALL = [
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8"),
+    *("MODEL.RESNETS.RES2_OUT_CHANNELS", "16"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "4"),
+    *("MODEL.FPN.OUT_CHANNELS", "8"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "16"),
+    *("MODEL.RPN.POST_NMS_TOPK_TEST", "16"),
+    *("MODEL.ROI_BOX_HEAD.FC_DIM", "16"),
+    *("MODEL.ROI_MASK_HEAD.CONV_DIM", "8"),
+]
+
+
+def build(kind: str, plugin: str, device: torch.device, small: bool = False) -> nn.Module:
+    """A detector.
+
+    Args:
+        kind: a key of CONFIGS.
+        plugin: a key of PLUGINS.
+        device: where it is.
+        small: a few channels and regions only.
+    """
+    cfg = get_cfg()
+    d2_plugins.add_plugin_config(cfg)
+    cfg.merge_from_file(get_config_file(CONFIGS[kind]))
+    options = ["MODEL.DEVICE", str(device), "MODEL.WEIGHTS", ""]
+    # res2 trains, as it has to with fresh attention in it, in the plain detector as well
+    options += ["MODEL.BACKBONE.FREEZE_AT", "1"]
+    cfg.merge_from_list([*options, *(_SMALL if small else []), *PLUGINS[plugin]])
+    logging.getLogger("d2_plugins").setLevel(logging.ERROR)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    with torch.no_grad():
+        for name, norm in model.named_buffers():
+            if name.endswith("conv3.norm.weight"):
+                norm.fill_(0.2)  # random residual branches would add up to huge features
+        # One class is likely, so that there are detections, too.
+        model.roi_heads.box_predictor.cls_score.bias[0] = 3.0
+    if plugin == TEXTBOOK:
+        for block in [m for m in model.modules() if hasattr(m, "triplet_attention")]:
+            block.triplet_attention = TextbookTripletAttention().to(device)
+    return model
+
+
+def build_alike(
+    kind: str, plugins: Sequence[str], device: torch.device, small: bool = False
+) -> dict[str, nn.Module]:
+    """Detectors that have the weights of the first one in common, by their plugin."""
+    models = {plugin: build(kind, plugin, device, small) for plugin in plugins}
+    first, *others = models.values()
+    for other in others:
+        other.load_state_dict(first.state_dict(), strict=False)
+    return models
+
+
+def random_batch(images: int, size: tuple[int, int], seed: int = 0) -> list[dict[str, Any]]:
+    """Random images of one size with 8 objects each, whose masks are their boxes."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = size
+    batch = []
+    for _ in range(images):
+        image = torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8)
+        scale = torch.tensor([width, height])
+        start = torch.rand(8, 2, generator=generator) * 0.6 * scale
+        end = start + (0.03 + 0.35 * torch.rand(8, 2, generator=generator)) * scale
+        instances = Instances(size)
+        instances.gt_boxes = Boxes(torch.cat([start, end], 1))
+        instances.gt_classes = torch.randint(80, (8,), generator=generator)
+        corners = torch.cat([start, end], 1)[:, [0, 1, 2, 1, 2, 3, 0, 3]]
+        instances.gt_masks = PolygonMasks([[polygon.double().numpy()] for polygon in corners])
+        batch.append({"image": image, "height": height, "width": width, "instances": instances})
+    return batch
+
+
+def loss(model: nn.Module, batch: list[dict[str, Any]]) -> Tensor:
+    with EventStorage():  # heads write their statistics there
+        return sum(model(batch).values())

@@ -1,0 +1,271 @@
+"""How speed is measured: candidates in turn, medians and their ratios, and what memory it takes.
+
+A machine's speed drifts, so nothing is compared with a time of another run: in every round each
+candidate is timed once, in a changing order, and the first rounds are thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import statistics
+import tempfile
+import time
+import timeit
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils import benchmark
+from torch.utils.benchmark import Measurement
+from tqdm import tqdm
+
+from plugin_core.kernels import VARIABLE
+
+T = TypeVar("T")
+NO_MEMORY = "the GPU's memory is too small"
+# A candidate that is faster is repeated within a round.
+_SECONDS_OF_A_ROUND = 0.02
+
+
+class Impossible(Exception):
+    """On this machine, or with these arguments, this cannot be measured."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the command line says."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    repetitions: int
+    quick: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    @property
+    def warm_up(self) -> int:
+        """Rounds that are thrown away; on a GPU the first may compile and the second may tune."""
+        return 2 if self.on_gpu else 1
+
+
+@dataclass(frozen=True)
+class Target:
+    bound: float
+    at_least: bool
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+def at_least(bound: float) -> Target:
+    return Target(bound, True)
+
+
+def at_most(bound: float) -> Target:
+    return Target(bound, False)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number of a table, the interquartile range of its rounds, and what it should be."""
+
+    value: float
+    spread: float | None = None
+    target: Target | None = None
+    rounds: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of a case, by the column of the table, or why nothing was."""
+
+    case: str
+    values: Mapping[str, Quantity] = field(default_factory=dict)
+    group: str = ""
+    not_measured: str | None = None
+    has_failed: bool = False
+
+
+def attempt(
+    group: str, case: str, measure: Callable[[], list[Row] | dict[str, Quantity]]
+) -> list[Row]:
+    """Rows of a case that may be impossible here, and then say so; progress is printed.
+
+    Args:
+        group: the table.
+        case: the line of the table, or what its lines have in common.
+        measure: gives the line's values, or several lines.
+    """
+    print(f"  {case}", flush=True)
+    start, outcome = time.perf_counter(), ""
+    try:
+        measured = measure()
+        rows = measured if isinstance(measured, list) else [Row(case, measured, group)]
+    except (Impossible, ImportError, torch.OutOfMemoryError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError)
+        reason = NO_MEMORY if is_memory else " ".join(str(error).split())
+        rows, outcome = [Row(case, group=group, not_measured=reason)], f"; not measured: {reason}"
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"it failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        rows = [Row(case, group=group, not_measured=reason, has_failed=True)]
+        outcome = f"; {reason}"
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print(f"    {time.perf_counter() - start:.1f} s{outcome}", flush=True)
+    return rows
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[T], object]],
+    inputs: Callable[[int], T],
+    setting: Setting,
+    repeat: bool = True,
+) -> dict[str, Measurement]:
+    """Time the candidates in turn.
+
+    ``torch.utils.benchmark`` has the clock, which waits for a GPU, and the statistics. Its own
+    ``Timer`` would run each candidate twice more in each round, unmeasured.
+
+    Args:
+        candidates: take what ``inputs`` gives.
+        inputs: called with the number of the round, before the clock starts.
+        setting: of the command line.
+        repeat: a fast candidate is called several times in a round. Not where it must not see the
+            same input twice.
+
+    Returns:
+        The rounds of each candidate, but for those that a GPU's memory is too small for.
+    """
+    numbers = dict.fromkeys(candidates, 1)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    rounds = range(setting.warm_up + setting.repetitions)
+    for i in tqdm(rounds, "    rounds", leave=False, disable=None):  # shown to people only
+        given = inputs(i)
+        for name in random.Random(i).sample(list(times), len(times)):
+            call = timeit.Timer(partial(candidates[name], given), timer=benchmark.timer)
+            try:
+                seconds = call.timeit(numbers[name])
+            except torch.OutOfMemoryError:
+                del times[name]
+                torch.cuda.empty_cache()
+                continue
+            times[name].append(seconds)
+            if i < setting.warm_up and repeat and not setting.quick:
+                numbers[name] = math.ceil(_SECONDS_OF_A_ROUND / (seconds / numbers[name]))
+    return {n: measurement(n, t[setting.warm_up :], numbers[n]) for n, t in times.items()}
+
+
+def measurement(name: str, seconds: Sequence[float], number: int = 1) -> Measurement:
+    """Of rounds of so many seconds and calls each."""
+    task = benchmark.TaskSpec(name, setup="", num_threads=torch.get_num_threads())
+    return Measurement(number, list(seconds), task)
+
+
+def milliseconds(measured: Measurement) -> Quantity:
+    rounds = tuple(1e3 * seconds for seconds in measured.times)
+    return Quantity(1e3 * measured.median, 1e3 * measured.iqr, rounds=rounds)
+
+
+def in_milliseconds(times: Mapping[str, Measurement]) -> dict[str, Quantity]:
+    """A column for each candidate."""
+    return {f"{name}, ms": milliseconds(measured) for name, measured in times.items()}
+
+
+def ratio(above: Measurement, below: Measurement, target: Target | None = None) -> Quantity:
+    """Ratio of two medians, with the spread of the ratios of each round."""
+    of_rounds = [a / b for a, b in zip(above.times, below.times, strict=True)]
+    value = above.median / below.median
+    return Quantity(value, interquartile_range(of_rounds), target, tuple(of_rounds))
+
+
+def gigabytes_per_second(measured: Measurement, size: float) -> Quantity:
+    return Quantity(size / measured.median / 1e9)
+
+
+def interquartile_range(values: Sequence[float]) -> float:
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return third - first
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The power of its size that a quantity grows with: slope of the logarithms' line."""
+    logarithms = [[math.log(value) for value in column] for column in (sizes, values)]
+    return statistics.linear_regression(*logarithms).slope
+
+
+def slope_through_origin(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Of the straight line of least squares."""
+    products = sum(x * y for x, y in zip(sizes, values, strict=True))
+    return products / sum(x * x for x in sizes)
+
+
+def nbytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def peak_extra_bytes(step: Callable[[], Sequence[Tensor]], device: torch.device) -> int:
+    """The most memory that ``step`` has allocated at once, beyond the tensors that it returns.
+
+    What was allocated before does not count. On a CPU, what PyTorch's allocator has not handed out,
+    such as a convolution's scratch memory in oneDNN, is not seen.
+    """
+    results = step()  # caches, workspaces and compiled kernels stay
+    del results
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        results = step()
+        torch.cuda.synchronize(device)
+        return max(0, torch.cuda.max_memory_allocated(device) - before - nbytes(*results))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
+        results = step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted((e["ts"], e["args"]["Bytes"]) for e in events if e.get("name") == "[memory]")
+    live = peak = 0
+    for _, change in changes:
+        live += change
+        peak = max(peak, live)
+    return max(0, peak - nbytes(*results))
+
+
+@contextmanager
+def kernels(choice: str) -> Iterator[None]:
+    """With ``PLUGIN_KERNELS`` set to it."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = choice
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+def with_kernels(choice: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with kernels(choice):
+            return function(*args)
+
+    return run
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
