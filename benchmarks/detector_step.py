@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,7 +29,7 @@ start as the identity, so that all have the same proposals and detections: the l
 rounding only. The textbook's triplet attention has no such start. Deformable DETR is MMDetection's
 with ResNet-50. BatchFormerV2 doubles the batch behind the first encoder layer; what this costs by
 itself shows with the identity in the BatchFormer's place. Its dropout makes the losses differ."""
-MINUTES = 8.5
+MINUTES = 13
 PLAIN, TRIPLET, IDA, TEXTBOOK = "without", "triplet attention", "IDA", "textbook triplet attention"
 STREAMS, BATCHFORMER = "two streams without BatchFormer", "BatchFormerV2"
 TRAINING, INFERENCE = "Training steps", "Inference"
@@ -37,6 +37,8 @@ CHANGING_SIZES = "Training steps with another size in every round"
 DETR = "Training steps of a DETR with BatchFormerV2"
 # Images in training and size, and images in inference; Detectron2 evaluates single images.
 BATCHES = {"cpu": (2, (480, 640), (1,)), "cuda": (8, (800, 1333), (8, 1))}
+# On a CPU the size of the published detectors is measured once; on a GPU it is that of all.
+FULL_SIZE = (1, (800, 1216))
 # In changing sizes it is the largest.
 CHANGING = {"cpu": (2, (320, 448)), "cuda": (8, (800, 1333))}
 DETR_BATCHES = {"cpu": (2, (192, 256)), "cuda": (2, (800, 1333))}
@@ -63,6 +65,7 @@ def rows(setting: Setting) -> list[Row]:
         for dtype in setting.dtypes:
             measured += steps_of_rcnn(kind, dtype, setting)
         if kind == "Faster R-CNN":
+            measured += full_size(kind, setting)
             measured += changing_sizes(kind, setting)
     rcnns.cache_clear()
     images, size = DETR_BATCHES[setting.device.type]
@@ -104,6 +107,17 @@ def steps_of_rcnn(kind: str, dtype: torch.dtype, setting: Setting) -> list[Row]:
         case = Case(kind, "inference", count, size, dtype)
         measured += timing.attempt(INFERENCE, str(case), partial(inference, case, targets, setting))
         targets = {}  # those are of the first
+    return measured
+
+
+def full_size(kind: str, setting: Setting) -> list[Row]:
+    images, size = FULL_SIZE
+    measured = []
+    for dtype in setting.dtypes if not setting.on_gpu else ():
+        case = Case(kind, "training", images, small(size, setting), dtype)
+        targets = TARGETS.get((setting.device.type, dtype), {})
+        measure = partial(training, case, targets, setting, (PLAIN, TRIPLET, IDA))
+        measured += timing.attempt(TRAINING, str(case), measure)
     return measured
 
 
@@ -195,11 +209,16 @@ def training_steps(
     return {name: TrainingStep(model, loss_of, dtype, setting) for name, model in models.items()}
 
 
-def training(case: Case, targets: Targets, setting: Setting) -> list[Row]:
+def training(
+    case: Case, targets: Targets, setting: Setting, plugins: Sequence[str] | None = None
+) -> list[Row]:
+    """With each of the plugins that there are, or with these."""
     import detectron2_detectors as detectors
 
     batch = detectors.random_batch(case.images, case.size)
-    steps = training_steps(rcnns(case.kind, setting), detectors.loss, case.dtype, setting)
+    models = rcnns(case.kind, setting)
+    models = {name: models[name] for name in plugins or models}
+    steps = training_steps(models, detectors.loss, case.dtype, setting)
     times = timing.interleaved(steps, lambda i: (i, batch), setting)
     return compare(case, steps, times, targets, TRAINING)
 

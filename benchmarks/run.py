@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure the speed and memory of the methods, alone and in detectors, beside their textbook forms.
 
-    benchmarks/run.py                           what this machine can, 15 minutes on 2 cores
+    benchmarks/run.py                           what this machine can, 20 minutes on 2 cores
     benchmarks/run.py --only ida detector_step  a part
     benchmarks/run.py --quick                   try it: tiny sizes, whose times say nothing
 

@@ -178,13 +178,16 @@ class IDABlock(_DualAttention):
         heads brings a part of the bias.
         """
         batch, heads, queries, channels = attended.shape
-        weight = self.proj.weight.flatten(1).unflatten(1, (heads, channels)).permute(1, 2, 0)
-        samples = attended.transpose(0, 1).flatten(1, 2) @ weight.to(attended.dtype)  # (N, B·K, C)
-        samples = self.gamma * (samples + self.proj.get_parameter("bias") / heads)
-        samples = samples.to(share.dtype).unflatten(1, (batch, queries)).permute(1, 3, 0, 2)
-        samples, share = samples.flatten(2), share.flatten(1, 2)  # (B, C, N·K), (B, N·K, H·W)
+        # Gamma meets what is smallest.
+        attended, bias = self.gamma * attended, self.gamma * self.proj.get_parameter("bias")
+        weight = self.proj.weight.flatten(1).unflatten(1, (heads, channels)).transpose(0, 1)
+        samples = weight.to(attended.dtype) @ attended.transpose(0, 1).flatten(1, 2).mT
+        samples = samples.unflatten(2, (batch, queries)).permute(2, 1, 0, 3).flatten(2)
+        samples = (samples + bias[:, None] / heads).to(share.dtype)  # (B, C, N·K)
+        share = share.flatten(1, 2)  # (B, N·K, H·W)
+        # y comes to lie in memory as x does.
         if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-            y = (share.transpose(1, 2) @ samples.transpose(1, 2)).transpose(1, 2)
+            y = (share.mT @ samples.mT).mT
         else:
             y = samples @ share
         return y.unflatten(2, x.shape[2:])

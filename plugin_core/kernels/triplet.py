@@ -25,6 +25,7 @@ from torch import Tensor
 
 from plugin_core.kernels import choice, is_plain_tensor
 from plugin_core.kernels.triplet_cpu import CpuPasses
+from plugin_core.kernels.triplet_cuda import CudaPasses
 
 
 class Passes(Protocol):
@@ -57,21 +58,22 @@ def passes_for(x: Tensor) -> Passes | None:
         return None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return None
-    return CpuPasses.of(x)
+    return CpuPasses.of(x) or CudaPasses.of(x)
 
 
-def z_pool(x: Tensor, passes: Passes) -> tuple[list[Tensor], list[Tensor]]:
+def z_pool(x: Tensor, passes: Passes) -> tuple[list[Tensor], list[Tensor], tuple[bool, ...]]:
     """Maximum and mean over H, W and C: maps (B, 2, C, W), (B, 2, H, C) and (B, 2, H, W).
 
     Returns:
-        The maps, and what :func:`scale` takes as ``links``.
+        The maps as the backend lays them out; what :func:`scale` takes as ``links``; and of each
+        map whether its rows and columns are exchanged.
     """
     maps = _ZPool.apply(x, passes)
-    return list(maps[:3]), list(maps[3:])
+    return list(maps[:3]), list(maps[3:]), _Layout(x).exchanged
 
 
 def scale(x: Tensor, gates: list[Tensor], links: list[Tensor], passes: Passes) -> Tensor:
-    """``x * sum(gates)`` with gates (B, 1, C, W), (B, 1, H, C) and (B, 1, H, W)."""
+    """``x * sum(gates)``, with one channel for the two of each map of ``z_pool(x)``."""
     wide = links[1].dtype
     return _Scale.apply(passes, x, *(gate.to(wide) for gate in gates), *links)
 
@@ -107,7 +109,9 @@ class _ZPool(torch.autograd.Function):
         ]
         pooled, g, gates = pooled_and_links[:3], pooled_and_links[3], pooled_and_links[4:]
         if torch.is_grad_enabled():  # with create_graph: of these operations there are derivatives
-            return _input_gradient(g, gates, pooled, ctx.layout.to_named(ctx.saved_tensors)), None
+            upright = ctx.layout.upright
+            indices = ctx.layout.to_named(ctx.saved_tensors)
+            return _input_gradient(g, *map(upright, (gates, pooled, indices))), None
         gx = ctx.passes.input_gradient(
             ctx.layout.to_pqr(g),
             ctx.layout.from_named(gates),
@@ -131,7 +135,8 @@ class _Scale(torch.autograd.Function):
         x, *gates = ctx.saved_tensors
         if torch.is_grad_enabled():
             product = (g * x).to(gates[0].dtype)
-            sums = [product.sum(2), product.sum(3).transpose(1, 2), product.sum(1)]
+            upright = [product.sum(2), product.sum(3).transpose(1, 2), product.sum(1)]
+            sums = ctx.layout.upright(upright)  # or the other way round
         else:
             pqr = ctx.layout.to_pqr(g), ctx.layout.to_pqr(x)
             sums = ctx.layout.to_named(ctx.passes.product(*pqr))
@@ -192,16 +197,20 @@ class _Layout:
         return x.permute(0, 3, 1, 2) if self._channels_last else x
 
     def to_named(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """PQ, PR and QR as cw, hc and hw."""
+        """PQ, PR and QR in the order cw, hc, hw."""
         pq, pr, qr = maps
-        if self._channels_last:
-            return [qr.transpose(-2, -1), pr, pq]
-        return [pr, pq.transpose(-2, -1), qr]
+        return [qr, pr, pq] if self._channels_last else [pr, pq, qr]
 
     def from_named(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Contiguous PQ, PR and QR of cw, hc and hw."""
-        cw, hc, hw = maps
-        pqr = [hw, hc, cw.transpose(-2, -1)]
-        if not self._channels_last:
-            pqr = [hc.transpose(-2, -1), cw, hw]
-        return [m.contiguous() for m in pqr]
+        """Contiguous PQ, PR and QR."""
+        cw, hc, hw = (m.contiguous() for m in maps)
+        return [hw, hc, cw] if self._channels_last else [hc, cw, hw]
+
+    @property
+    def exchanged(self) -> tuple[bool, ...]:
+        """Of cw, hc and hw, whether rows and columns are exchanged."""
+        return (True, False, False) if self._channels_last else (False, True, False)
+
+    def upright(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps cw, hc and hw with their rows and columns as the names have them."""
+        return [m.mT if x else m for m, x in zip(maps, self.exchanged, strict=True)]

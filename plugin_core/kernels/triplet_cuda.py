@@ -1,0 +1,601 @@
+"""Triplet attention's passes over memory on a CUDA GPU, by Triton.
+
+``scale``, ``product`` and ``input_gradient`` read and write every tensor once. A program works on a
+block of rows and columns of (Q, R) and goes with it through some consecutive planes of P, so that
+the block's part of the map QR stays in registers, as what is read or as a sum. Sums that several
+programs share are partial maps at first, and a second stage adds these up, which are small: without
+atomics the same input always gives the same bits.
+
+``pool`` reads x twice, once for PQ and PR and once for QR. It could read x once, as ``product``
+does, but then the threads of a row would have to agree on maximum, index and sum in every block,
+instead of once in a row. Compiled, that is half as many instructions again as those of both reads,
+and at two bytes an element it is they, and not the memory, that limit a GPU like the H100.
+
+Features of a detector have a new size in every batch. So the sizes are arguments that no kernel is
+specialized on, and the blocks are the same for all: a kernel is compiled once for a dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from plugin_core.kernels import choice
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch for CPUs, or for Windows, comes without
+    triton = None
+
+# Blocks have as many columns as they need to leave little of a row's reduction to be exchanged
+# between threads: of a sum over 64, half is within a thread. Larger blocks would be less full.
+_BLOCK = {"BLOCK_Q": 32, "BLOCK_R": 64, "num_warps": 8}
+# Over which a row's reduction goes on, block by block, within the threads.
+_BLOCK_OF_ROWS = {"BLOCK_Q": 32, "BLOCK_R": 32, "num_warps": 4}
+_BLOCK_OF_PLANES = {"BLOCK": 1024, "num_warps": 4}
+_BLOCK_OF_JOINED = {"BLOCK": 256, "num_warps": 4}
+# Without a limit the input's gradient takes so many registers that a multiprocessor has room for no
+# more than one program. Numbers of 64 bits need more.
+_FEWER_REGISTERS = {"maxnreg": 80}
+# So many programs run on a multiprocessor at once.
+_AT_ONCE, _PLANES_AT_ONCE = 3, 8
+# At least so many planes in each part: a part has a map of its own.
+_PLANES_OF_A_PART = 8
+# At least this share of the blocks has to be elements: 7×7 features are quicker in plain PyTorch.
+_LEAST_FILLED = 1 / 8
+# Offsets within a part have 32 bits.
+_LARGEST_PART = 2**30
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class CudaPasses:
+    """The passes of :mod:`plugin_core.kernels.triplet` on tensors (B, P, Q, R).
+
+    Args:
+        processors: how many multiprocessors the GPU has.
+    """
+
+    def __init__(self, processors: int) -> None:
+        self._processors = processors
+
+    @staticmethod
+    def of(x: Tensor) -> CudaPasses | None:
+        """For x (B, C, H, W); None where there are none, which is warned of once.
+
+        Raises:
+            RuntimeError: if the GPU has none for x and ``PLUGIN_KERNELS=fast`` asks for it.
+        """
+        if x.device.type != "cuda" or x.dtype not in _DTYPES or not _fills_blocks(x):
+            return None
+        key = (x.device, x.dtype)
+        if key not in _CHECKED:
+            if _is_capturing(x.device):  # a graph must not record the check
+                return None
+            _CHECKED[key] = _checked(x.device, x.dtype)
+        checked = _CHECKED[key]
+        if isinstance(checked, CudaPasses):
+            return checked
+        if choice() == "fast":
+            raise RuntimeError(f"PLUGIN_KERNELS=fast: {checked}")
+        _warn_once(checked)
+        return None
+
+    def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
+        b, p, q, r = x.shape
+        row_blocks = -(-q // _BLOCK_OF_ROWS["BLOCK_Q"])
+        blocks = b * -(-q * r // _BLOCK_OF_PLANES["BLOCK"])
+        planes, parts = self._parts(x, blocks, _PLANES_AT_ONCE)
+
+        def empty(channels: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+            return [
+                x.new_empty(size, dtype=dtype)
+                for size in (
+                    (b, *channels, p, q),
+                    (b, *channels, p, r),
+                    (b, *channels, q, r),
+                    (*channels, row_blocks, b, p, r),
+                    (*channels, parts, b, q, r),
+                )
+            ]
+
+        pq, pr, qr, partial_pr, partial_qr = empty((2,), _wide(x))
+        at = empty((), torch.int32) if indices else []
+        without: list[Any] = [None] * 5
+        pq_at, pr_at, qr_at, partial_pr_at, partial_qr_at = at or without
+        with _on(x.device):
+            _pool_rows[(b * p * row_blocks,)](
+                x, pq, partial_pr, pq_at, partial_pr_at, *x.shape, **_BLOCK_OF_ROWS
+            )
+            _pool_planes[(blocks * parts,)](
+                x, partial_qr, partial_qr_at, *x.shape, planes, **_BLOCK_OF_PLANES
+            )
+            largest = b * max(p, q) * r
+            _join[(-(-largest // _BLOCK_OF_JOINED["BLOCK"]), 2)](
+                partial_pr, partial_qr, partial_pr_at, partial_qr_at, pr, qr, pr_at, qr_at,
+                *x.shape, row_blocks, parts, **_BLOCK_OF_JOINED,
+            )  # fmt: skip
+        return [pq, pr, qr], at[:3]
+
+    def scale(self, x: Tensor, gates: list[Tensor]) -> Tensor:
+        y = torch.empty_like(x)
+        blocks, planes, parts = self._tiles(x)
+        with _on(x.device):
+            _scale[(blocks * parts,)](x, y, *gates, *x.shape, planes, **_BLOCK)
+        return y
+
+    def product(self, g: Tensor, x: Tensor) -> list[Tensor]:
+        b, p, q, r = x.shape
+        blocks, planes, parts = self._tiles(x)
+        row_blocks, column_blocks = -(-q // _BLOCK["BLOCK_Q"]), -(-r // _BLOCK["BLOCK_R"])
+        sizes = ((column_blocks, b, p, q), (row_blocks, b, p, r), (parts, b, q, r))
+        sums = [x.new_empty(size, dtype=_wide(x)) for size in sizes]
+        with _on(x.device):
+            _product[(blocks * parts,)](g, x, *sums, *x.shape, planes, **_BLOCK)
+        return [s.sum(0) if len(s) > 1 else s[0] for s in sums]
+
+    def input_gradient(
+        self, g: Tensor, gates: list[Tensor], pooled: list[Tensor], indices: list[Tensor]
+    ) -> Tensor:
+        gx = torch.empty_like(g)
+        blocks, planes, parts = self._tiles(g)
+        options = _BLOCK if g.dtype is torch.float64 else _BLOCK | _FEWER_REGISTERS
+        with _on(g.device):
+            _input_gradient[(blocks * parts,)](
+                g, gx, *gates, *pooled, *indices, *g.shape, planes, **options
+            )
+        return gx
+
+    def correlate(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``F.conv2d`` of x (B, I, H, W) and weight (O, I, k, k), k odd, to the same H and W."""
+        with torch.autocast(x.device.type, enabled=False):  # as x is, so is the result
+            return F.conv2d(x, weight, padding=weight.shape[2] // 2)
+
+    def correlate_weight_gradient(self, g: Tensor, x: Tensor, k: int) -> Tensor:
+        """Gradient of the weight (1, I, k, k) of :meth:`correlate`, of g (B, 1, H, W)."""
+        weight = x.new_empty((1, x.shape[1], k, k))  # only its shape is read
+        half, which = [k // 2] * 2, [False, True, False]
+        return torch.ops.aten.convolution_backward(
+            g, x, weight, None, [1, 1], half, [1, 1], False, [0, 0], 1, which
+        )[1]
+
+    def _tiles(self, x: Tensor) -> tuple[int, int, int]:
+        """The number of blocks, the planes in each part, and the number of parts."""
+        b, _, q, r = x.shape
+        blocks = b * -(-q // _BLOCK["BLOCK_Q"]) * -(-r // _BLOCK["BLOCK_R"])
+        return blocks, *self._parts(x, blocks, _AT_ONCE)
+
+    def _parts(self, x: Tensor, blocks: int, at_once: int) -> tuple[int, int]:
+        """Into how many parts of how many planes P is cut, to occupy the whole GPU."""
+        _, p, q, r = x.shape
+        at_once *= self._processors
+        # As few rounds of programs as are well filled: one with few programs lasts as long.
+        for rounds in range(1, 5):
+            parts = rounds * at_once // blocks
+            if parts * blocks >= 0.8 * rounds * at_once:
+                break
+        planes = max(_PLANES_OF_A_PART, -(-p // max(1, parts)))
+        planes = max(1, min(planes, p, _LARGEST_PART // (q * r)))
+        return planes, -(-p // planes)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; its interpreter, on CPU tensors, has none."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+# ------------------------------------------------------------------------------------------ kernels
+# Pointers are to contiguous tensors; maps come as PQ, PR, QR. Sizes have 32 bits, and what is a
+# multiple of the batch has 64.
+
+
+def _kernel(function: Callable[..., Any]) -> Any:
+    """Compiled once for the dtypes of its arguments, whatever their sizes and alignment."""
+    if triton is None:
+        return function
+    arguments = [name for name in inspect.signature(function).parameters if not name.isupper()]
+    return triton.jit(do_not_specialize=arguments)(function)
+
+
+@_kernel
+def _tile(
+    p: tl.tensor, q: tl.tensor, r: tl.tensor, planes: tl.tensor,
+    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+) -> Any:  # fmt: skip
+    """This program's image (64 bits), first plane, number of planes, first row and column."""
+    program = tl.program_id(0)
+    column_blocks, row_blocks = tl.cdiv(r, BLOCK_R), tl.cdiv(q, BLOCK_Q)
+    column = program % column_blocks * BLOCK_R
+    row = program // column_blocks % row_blocks * BLOCK_Q
+    part = program // column_blocks // row_blocks % tl.cdiv(p, planes)
+    image = program // column_blocks // row_blocks // tl.cdiv(p, planes)
+    first = part * planes
+    return image.to(tl.int64), first, tl.minimum(planes, p - first), row, column
+
+
+@_kernel
+def _block(r: tl.tensor, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr) -> Any:
+    """Rows and columns of a block, and where its elements are in a plane, from its first one on.
+
+    A block has the axes (rows, columns / 32, 32): the warps share the rows, and a row has some of
+    its columns in the registers of one thread, which leaves less to exchange between threads.
+    """
+    rows = tl.arange(0, BLOCK_Q)
+    columns = tl.arange(0, BLOCK_R // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    return rows, columns, rows[:, None, None] * r + columns[None, :, :]
+
+
+@_kernel
+def _found(here: tl.tensor, positions: tl.tensor) -> Any:
+    # Where nothing is found, as with NaN, beyond all positions, for which any of them will do.
+    return tl.where(here, positions, 2147483647)
+
+
+@_kernel
+def _pool_rows(
+    x: tl.tensor, pq: tl.tensor, pr: tl.tensor, pq_at: tl.tensor, pr_at: tl.tensor,
+    batch: tl.tensor, p: tl.tensor, q: tl.tensor, r: tl.tensor,
+    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write PQ (batch, 2, P, Q), maximum and mean, and PR (2, row blocks, batch, P, R), and sum."""
+    program = tl.program_id(0)
+    row_blocks = tl.cdiv(q, BLOCK_Q)
+    row = program % row_blocks * BLOCK_Q
+    own = (program // row_blocks).to(tl.int64)  # plane of the batch
+    rows, columns, offsets = _block(r, BLOCK_Q, BLOCK_R)
+    in_rows = rows < q - row
+    x += (own * q + row) * r
+    map_rows = batch.to(tl.int64) * p
+    pr += (row // BLOCK_Q * map_rows + own) * r
+    pr_sum = pr + row_blocks * map_rows * r
+    if pr_at is not None:
+        pr_at += (row // BLOCK_Q * map_rows + own) * r
+
+    wide = pq.dtype.element_ty
+    nothing = float("-inf")
+    maximum_of_pq = tl.full(offsets.shape, nothing, wide)
+    sum_of_pq = tl.zeros(offsets.shape, wide)
+    index_of_pq = tl.zeros(offsets.shape, tl.int32)
+    for column in range(0, r, BLOCK_R):
+        in_columns = columns < r - column
+        inside = in_rows[:, None, None] & in_columns[None, :, :]
+        value = tl.load(x + (offsets + column), inside, 0.0).to(wide)
+        only_inside = tl.where(inside, value, nothing)
+        sum_of_pq += value
+        if pq_at is not None:
+            index_of_pq = tl.where(only_inside > maximum_of_pq, column, index_of_pq)
+        maximum_of_pq = tl.maximum(maximum_of_pq, only_inside)
+        maximum = tl.max(only_inside, 0)
+        tl.store(pr + (column + columns), maximum, in_columns)
+        tl.store(pr_sum + (column + columns), tl.sum(value, 0), in_columns)
+        if pr_at is not None:
+            here = inside & (only_inside == maximum[None, :, :])
+            index = tl.min(_found(here, row + rows[:, None, None]), 0)
+            tl.store(pr_at + (column + columns), index, in_columns)
+
+    to = (own + own // p * p) * q + row  # of an image there are two maps
+    maximum = tl.max(tl.max(maximum_of_pq, 1), 1)
+    tl.store(pq + to + rows, maximum, in_rows)
+    pq_mean = pq + p.to(tl.int64) * q + to
+    tl.store(pq_mean + rows, tl.sum(tl.sum(sum_of_pq, 1), 1) / r, in_rows)
+    if pq_at is not None:
+        here = maximum_of_pq == maximum[:, None, None]
+        index = tl.min(tl.min(_found(here, index_of_pq + columns[None, :, :]), 1), 1)
+        tl.store(pq_at + (own * q + row) + rows, tl.minimum(index, r - 1), in_rows)
+
+
+@_kernel
+def _pool_planes(
+    x: tl.tensor, qr: tl.tensor, qr_at: tl.tensor,
+    batch: tl.tensor, p: tl.tensor, q: tl.tensor, r: tl.tensor, planes: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write QR (2, parts, batch, Q, R), maximum and sum."""
+    program = tl.program_id(0)
+    size = q * r
+    blocks, parts = tl.cdiv(size, BLOCK), tl.cdiv(p, planes)
+    start = program % blocks * BLOCK
+    part = program // blocks % parts
+    image = (program // blocks // parts).to(tl.int64)
+    first = part * planes
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < size - start
+    x += (image * p + first) * size + start
+    wide = qr.dtype.element_ty
+    maximum = tl.full((BLOCK,), float("-inf"), wide)
+    added = tl.zeros((BLOCK,), wide)
+    index = tl.zeros((BLOCK,), tl.int32)
+    for plane in range(tl.minimum(planes, p - first)):
+        value = tl.load(x + offsets, inside, 0.0).to(wide)
+        x += size
+        added += value
+        if qr_at is not None:
+            index = tl.where(value > maximum, plane, index)
+        maximum = tl.maximum(maximum, value)
+    batch = batch.to(tl.int64)
+    to = (part * batch + image) * size + start
+    tl.store(qr + to + offsets, maximum, inside)
+    tl.store(qr + parts * batch * size + to + offsets, added, inside)
+    if qr_at is not None:
+        tl.store(qr_at + to + offsets, first + index, inside)
+
+
+@_kernel
+def _join(
+    partial_pr: tl.tensor, partial_qr: tl.tensor,
+    partial_pr_at: tl.tensor, partial_qr_at: tl.tensor,
+    pr: tl.tensor, qr: tl.tensor, pr_at: tl.tensor, qr_at: tl.tensor,
+    batch: tl.tensor, p: tl.tensor, q: tl.tensor, r: tl.tensor,
+    parts_of_pr: tl.tensor, parts_of_qr: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write PR and QR (batch, 2, rows, columns), maximum and mean, and their indices."""
+    batch = batch.to(tl.int64)
+    if tl.program_id(1) == 0:
+        _join_map(partial_pr, partial_pr_at, pr, pr_at, parts_of_pr, batch, p, r, q, BLOCK)
+    else:
+        _join_map(partial_qr, partial_qr_at, qr, qr_at, parts_of_qr, batch, q, r, p, BLOCK)
+
+
+@_kernel
+def _join_map(
+    partial: tl.tensor, partial_at: tl.tensor, joined: tl.tensor, joined_at: tl.tensor,
+    parts: tl.tensor, batch: tl.tensor, rows: tl.tensor, columns: tl.tensor, length: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    size = rows.to(tl.int64) * columns
+    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = position < batch * size
+    partial_sum = partial + parts * batch * size
+    maximum = tl.load(partial + position, inside, 0.0)
+    added = tl.load(partial_sum + position, inside, 0.0)
+    index = tl.zeros((BLOCK,), tl.int32)
+    if joined_at is not None:
+        index = tl.load(partial_at + position, inside, 0)
+    for part in range(1, parts):
+        here = part * batch * size + position
+        other = tl.load(partial + here, inside, 0.0)
+        added += tl.load(partial_sum + here, inside, 0.0)
+        if joined_at is not None:
+            # The parts are in order: of equal maxima the first one stays.
+            index = tl.where(other > maximum, tl.load(partial_at + here, inside, 0), index)
+        maximum = tl.maximum(maximum, other)
+    to = position + position // size * size
+    tl.store(joined + to, maximum, inside)
+    tl.store(joined + to + size, added / length, inside)
+    if joined_at is not None:
+        tl.store(joined_at + position, tl.minimum(index, length - 1), inside)
+
+
+@_kernel
+def _scale(
+    x: tl.tensor, y: tl.tensor, pq: tl.tensor, pr: tl.tensor, qr: tl.tensor,
+    batch: tl.tensor, p: tl.tensor, q: tl.tensor, r: tl.tensor, planes: tl.tensor,
+    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write x times the sum of three maps."""
+    image, first, own_planes, row, column = _tile(p, q, r, planes, BLOCK_Q, BLOCK_R)
+    rows, columns, offsets = _block(r, BLOCK_Q, BLOCK_R)
+    in_rows, in_columns = rows < q - row, columns < r - column
+    inside = in_rows[:, None, None] & in_columns[None, :, :]
+    own = image * p + first
+    start = (own * q + row) * r + column
+    x += start
+    y += start
+    pq += own * q + row
+    pr += own * r + column
+    gate_of_block = tl.load(qr + (image * q + row) * r + column + offsets, inside, 0.0)
+    for plane in range(own_planes):
+        gate_of_rows = tl.load(pq + (plane * q + rows), in_rows, 0.0)
+        gate_of_columns = tl.load(pr + (plane * r + columns), in_columns, 0.0)
+        gate = gate_of_block + gate_of_rows[:, None, None] + gate_of_columns[None, :, :]
+        here = offsets + plane * (q * r)
+        value = tl.load(x + here, inside, 0.0).to(gate.dtype) * gate
+        tl.store(y + here, value.to(y.dtype.element_ty), inside)
+
+
+@_kernel
+def _product(
+    g: tl.tensor, x: tl.tensor, pq: tl.tensor, pr: tl.tensor, qr: tl.tensor,
+    batch: tl.tensor, p: tl.tensor, q: tl.tensor, r: tl.tensor, planes: tl.tensor,
+    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Partial maps (parts, batch, rows, columns), sums of g x over each axis."""
+    image, first, own_planes, row, column = _tile(p, q, r, planes, BLOCK_Q, BLOCK_R)
+    rows, columns, offsets = _block(r, BLOCK_Q, BLOCK_R)
+    in_rows, in_columns = rows < q - row, columns < r - column
+    inside = in_rows[:, None, None] & in_columns[None, :, :]
+    batch = batch.to(tl.int64)
+    start = ((image * p + first) * q + row) * r + column
+    g += start
+    x += start
+    pq += ((column // BLOCK_R * batch + image) * p + first) * q + row
+    pr += ((row // BLOCK_Q * batch + image) * p + first) * r + column
+    qr += ((first // planes * batch + image) * q + row) * r + column
+    wide = pq.dtype.element_ty
+    sum_of_qr = tl.zeros(offsets.shape, wide)
+    for plane in range(own_planes):
+        here = offsets + plane * (q * r)
+        value = tl.load(g + here, inside, 0.0).to(wide) * tl.load(x + here, inside, 0.0).to(wide)
+        sum_of_qr += value
+        tl.store(pq + (plane * q + rows), tl.sum(tl.sum(value, 1), 1), in_rows)
+        tl.store(pr + (plane * r + columns), tl.sum(value, 0), in_columns)
+    tl.store(qr + offsets, sum_of_qr, inside)
+
+
+@_kernel
+def _input_gradient(
+    g: tl.tensor, gx: tl.tensor, pq_gate: tl.tensor, pr_gate: tl.tensor, qr_gate: tl.tensor,
+    pq: tl.tensor, pr: tl.tensor, qr: tl.tensor,
+    pq_at: tl.tensor, pr_at: tl.tensor, qr_at: tl.tensor,
+    batch: tl.tensor, p: tl.tensor, q: tl.tensor, r: tl.tensor, planes: tl.tensor,
+    BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write g times the sum of the gates, and what the pooled maps' gradients hand back."""
+    image, first, own_planes, row, column = _tile(p, q, r, planes, BLOCK_Q, BLOCK_R)
+    rows, columns, offsets = _block(r, BLOCK_Q, BLOCK_R)
+    in_rows, in_columns = rows < q - row, columns < r - column
+    inside = in_rows[:, None, None] & in_columns[None, :, :]
+    own = image * p + first
+    start = (own * q + row) * r + column
+    g += start
+    gx += start
+    pq_gate += own * q + row
+    pq_at += own * q + row
+    pr_gate += own * r + column
+    pr_at += own * r + column
+    own += image * p  # of an image there are a map of the maximum and one of the mean
+    pq += own * q + row
+    pq_mean = pq + p.to(tl.int64) * q
+    pr += own * r + column
+    pr_mean = pr + p.to(tl.int64) * r
+
+    wide = pq.dtype.element_ty
+    share_p, share_q, share_r = 1.0 / p.to(wide), 1.0 / q.to(wide), 1.0 / r.to(wide)
+    size = q.to(tl.int64) * r  # of a map QR
+    block = row.to(tl.int64) * r + column
+    gate_of_block = tl.load(qr_gate + (image * size + block) + offsets, inside, 0.0)
+    index_of_block = tl.load(qr_at + (image * size + block) + offsets, inside, 0) - first
+    maximum_of_block = tl.load(qr + (image * 2 * size + block) + offsets, inside, 0.0)
+    mean_of_block = tl.load(qr + (image * 2 * size + size + block) + offsets, inside, 0.0) * share_p
+    for plane in range(own_planes):
+        in_pq, in_pr = plane * q + rows, plane * r + columns
+        gate_of_rows = tl.load(pq_gate + in_pq, in_rows, 0.0)
+        index_of_rows = tl.load(pq_at + in_pq, in_rows, 0) - column
+        maximum_of_rows = tl.load(pq + in_pq, in_rows, 0.0)
+        mean_of_rows = tl.load(pq_mean + in_pq, in_rows, 0.0) * share_r
+        gate_of_columns = tl.load(pr_gate + in_pr, in_columns, 0.0)
+        index_of_columns = tl.load(pr_at + in_pr, in_columns, 0) - row
+        maximum_of_columns = tl.load(pr + in_pr, in_columns, 0.0)
+        mean_of_columns = tl.load(pr_mean + in_pr, in_columns, 0.0) * share_q
+
+        here = offsets + plane * (q * r)
+        value = tl.load(g + here, inside, 0.0).to(gate_of_block.dtype)
+        value *= gate_of_block + gate_of_rows[:, None, None] + gate_of_columns[None, :, :]
+        value += mean_of_block + mean_of_rows[:, None, None] + mean_of_columns[None, :, :]
+        value += tl.where(index_of_block == plane, maximum_of_block, 0.0)
+        at_maximum = index_of_rows[:, None, None] == columns[None, :, :]
+        value += tl.where(at_maximum, maximum_of_rows[:, None, None], 0.0)
+        at_maximum = index_of_columns[None, :, :] == rows[:, None, None]
+        value += tl.where(at_maximum, maximum_of_columns[None, :, :], 0.0)
+        tl.store(gx + here, value.to(gx.dtype.element_ty), inside)
+
+
+# ------------------------------------------------------------------------------- whether they work
+
+# Of each GPU and dtype that was asked for: the passes, or why there are none.
+_CHECKED: dict[tuple[torch.device, torch.dtype], CudaPasses | str] = {}
+# Blocks and parts are ragged, and there are two of each.
+_CHECKED_SHAPE = (2, 11, 35, 67)
+
+
+def _fills_blocks(x: Tensor) -> bool:
+    """Whether blocks suit the features x (B, C, H, W): neither tiny nor huge."""
+    _, c, h, w = x.shape
+    q, r = (h, w) if x.is_contiguous() else (w, c)
+    in_blocks = (q + -q % _BLOCK["BLOCK_Q"]) * (r + -r % _BLOCK["BLOCK_R"])
+    return q * r <= _LARGEST_PART and q * r >= _LEAST_FILLED * in_blocks
+
+
+def _is_capturing(device: torch.device) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def _checked(device: torch.device, dtype: torch.dtype) -> CudaPasses | str:
+    """The passes, once they were seen to work on this GPU, or why there are none."""
+    if triton is None:
+        return "Triton, which compiles the kernels, is not installed"
+    properties = torch.cuda.get_device_properties(device)
+    needed = (8, 0) if dtype is torch.bfloat16 else (7, 0)
+    if (properties.major, properties.minor) < needed:
+        return (
+            f"{properties.name} has the compute capability {properties.major}.{properties.minor}, "
+            f"and the kernels for {dtype} need {needed[0]}.{needed[1]}"
+        )
+    passes = CudaPasses(properties.multi_processor_count)
+    return _failure(passes, device, dtype) or passes
+
+
+def _failure(passes: CudaPasses, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with the passes, which are compiled here in all their variants.
+
+    The convolutions are PyTorch's own.
+    """
+    b, p, q, r = _CHECKED_SHAPE
+    sizes = [(p, q), (p, r), (q, r)]
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    try:
+        with torch.no_grad():
+            x, g = (_numbers(_CHECKED_SHAPE, n, device, dtype) for n in (7, 11))
+            gates = [_numbers((b, *size), 5, device, wide) for size in sizes]
+            gradients = [_numbers((b, 2, *size), 3, device, wide) for size in sizes]
+            maps, at = passes.pool(x, indices=True)
+            expected_maps, expected_at = _plain_pool(x.to(wide))
+            gate = sum(m.unsqueeze(axis) for m, axis in zip(gates, _AXES, strict=True))
+            product = g.to(wide) * x.to(wide)
+            pairs = {
+                "pool": (maps, expected_maps),
+                "pool's indices": (at, expected_at),
+                "pool without indices": (passes.pool(x, indices=False)[0], expected_maps),
+                "scale": (passes.scale(x, gates), (x * gate).to(dtype)),
+                "product": (passes.product(g, x), [product.sum(axis) for axis in _AXES]),
+                "input_gradient": (
+                    passes.input_gradient(g, gates, gradients, expected_at),
+                    _plain_input_gradient(g * gate, gradients, expected_at).to(dtype),
+                ),
+            }
+            for name, (actual, expected) in pairs.items():
+                torch.testing.assert_close(
+                    actual, expected, msg=f"{name} differs from PyTorch's result"
+                )
+    except Exception as error:  # Triton and the driver raise whatever they like
+        first_line = str(error).strip().partition("\n")[0]
+        return f"the kernels fail on {device} ({type(error).__name__}: {first_line})"
+    return None
+
+
+# Over which PQ, PR and QR of (B, P, Q, R) pool.
+_AXES = (3, 2, 1)
+
+
+def _numbers(shape: tuple[int, ...], step: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Eighths from -15 / 8 to 15 / 8, many of them equal, without a draw of random numbers."""
+    numbers = torch.arange(math.prod(shape), device=device) * step % 31 - 15
+    return (numbers / 8).to(dtype).view(shape)
+
+
+def _plain_pool(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    maxima = [x.max(axis) for axis in _AXES]
+    means = [x.mean(axis) for axis in _AXES]
+    maps = [torch.stack((m.values, mean), 1) for m, mean in zip(maxima, means, strict=True)]
+    return maps, [m.indices.int() for m in maxima]
+
+
+def _plain_input_gradient(gated: Tensor, gradients: list[Tensor], indices: list[Tensor]) -> Tensor:
+    for gradient, at, axis in zip(gradients, indices, _AXES, strict=True):
+        maximum, mean = (gradient[:, i].unsqueeze(axis) for i in (0, 1))
+        positions = torch.arange(gated.shape[axis], device=gated.device)
+        positions = positions.view([-1 if i == axis else 1 for i in range(4)])
+        gated = gated + mean / gated.shape[axis]
+        gated = gated + maximum * (at.unsqueeze(axis) == positions)
+    return gated
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(f"plugin_core: slower on the GPU than it could be, as {reason}", stacklevel=4)
