@@ -63,7 +63,8 @@ EXTRAS = {
 }
 
 
-# Fast paths on a CPU: plain C, no Python and no PyTorch in it, so it fits every version of both.
+# Fast paths on a CPU: plain C that calls neither Python nor PyTorch, and so needs no rebuild for
+# another version of PyTorch.
 KERNELS = Extension(
     "plugin_core.kernels._library",
     sources=["plugin_core/kernels/batchformer.c", "plugin_core/kernels/triplet_attention.c"],

@@ -19,6 +19,8 @@ from timing import Quantity, Row, Setting, at_least
 from torch import nn
 
 from plugin_core import BatchFormer
+from plugin_core.kernels import choice
+from plugin_core.kernels.batchformer_cpu import layer_function
 
 TITLE = "BatchFormer"
 TEXT = """\
@@ -37,7 +39,7 @@ WHAT = "forward + backward"
 def rows(setting: Setting) -> list[Row]:
     channels = 16 if setting.quick else CHANNELS
     batches, lengths = ((2,), (6,)) if setting.quick else (BATCHES, LENGTHS)
-    measured = []
+    measured = missing_fast_paths(channels, setting)
     for dtype, length, batch in itertools.product(setting.dtypes, lengths, batches):
         shape = (batch, length, channels)
         case = f"{blocks.text(shape)} {timing.name_of(dtype)}, {WHAT}"
@@ -54,6 +56,20 @@ def rows(setting: Setting) -> list[Row]:
         case = f"up to {blocks.text(shape)} {timing.name_of(dtype)}, {WHAT}"
         measured += timing.attempt(blocks.CHANGING, case, measure)
     return measured
+
+
+def missing_fast_paths(channels: int, setting: Setting) -> list[Row]:
+    """Where PyTorch's operators are timed for want of others, it must be said."""
+    found = []
+    for dtype in setting.dtypes:
+        x = torch.empty((2, 1, channels), device=setting.device, dtype=dtype)
+        layer = BatchFormer(channels, HEADS).to(setting.device, dtype).layers[0]
+        if layer_function(layer, x) is None:
+            case = f"fast path in {timing.name_of(dtype)}"
+            reason = f"there is none on {setting.device} with PLUGIN_KERNELS={choice()}"
+            print(f"  {case}: {reason}")
+            found.append(Row(case, not_measured=f"{reason}, so {OURS} is the plain one"))
+    return found
 
 
 def candidates(

@@ -61,7 +61,7 @@ def candidate(module: nn.Module, what: str) -> Callable[[Pair], Any]:
 def forward(module: nn.Module) -> Callable[[Pair], Tensor]:
     def run(given: Pair) -> Tensor:
         with torch.no_grad():
-            return module(given[0])
+            return module(given[0].detach())  # as features are that come without gradients
 
     return run
 
@@ -120,7 +120,7 @@ def compare_in_changing_sizes(
     """
     times = timing.interleaved(make_candidates(), inputs, setting, repeat=False)
     values = timing.in_milliseconds(times)
-    ratio = timing.ratio(*(times[name] for name in names))
+    ratio = timing.median_of_rounds(timing.ratio(*(times[name] for name in names)))
     values[" / ".join(names)] = ratio
     values["of the worst round"] = Quantity(min(ratio.rounds))
     return values

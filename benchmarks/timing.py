@@ -17,7 +17,7 @@ import timeit
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,6 +133,7 @@ def interleaved(
     inputs: Callable[[int], T],
     setting: Setting,
     repeat: bool = True,
+    may_lack_memory: bool = False,
 ) -> dict[str, Measurement]:
     """Time the candidates in turn.
 
@@ -145,9 +146,13 @@ def interleaved(
         setting: of the command line.
         repeat: a fast candidate is called several times in a round. Not where it must not see the
             same input twice.
+        may_lack_memory: leave out candidates that a GPU's memory is too small for.
 
     Returns:
-        The rounds of each candidate, but for those that a GPU's memory is too small for.
+        The rounds of each candidate.
+
+    Raises:
+        Impossible: if a GPU's memory is too small for one.
     """
     numbers = dict.fromkeys(candidates, 1)
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -159,6 +164,8 @@ def interleaved(
             try:
                 seconds = call.timeit(numbers[name])
             except torch.OutOfMemoryError:
+                if not may_lack_memory:
+                    raise Impossible(f"{NO_MEMORY} for {name}") from None
                 del times[name]
                 torch.cuda.empty_cache()
                 continue
@@ -189,6 +196,11 @@ def ratio(above: Measurement, below: Measurement, target: Target | None = None) 
     of_rounds = [a / b for a, b in zip(above.times, below.times, strict=True)]
     value = above.median / below.median
     return Quantity(value, interquartile_range(of_rounds), target, tuple(of_rounds))
+
+
+def median_of_rounds(compared: Quantity) -> Quantity:
+    """The ratio in the middle, where rounds are of different sizes and so medians are not alike."""
+    return replace(compared, value=statistics.median(compared.rounds))
 
 
 def gigabytes_per_second(measured: Measurement, size: float) -> Quantity:

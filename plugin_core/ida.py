@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugin_core.kernels import has_hooks
+
 
 class _DualAttention(nn.Module):
     """Both attentions, which the classifier and the block share.
@@ -173,11 +175,20 @@ class IDABlock(_DualAttention):
     def _hand_back(self, attended: Tensor, share: Tensor, x: Tensor) -> Tensor:
         """Give gamma * conv1x1(y), in the shape of x.
 
-        The convolution is linear, so instead of the H·W positions it can be applied to the N·K
-        samples, which are fewer. The shares of a head add up to 1, so a sample of each of the N
-        heads brings a part of the bias.
+        The convolution is linear, so instead of the H·W positions it can be applied to the samples
+        Ê, before they are handed back: that is less to do where there are many more positions than
+        queries. The shares of a head add up to 1, so a sample of each of the N heads brings a part
+        of the bias.
         """
         batch, heads, queries, channels = attended.shape
+        positions = share.shape[3]
+        of_samples = queries * self.in_channels * (self.in_channels + heads * positions)
+        of_positions = positions * self.in_channels * (self.in_channels + queries)
+        # What traces a model to count its work hooks every module, and wants it as it is.
+        is_hooked = has_hooks(self.proj) and not torch.jit.is_tracing()
+        if of_samples >= of_positions or type(self.proj) is not nn.Conv2d or is_hooked:
+            gathered = attended.mT @ share
+            return self.gamma * self.proj(gathered.reshape(x.shape))
         # Gamma meets what is smallest.
         attended, bias = self.gamma * attended, self.gamma * self.proj.get_parameter("bias")
         weight = self.proj.weight.flatten(1).unflatten(1, (heads, channels)).transpose(0, 1)

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from plugin_core.kernels import triplet
+from plugin_core.kernels import has_hooks, triplet
 
 # Checkpoints of the paper exist in two spellings. Ours is the first one, so that what is saved
 # here loads there; the second one, used by the published detectors, is renamed on loading.
@@ -168,16 +168,21 @@ class _Gate(nn.Module):
         is_exchanged: bool = False,
     ) -> Tensor:
         conv, bn = self.conv
-        if passes is None or type(conv) is not nn.Conv2d or conv._forward_hooks:
+        if passes is None or not self._is_as_built(conv):
             normalized = self.conv(pooled.mT if is_exchanged else pooled)
             normalized = normalized.mT if is_exchanged else normalized
         else:
             # Rows and columns exchanged in both are so in the result.
-            weight = conv.weight.mT if is_exchanged else conv.weight
-            normalized = triplet.correlate(pooled, weight, passes)
-            normalized = bn(normalized.to(conv.weight.dtype))
+            weight = conv.get_parameter("weight")
+            normalized = triplet.correlate(pooled, weight.mT if is_exchanged else weight, passes)
+            normalized = bn(normalized.to(weight.dtype))
         # Back from autocast's precision, while the map is small.
         return torch.sigmoid(normalized).to(pooled.dtype)
+
+    def _is_as_built(self, conv: nn.Module) -> bool:
+        """Whether nothing was fused into the convolution, hooked to it or put in its place."""
+        is_ours = type(conv) is nn.Conv2d and conv.bias is None
+        return is_ours and not (has_hooks(conv) or has_hooks(self.conv))
 
 
 class _GateNorm(nn.BatchNorm2d):

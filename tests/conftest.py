@@ -16,8 +16,9 @@ torch.set_num_threads(1)  # tests run side by side
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.delenv("PLUGIN_KERNELS", raising=False)  # tests choose for themselves
 
 
 @pytest.fixture(scope="session")

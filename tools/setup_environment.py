@@ -120,7 +120,13 @@ class Environment:
         """Record what this set-up was made from; written last, so it vouches for all steps."""
         self.refresh()
         mmcv = self.mmcv_key() if self.mmcv_needed() else self.stamp["mmcv"]
-        stamp = dict(self.hashes(), root=str(self.root), mmcv=mmcv, packages=self.installed)
+        stamp = dict(
+            self.hashes(),
+            root=str(self.root),
+            mmcv=mmcv,
+            packages=self.installed,
+            kernels=self.has_kernels(),
+        )
         text = json.dumps(stamp, indent=1, sort_keys=True)
         (self.venv / STAMP_NAME).write_text(text + "\n", "utf-8")
 
@@ -205,9 +211,14 @@ class Environment:
             return False
         return version is None or self.stamp.get("detectron2") != self.hashes()["detectron2"]
 
+    def has_kernels(self) -> bool:
+        """Whether the project's C code is compiled, which happens where a compiler allows it."""
+        return any((self.root / "plugin_core" / "kernels").glob("_library*"))
+
     def project_needed(self) -> bool:
-        """Whether this repository's own metadata is missing or outdated."""
+        """Whether this repository's own metadata or compiled code is missing or outdated."""
         missing = "detection-plugins" not in self.installed
+        missing = missing or (self.stamp.get("kernels", True) and not self.has_kernels())
         return missing or self.stamp.get("project") != self.hashes()["project"]
 
     def complete(self) -> bool:

@@ -4,9 +4,10 @@ The methods' own files hold the formulas in plain PyTorch, which work everywhere
 computes the same functions in fewer passes over memory: compiled C on a CPU, Triton on a CUDA GPU.
 The environment variable ``PLUGIN_KERNELS`` chooses:
 
-- ``auto`` (the default): a fast path wherever there is one for the input;
+- ``auto`` (the default): the compiled C wherever it applies;
 - ``plain``: never;
-- ``fast``: as ``auto``, but what is missing for it on this machine is an error that says why.
+- ``fast``: Triton as well, which no GPU has run yet, and what is missing for either on this machine
+  is an error that says why.
 
 It is read at every call. Traced, exported and compiled models always hold the plain formulas, which
 ``torch.compile`` fuses by itself.
@@ -17,7 +18,8 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 CHOICES = ("auto", "plain", "fast")
@@ -42,20 +44,49 @@ def choice() -> str:
 def is_plain_tensor(x: Tensor) -> bool:
     """Whether x has memory of its own that a kernel may read, and nothing records what is done."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        type(x) in (Tensor, nn.Parameter)
         and x.layout is torch.strided
         and not torch.jit.is_tracing()
-        and not torch.jit.is_scripting()
         and not _is_compiling()
         # Counters of FLOPs, fake tensors and make_fx see PyTorch's operators only.
         and _get_current_dispatch_mode() is None
         and not _has_transforms()
+        and getattr(forward_ad, "_current_level", -1) < 0  # no dual numbers
+        and _has_storage(x)
     )
 
 
+def _has_storage(x: Tensor) -> bool:
+    try:
+        x.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # a batch of gradients, of torch.autograd's vmap
+        return False
+    return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something has to see the module called, or changes its parameters when it is."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def is_autocast_on_cpu() -> bool:
+    """Whether autocast is on for what runs on a CPU."""
+    try:
+        return torch.is_autocast_enabled("cpu")
+    except TypeError:  # before PyTorch 2.4
+        return torch.is_autocast_cpu_enabled()
+
+
 def _is_compiling() -> bool:
-    compiler = getattr(torch, "compiler", None)
-    return bool(compiler is not None and compiler.is_compiling())
+    is_compiling = getattr(torch.compiler, "is_compiling", None)  # since PyTorch 2.3
+    if is_compiling is None:
+        return bool(torch._dynamo.is_compiling())
+    return bool(is_compiling())
 
 
 def _has_transforms() -> bool:

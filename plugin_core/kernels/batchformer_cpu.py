@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from plugin_core.kernels import choice, is_plain_tensor
+from plugin_core.kernels import choice, has_hooks, is_autocast_on_cpu, is_plain_tensor
 from plugin_core.kernels.library import library, pointer
 
 _SUFFIXES = {torch.float32: "float32", torch.float64: "float64"}
@@ -47,7 +47,7 @@ def layer_function(
     batch, _, channels = x.shape
     fits = (
         x.dtype in _SUFFIXES
-        and not torch.is_autocast_enabled("cpu")
+        and not is_autocast_on_cpu()
         and batch <= _MAX_SAMPLES
         and batch * channels // layer.self_attn.num_heads <= _MAX_SAMPLES_BY_CHANNELS
         and all(_is_untouched(module, x.dtype) for module in layer.modules() if module is not layer)
@@ -63,8 +63,9 @@ def layer_function(
         *(layer.linear1.weight, layer.linear1.bias, layer.linear2.weight, layer.linear2.bias),
         *(layer.norm2.weight, layer.norm2.bias),
     )
-    rates = (attention.dropout, layer.dropout1.p, layer.dropout.p, layer.dropout2.p)
-    drops = [_Dropout.draw(rate if layer.training else 0.0) for rate in rates]
+    dropouts = (layer.dropout1, layer.dropout, layer.dropout2)
+    rates = [dropout.p if dropout.training else 0.0 for dropout in dropouts]
+    drops = [_Dropout.draw(r) for r in (attention.dropout if layer.training else 0.0, *rates)]
     epsilons = (layer.norm1.eps, layer.norm2.eps)
     code = _Code(functions, _SUFFIXES[x.dtype], attention.num_heads)
 
@@ -82,7 +83,7 @@ def _is_untouched(module: nn.Module, dtype: torch.dtype) -> bool:
     return (
         own
         and type(module).__module__.startswith("torch.nn.modules.")
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not has_hooks(module)
         and all(parameter.dtype is dtype for parameter in module.parameters())
     )
 
@@ -98,8 +99,9 @@ class _Dropout(ctypes.Structure):
     def draw(rate: float) -> _Dropout:
         if not rate:
             return _Dropout(0, 1.0, 0)
-        seed = int(torch.randint(2**62, (), dtype=torch.int64))
-        return _Dropout(max(1, min(2**31 - 1, round(rate * 2**31))), 1 / (1 - rate), seed)
+        seed = int(torch.randint(2**62, (), dtype=torch.int64, device="cpu"))
+        scale = 1 / (1 - rate) if rate < 1 else 0.0
+        return _Dropout(max(1, min(2**31 - 1, round(rate * 2**31))), scale, seed)
 
 
 class _Shape(ctypes.Structure):
@@ -141,13 +143,14 @@ class _Code:
         y_bias: Tensor,
         norm: tuple[Tensor, Tensor, float],
         dropout: _Dropout,
-    ) -> tuple[Tensor, Tensor]:
-        """Norm of x + dropout(y + y_bias), which y becomes, and that one's statistics."""
+        out: Tensor,
+    ) -> Tensor:
+        """Write the norm of x + dropout(y + y_bias), which y becomes; its statistics."""
         weight, bias, eps = norm
-        out, statistics = torch.empty_like(x), x.new_empty(len(x), 2)
+        statistics = x.new_empty(len(x), 2)
         sizes = (_Integer(len(x)), _Integer(x.shape[1]), ctypes.c_double(eps))
         self._call("add_norm", x, y, y_bias, weight, bias, out, statistics, *sizes, dropout)
-        return out, statistics
+        return statistics
 
     def add_norm_backward(
         self, g: Tensor, s: Tensor, weight: Tensor, statistics: Tensor, dropout: _Dropout
@@ -177,8 +180,14 @@ class _Code:
 
     def _call(self, name: str, *arguments: Any) -> None:
         function = getattr(self._functions, f"{name}_{self._suffix}")
-        converted = [pointer(a) if isinstance(a, Tensor) else a for a in arguments]
+        converted = [self._pointer(a) if isinstance(a, Tensor) else a for a in arguments]
         function(*converted, ctypes.c_int(torch.get_num_threads()))
+
+    def _pointer(self, tensor: Tensor) -> ctypes.c_void_p:
+        # As elements of another size C would read and write beyond the tensor's end.
+        if tensor.dtype is not torch.uint8 and _SUFFIXES.get(tensor.dtype) != self._suffix:
+            raise TypeError(f"expected {self._suffix} like the layer, got {tensor.dtype}")
+        return pointer(tensor)
 
 
 class _Layer(torch.autograd.Function):
@@ -198,26 +207,28 @@ class _Layer(torch.autograd.Function):
         qkv = tokens @ w_in.T
         attended = code.attend(qkv, b_in, is_key, drops[0], x.shape)
         sum1 = attended @ w_out.T
-        middle, statistics1 = code.add_norm(
-            tokens, sum1, b_out, (w_n1, b_n1, epsilons[0]), drops[1]
-        )
+        middle = torch.empty_like(tokens)
+        norm = (w_n1, b_n1, epsilons[0])
+        statistics1 = code.add_norm(tokens, sum1, b_out, norm, drops[1], middle)
         hidden = middle @ w_1.T
         code.relu(hidden, b_1, drops[2])
         sum2 = hidden @ w_2.T
-        out, statistics2 = code.add_norm(middle, sum2, b_2, (w_n2, b_n2, epsilons[1]), drops[3])
+        out = x.new_empty(x.shape)  # and not a view, which others might not write to
+        norm = (w_n2, b_n2, epsilons[1])
+        statistics2 = code.add_norm(middle, sum2, b_2, norm, drops[3], out)
         ctx.code, ctx.drops, ctx.shape = code, drops, x.shape
         ctx.save_for_backward(
             *(is_key, tokens, qkv, attended, sum1, statistics1, middle),
             *(hidden, sum2, statistics2, *parameters),
         )
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             grads = _Layer._gradients(ctx, g)
         if torch.is_grad_enabled():  # with create_graph
-            grads = _NotTwice.apply(torch.ones((), requires_grad=True), *grads)
+            grads = _NotTwice.apply(g.new_ones(()).requires_grad_(), *grads)
         return None, None, None, None, *grads
 
     @staticmethod

@@ -37,11 +37,11 @@ def _load() -> ctypes.CDLL | str:
     folder = Path(__file__).parent
     files = [folder / f"_library{suffix}" for suffix in EXTENSION_SUFFIXES]
     file = next((file for file in files if file.is_file()), None)
-    again = "install this package again, with a C compiler that has OpenMP (gcc)"
+    again = "install this package again, on Linux with a C compiler that has OpenMP (gcc)"
     if file is None:
         return f"the compiled CPU kernels were not built; {again}"
     try:
-        # PyTorch was imported before: its OpenMP, which is loaded already, runs our loops, too.
+        # PyTorch was imported before: the OpenMP of its wheels is loaded and runs our loops, too.
         loaded = ctypes.CDLL(str(file))
         version = loaded.detection_plugins_version()
     except (OSError, AttributeError) as error:
@@ -57,11 +57,17 @@ def _warn_once(reason: str) -> None:
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    """Where a tensor's elements start."""
+    """Where a tensor's elements start.
+
+    Raises:
+        ValueError: if C cannot read them one after the other from there.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"expected a contiguous tensor on the CPU, got {tensor.stride()}")
     return ctypes.c_void_p(tensor.data_ptr())
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
     """A C array of where tensors' elements start, NULL for None."""
-    addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    addresses = [None if tensor is None else pointer(tensor) for tensor in tensors]
     return (ctypes.c_void_p * len(addresses))(*addresses)

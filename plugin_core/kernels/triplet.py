@@ -25,7 +25,6 @@ from torch import Tensor
 
 from plugin_core.kernels import choice, is_plain_tensor
 from plugin_core.kernels.triplet_cpu import CpuPasses
-from plugin_core.kernels.triplet_cuda import CudaPasses
 
 
 class Passes(Protocol):
@@ -34,7 +33,8 @@ class Passes(Protocol):
     def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Maps (B, 2, rows, columns), maximum and mean; indices (B, rows, columns) or none."""
 
-    def scale(self, x: Tensor, gates: list[Tensor]) -> Tensor: ...
+    def scale(self, x: Tensor, gates: list[Tensor], y: Tensor) -> None:
+        """Write y, which lies in memory as x does."""
 
     def product(self, g: Tensor, x: Tensor) -> list[Tensor]: ...
 
@@ -58,7 +58,12 @@ def passes_for(x: Tensor) -> Passes | None:
         return None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return None
-    return CpuPasses.of(x) or CudaPasses.of(x)
+    # Not by themselves, as they have been compiled for GPUs but never run on one.
+    if x.device.type == "cuda" and choice() == "fast":
+        from plugin_core.kernels.triplet_cuda import CudaPasses  # which imports Triton
+
+        return CudaPasses.of(x)
+    return CpuPasses.of(x)
 
 
 def z_pool(x: Tensor, passes: Passes) -> tuple[list[Tensor], list[Tensor], tuple[bool, ...]]:
@@ -68,7 +73,7 @@ def z_pool(x: Tensor, passes: Passes) -> tuple[list[Tensor], list[Tensor], tuple
         The maps as the backend lays them out; what :func:`scale` takes as ``links``; and of each
         map whether its rows and columns are exchanged.
     """
-    maps = _ZPool.apply(x, passes)
+    maps = _ZPool.apply(x, passes, torch.is_grad_enabled() and x.requires_grad)
     return list(maps[:3]), list(maps[3:]), _Layout(x).exchanged
 
 
@@ -85,10 +90,10 @@ def correlate(x: Tensor, weight: Tensor, passes: Passes) -> Tensor:
 
 class _ZPool(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, passes: Passes) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, passes: Passes, indices: bool) -> tuple[Tensor, ...]:
         ctx.passes, ctx.layout = passes, _Layout(x)
-        pooled, indices = passes.pool(ctx.layout.to_pqr(x), indices=ctx.needs_input_grad[0])
-        ctx.save_for_backward(*indices)
+        pooled, found = passes.pool(ctx.layout.to_pqr(x), indices)
+        ctx.save_for_backward(*found)
         ctx.set_materialize_grads(False)
         maps = ctx.layout.to_named(pooled)
         # Nothing is read of the links but their shapes, which their gradients must have.
@@ -98,9 +103,9 @@ class _ZPool(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         if all(grad is None for grad in grads):
-            return None, None
+            return None, None, None
         # Of a map that no gate was made of there is no gradient, and one of second order reaches
         # the maps by the gates alone.
         pooled_and_links = [
@@ -108,17 +113,18 @@ class _ZPool(torch.autograd.Function):
             for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
         ]
         pooled, g, gates = pooled_and_links[:3], pooled_and_links[3], pooled_and_links[4:]
-        if torch.is_grad_enabled():  # with create_graph: of these operations there are derivatives
+        # PyTorch's operators have derivatives, for create_graph, and take a batch of gradients.
+        if torch.is_grad_enabled() or not is_plain_tensor(g):
             upright = ctx.layout.upright
             indices = ctx.layout.to_named(ctx.saved_tensors)
-            return _input_gradient(g, *map(upright, (gates, pooled, indices))), None
+            return _input_gradient(g, *map(upright, (gates, pooled, indices))), None, None
         gx = ctx.passes.input_gradient(
             ctx.layout.to_pqr(g),
             ctx.layout.from_named(gates),
             ctx.layout.from_named(pooled),
             list(ctx.saved_tensors),
         )
-        return ctx.layout.from_pqr(gx), None
+        return ctx.layout.from_pqr(gx), None, None
 
 
 class _Scale(torch.autograd.Function):
@@ -127,13 +133,15 @@ class _Scale(torch.autograd.Function):
         gates = maps[:3]  # and then the links
         ctx.passes, ctx.layout = passes, _Layout(x)
         ctx.save_for_backward(x, *gates)
-        y = passes.scale(ctx.layout.to_pqr(x), ctx.layout.from_named(gates))
-        return ctx.layout.from_pqr(y)
+        y = torch.empty_like(x)  # no view, as the shortcut may be added in place
+        gates_of_pqr = ctx.layout.from_named(gates)
+        passes.scale(ctx.layout.to_pqr(x), gates_of_pqr, ctx.layout.to_pqr(y))
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, *gates = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_plain_tensor(g):
             product = (g * x).to(gates[0].dtype)
             upright = [product.sum(2), product.sum(3).transpose(1, 2), product.sum(1)]
             sums = ctx.layout.upright(upright)  # or the other way round
@@ -172,7 +180,7 @@ class _Correlate(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         for_x, for_weight, _ = ctx.needs_input_grad
         k = weight.shape[2]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not is_plain_tensor(g):
             half, which = [k // 2] * 2, [for_x, for_weight, False]
             gx, gw, _ = torch.ops.aten.convolution_backward(
                 g, x, weight, None, [1, 1], half, [1, 1], False, [0, 0], 1, which

@@ -39,23 +39,21 @@ class CpuPasses:
     def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
         shape, (b, p, q, r) = _shape(x), x.shape
         sizes = ((b, 2, p, q), (b, 2, p, r), (shape.parts, b, 2, q, r))
-        maps = [torch.empty(size, dtype=_wide(x)) for size in sizes]
+        maps = [x.new_empty(size, dtype=_wide(x)) for size in sizes]
         at: list[Tensor] = []
         if indices:
-            at = [torch.empty(m.shape[:-3] + m.shape[-2:], dtype=torch.int32) for m in maps]
+            at = [x.new_empty(m.shape[:-3] + m.shape[-2:], dtype=torch.int32) for m in maps]
         self._call("pool", x, pointer(x), shape, pointers(maps), pointers(at or [None] * 3))
         maps[2], at[2:] = _join(maps[2], at[2:])
         return maps, at
 
-    def scale(self, x: Tensor, gates: list[Tensor]) -> Tensor:
-        y = torch.empty_like(x)
+    def scale(self, x: Tensor, gates: list[Tensor], y: Tensor) -> None:
         self._call("scale", x, pointer(x), pointer(y), _shape(x), pointers(gates))
-        return y
 
     def product(self, g: Tensor, x: Tensor) -> list[Tensor]:
         shape, (b, p, q, r) = _shape(x), x.shape
         sizes = ((b, p, q), (b, p, r), (shape.parts, b, q, r))
-        sums = [torch.empty(size, dtype=_wide(x)) for size in sizes]
+        sums = [x.new_empty(size, dtype=_wide(x)) for size in sizes]
         self._call("product", x, pointer(g), pointer(x), shape, pointers(sums))
         sums[2] = sums[2].sum(0) if shape.parts > 1 else sums[2][0]
         return sums
@@ -97,9 +95,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _shape(x: Tensor) -> _Shape:
+    """The sizes, and into how many parts P is cut so that all threads have as much to do."""
     batch, p = x.shape[:2]
-    parts = min(-(-torch.get_num_threads() // batch), max(1, p // _PLANES_OF_A_PART))
-    return _Shape(*x.shape, parts)
+    threads = torch.get_num_threads()
+    parts = -(-threads // batch)
+    if batch * parts % threads:
+        parts *= 2
+    return _Shape(*x.shape, min(parts, max(1, p // _PLANES_OF_A_PART)))
 
 
 def _join(maps: Tensor, indices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

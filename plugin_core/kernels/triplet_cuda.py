@@ -1,5 +1,8 @@
 """Triplet attention's passes over memory on a CUDA GPU, by Triton.
 
+These kernels were compiled for GPUs and run by Triton's interpreter, but no GPU has run them yet.
+What is said of speed here is estimated from the compiled code, and nothing was tuned.
+
 ``scale``, ``product`` and ``input_gradient`` read and write every tensor once. A program works on a
 block of rows and columns of (Q, R) and goes with it through some consecutive planes of P, so that
 the block's part of the map QR stays in registers, as what is read or as a sum. Sums that several
@@ -8,8 +11,7 @@ atomics the same input always gives the same bits.
 
 ``pool`` reads x twice, once for PQ and PR and once for QR. It could read x once, as ``product``
 does, but then the threads of a row would have to agree on maximum, index and sum in every block,
-instead of once in a row. Compiled, that is half as many instructions again as those of both reads,
-and at two bytes an element it is they, and not the memory, that limit a GPU like the H100.
+instead of once in a row. Compiled, that is half as many instructions again as those of both reads.
 
 Features of a detector have a new size in every batch. So the sizes are arguments that no kernel is
 specialized on, and the blocks are the same for all: a kernel is compiled once for a dtype.
@@ -47,11 +49,11 @@ _BLOCK_OF_JOINED = {"BLOCK": 256, "num_warps": 4}
 # Without a limit the input's gradient takes so many registers that a multiprocessor has room for no
 # more than one program. Numbers of 64 bits need more.
 _FEWER_REGISTERS = {"maxnreg": 80}
-# So many programs run on a multiprocessor at once.
+# So many programs should fit a multiprocessor at once, by their registers.
 _AT_ONCE, _PLANES_AT_ONCE = 3, 8
 # At least so many planes in each part: a part has a map of its own.
 _PLANES_OF_A_PART = 8
-# At least this share of the blocks has to be elements: 7×7 features are quicker in plain PyTorch.
+# At least this share of the blocks has to be elements: of 7×7 features a block would be idle.
 _LEAST_FILLED = 1 / 8
 # Offsets within a part have 32 bits.
 _LARGEST_PART = 2**30
@@ -82,7 +84,10 @@ class CudaPasses:
         if key not in _CHECKED:
             if _is_capturing(x.device):  # a graph must not record the check
                 return None
-            _CHECKED[key] = _checked(x.device, x.dtype)
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):  # it may be gone next time
+                _CHECKED[key] = _checked(x.device, x.dtype)
+            if key not in _CHECKED:
+                return None
         checked = _CHECKED[key]
         if isinstance(checked, CudaPasses):
             return checked
@@ -127,12 +132,10 @@ class CudaPasses:
             )  # fmt: skip
         return [pq, pr, qr], at[:3]
 
-    def scale(self, x: Tensor, gates: list[Tensor]) -> Tensor:
-        y = torch.empty_like(x)
+    def scale(self, x: Tensor, gates: list[Tensor], y: Tensor) -> None:
         blocks, planes, parts = self._tiles(x)
         with _on(x.device):
             _scale[(blocks * parts,)](x, y, *gates, *x.shape, planes, **_BLOCK)
-        return y
 
     def product(self, g: Tensor, x: Tensor) -> list[Tensor]:
         b, p, q, r = x.shape
@@ -548,11 +551,13 @@ def _failure(passes: CudaPasses, device: torch.device, dtype: torch.dtype) -> st
             expected_maps, expected_at = _plain_pool(x.to(wide))
             gate = sum(m.unsqueeze(axis) for m, axis in zip(gates, _AXES, strict=True))
             product = g.to(wide) * x.to(wide)
+            scaled = torch.empty_like(x)
+            passes.scale(x, gates, scaled)
             pairs = {
                 "pool": (maps, expected_maps),
                 "pool's indices": (at, expected_at),
                 "pool without indices": (passes.pool(x, indices=False)[0], expected_maps),
-                "scale": (passes.scale(x, gates), (x * gate).to(dtype)),
+                "scale": (scaled, (x * gate).to(dtype)),
                 "product": (passes.product(g, x), [product.sum(axis) for axis in _AXES]),
                 "input_gradient": (
                     passes.input_gradient(g, gates, gradients, expected_at),
@@ -563,6 +568,8 @@ def _failure(passes: CudaPasses, device: torch.device, dtype: torch.dtype) -> st
                 torch.testing.assert_close(
                     actual, expected, msg=f"{name} differs from PyTorch's result"
                 )
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # Triton and the driver raise whatever they like
         first_line = str(error).strip().partition("\n")[0]
         return f"the kernels fail on {device} ({type(error).__name__}: {first_line})"

@@ -139,6 +139,40 @@ def test_dropout_follows_pytorchs_seed_and_differs_from_step_to_step(fast, uses)
     assert torch.equal(y, module(x)) and uses
 
 
+def test_dropout_before_the_norm_drops_by_its_rate_and_scales_the_rest():
+    functions = library()
+    assert functions is not None
+    x, y = torch.zeros(2, 50, 8)
+    y.fill_(2.0)
+    bias, ones = torch.ones(8), torch.ones(8)
+    dropout = batchformer_cpu._Dropout.draw(0.25)
+    code, out = batchformer_cpu._Code(functions, "float32", 1), torch.empty(50, 8)
+    code.add_norm(x, y, bias, (ones, 0 * ones, 1e-5), dropout, out)
+    assert y.unique().tolist() == pytest.approx([0.0, 3 / 0.75])
+    torch.testing.assert_close(out, torch.nn.functional.layer_norm(y, (8,)), atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_of_a_part_may_be_in_training_alone(fast, uses):
+    module, x = BatchFormer(8).eval(), torch.randn(2, 3, 8)
+    assert torch.equal(module(x), module(x))
+    module.layers[0].dropout2.train()
+    assert not torch.equal(module(x), module(x))
+    module.layers[0].dropout2.p = 1.0
+    assert torch.equal(module(x), module(x)) and torch.isfinite(module(x)).all()
+    assert uses
+
+
+def test_backward_under_autocast_and_another_default_device_are_no_matter(fast, uses):
+    module, x = BatchFormer(8, dropout=0.0), torch.randn(2, 3, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(module(x).pow(2).sum(), x)
+    with torch.device("meta"):
+        y = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"):
+        (grad,) = torch.autograd.grad(y.pow(2).sum(), x)
+    torch.testing.assert_close(grad, expected)
+    assert len(uses) == 2
+
+
 def test_mean_over_dropout_is_the_function_without_it(fast):
     # Of the attention's weights: they are dropped before they weigh linear values.
     module = trained(8, 2, dropout=0.0).eval()

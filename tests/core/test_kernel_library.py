@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from plugin_core import BatchFormer, TripletAttention
-from plugin_core.kernels import library
+from plugin_core.kernels import batchformer_cpu, library, triplet_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "plugin_core" / "kernels"
@@ -72,6 +73,23 @@ def test_library_that_does_not_load_or_is_of_another_version_is_not_used(monkeyp
     shutil.copy(KERNELS / name, tmp_path)
     monkeypatch.setattr(library, "_VERSION", -1)
     assert "of another version" in str(library._load())
+
+
+def test_limits_of_the_c_code_are_those_that_python_checks():
+    c = "".join(p.read_text(encoding="utf-8") for p in KERNELS.glob("*.[ch]"))
+    for name, value in {
+        "LANES": triplet_cpu._LANES,
+        "MAX_SAMPLES": batchformer_cpu._MAX_SAMPLES,
+        "MAX_SAMPLES_BY_CHANNELS": batchformer_cpu._MAX_SAMPLES_BY_CHANNELS,
+    }.items():
+        assert re.findall(rf"#define {name} (\d+)", c) == [str(value)]
+    assert f"detection_plugins_version(void) {{ return {library._VERSION}; }}" in c
+
+
+def test_c_is_given_no_memory_that_it_cannot_read():
+    for tensor in (torch.empty(3, 4).T, torch.empty(3, device="meta")):
+        with pytest.raises(ValueError, match="contiguous tensor on the CPU"):
+            library.pointer(tensor)
 
 
 def test_setup_compiles_every_c_file_and_knows_every_header():

@@ -180,6 +180,23 @@ def test_detectron2_of_the_user_is_kept_and_ours_follows_its_folder(tmp_path: Pa
     assert not env.detectron2_needed()
 
 
+def test_project_is_installed_again_for_changed_c_code_and_for_a_lost_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = environment(tmp_path)
+    env.installed = {"detection-plugins": "0.1.0"}
+    monkeypatch.setattr(env, "has_kernels", lambda: True)
+    env.stamp = dict(env.hashes(), kernels=True)
+    assert not env.project_needed()
+    env.stamp["project"] = "other hash"
+    assert env.project_needed(), "its C code changed"
+    env.stamp = dict(env.hashes(), kernels=True)
+    monkeypatch.setattr(env, "has_kernels", lambda: False)
+    assert env.project_needed(), "the library was deleted"
+    env.stamp["kernels"] = False
+    assert not env.project_needed(), "there was none, as nothing could compile it"
+
+
 def test_package_that_was_installed_before_is_brought_back(tmp_path: Path) -> None:
     env = environment(tmp_path)
     env.installed = dict(env.pins)
