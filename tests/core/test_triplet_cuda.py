@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plugin_core import TripletAttention
-from plugin_core.kernels import triplet, triplet_cuda
+from plugin_core.kernels import triplet, triplet_check, triplet_cuda
 from plugin_core.kernels.triplet_cuda import CudaPasses
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -196,7 +196,7 @@ def interpreted_checks() -> dict[str, Callable[[], None]]:
 
 
 def check_self_check_on_the_cpu(passes: CudaPasses) -> None:
-    assert triplet_cuda._failure(passes, CPU, torch.float32) is None
+    assert triplet_check.failure_of(passes, CPU, torch.float32) is None
 
 
 def run_interpreted() -> None:
@@ -344,7 +344,7 @@ class PlainPasses(CudaPasses):
     """The same results without a kernel."""
 
     def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
-        maps, at = triplet_cuda._plain_pool(x.double())
+        maps, at = triplet_check.plain_pool(x.double())
         return [m.to(triplet_cuda._wide(x)) for m in maps], at if indices else []
 
     def scale(self, x: Tensor, gates: list[Tensor], y: Tensor) -> None:
@@ -358,7 +358,7 @@ class PlainPasses(CudaPasses):
         self, g: Tensor, gates: list[Tensor], pooled: list[Tensor], indices: list[Tensor]
     ) -> Tensor:
         gate = sum(m.unsqueeze(axis) for m, axis in zip(gates, AXES, strict=True))
-        return triplet_cuda._plain_input_gradient(g * gate, pooled, indices).to(g.dtype)
+        return triplet_check.plain_input_gradient(g * gate, pooled, indices).to(g.dtype)
 
 
 class KernelThatFails:
@@ -398,7 +398,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", triplet_cuda._DTYPES, ids=str)
 def test_check_passes_what_is_right(dtype):
-    assert triplet_cuda._failure(PlainPasses(1), CPU, dtype) is None
+    assert triplet_check.failure_of(PlainPasses(1), CPU, dtype) is None
 
 
 @pytest.mark.parametrize("name", ["pool", "scale", "product", "input_gradient"])
@@ -411,7 +411,7 @@ def test_check_names_the_pass_that_differs(name, monkeypatch):
         return right(self, first, *args, **kwargs)
 
     monkeypatch.setattr(PlainPasses, name, wrong)
-    reason = triplet_cuda._failure(PlainPasses(1), CPU, torch.float32)
+    reason = triplet_check.failure_of(PlainPasses(1), CPU, torch.float32)
     assert reason is not None and f"{name} differs" in reason
 
 
@@ -425,7 +425,7 @@ def test_check_tells_which_index_of_equal_maxima_is_right(monkeypatch):
         return maps, at
 
     monkeypatch.setattr(PlainPasses, "pool", last)
-    reason = triplet_cuda._failure(PlainPasses(1), CPU, torch.float32)
+    reason = triplet_check.failure_of(PlainPasses(1), CPU, torch.float32)
     assert reason is not None and "pool's indices differs" in reason
 
 
@@ -434,7 +434,7 @@ def test_check_says_what_a_kernel_raised(name, monkeypatch):
     for kernel in KERNELS:
         monkeypatch.setattr(triplet_cuda, kernel, KernelThatDoesNothing())
     monkeypatch.setattr(triplet_cuda, name, KernelThatFails())
-    reason = triplet_cuda._failure(CudaPasses(1), CPU, torch.float32)
+    reason = triplet_check.failure_of(CudaPasses(1), CPU, torch.float32)
     assert reason == "the kernels fail on cpu (RuntimeError: Failed to find C compiler.)"
 
 
@@ -482,7 +482,7 @@ def test_other_inputs_are_left_to_the_plain_formula(features):
 
 def test_older_gpu_is_named(monkeypatch):
     monkeypatch.setattr(triplet_cuda, "triton", object())
-    monkeypatch.setattr(triplet_cuda, "_failure", lambda *args: None)
+    monkeypatch.setattr(triplet_cuda, "failure_of", lambda *args: None)
     gpu = SimpleNamespace(name="Quadro", major=7, minor=5, multi_processor_count=48)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     device = torch.device("cuda", 0)
