@@ -1,0 +1,346 @@
+"""Attention mask consistency, AMC (Yang et al., CVPR 2023, arXiv:2206.15462, section 3).
+
+A score s of a phrase or class, an activation A of shape (B, heads, tokens, H, W) that it depends
+on, and a region mask M that is 1 where the phrase's object is:
+
+    h = relu(mean over heads and tokens of A · relu(ds/dA))                  gradient heatmap
+    h = (h - min h) / (max (h - min h) + 1e-7), resized to the mask          of each sample
+
+    mean loss = relu(mean of h outside M - mean of h inside M + 0.1)         means over the batch
+    max loss  = mean over the batch of relu(max of h outside M - max of h inside M + 0.5)
+
+The gradient is taken so that it can be differentiated again: the losses train the model to look,
+for its score, where the object is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_EPSILON = 1e-7
+
+
+def gradient_heatmap(
+    activations: Tensor | Sequence[Tensor],
+    gradients: Tensor | Sequence[Tensor],
+    token_mask: Tensor | None = None,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Where a score's gradient finds an activation useful (arXiv:2206.15462, section 3.1).
+
+    Args:
+        activations: (B, heads, tokens, H, W), such as a cross-attention's, or a feature map
+            (B, C, H, W). The levels of a pyramid, as a sequence, are resized to the first one's
+            size, each with the heads and tokens that it has, and averaged.
+        gradients: of a score with respect to the activations, of their shapes.
+        token_mask: (B, tokens), 0 for tokens that count as zeros, such as padding.
+        size: (H', W') to resize the heatmap to, bilinearly; None for none.
+
+    Returns:
+        (B, 1, H', W'), in [0, 1]: 0 at the least and (about) 1 at the greatest of each sample.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    levels = [activations] if isinstance(activations, Tensor) else list(activations)
+    slopes = [gradients] if isinstance(gradients, Tensor) else list(gradients)
+    if not levels or [x.shape for x in levels] != [g.shape for g in slopes]:
+        raise ValueError(
+            f"gradients must have the shapes of activations {[tuple(x.shape) for x in levels]}, "
+            f"got {[tuple(g.shape) for g in slopes]}"
+        )
+    heat = torch.stack(
+        [
+            _fit(_useful(x, g, token_mask), levels[0].shape[-2:])
+            for x, g in zip(levels, slopes, strict=True)
+        ]
+    ).mean(0)
+    heat = heat.relu()
+    heat = heat - heat.amin((2, 3), keepdim=True)
+    heat = heat / (heat.amax((2, 3), keepdim=True) + _EPSILON)
+    return _fit(heat, size)
+
+
+def _useful(activation: Tensor, gradient: Tensor, token_mask: Tensor | None) -> Tensor:
+    if activation.dim() not in (4, 5):
+        raise ValueError(
+            "activations must be (B, heads, tokens, H, W) or a feature map (B, C, H, W), got "
+            f"{tuple(activation.shape)}"
+        )
+    product = activation.float() * gradient.float().relu()
+    if token_mask is not None:
+        tokens = activation.shape[2] if activation.dim() == 5 else None
+        if token_mask.shape != (len(activation), tokens):
+            raise ValueError(
+                f"token_mask must be (B, tokens) of activations {tuple(activation.shape)}, got "
+                f"{tuple(token_mask.shape)}"
+            )
+        product = product * token_mask[:, None, :, None, None]
+    return product.flatten(1, -3).mean(1, keepdim=True)
+
+
+def _fit(heat: Tensor, size: Sequence[int] | None) -> Tensor:
+    if size is None or heat.shape[2:] == tuple(size):
+        return heat
+    return F.interpolate(heat, tuple(size), mode="bilinear", align_corners=False)
+
+
+def attention_mask_consistency_loss(
+    heatmap: Tensor,
+    region_mask: Tensor,
+    mean_margin: float = 0.1,
+    max_margin: float = 0.5,
+) -> tuple[Tensor, Tensor]:
+    """Losses of heat that is outside of the region (arXiv:2206.15462, section 3.2).
+
+    A sample whose region is empty, or is everything, tells nothing about where to look: it has no
+    part in the max loss, nor in the mean loss.
+
+    Args:
+        heatmap: (B, 1, H, W), in [0, 1].
+        region_mask: (B, 1, H, W), 1 where the object is and 0 elsewhere.
+        mean_margin: in [0, 1], by which the mean inside shall exceed the mean outside.
+        max_margin: in [0, 1], by which the maximum inside shall exceed the maximum outside.
+
+    Returns:
+        The mean loss and the max loss, scalars ≥ 0; both 0 without a sample that has a part.
+
+    Raises:
+        ValueError: if the shapes differ, a margin is out of range, or the mask has other values.
+    """
+    check_margins(mean_margin, max_margin)
+    if heatmap.dim() != 4 or heatmap.shape[1] != 1 or heatmap.shape != region_mask.shape:
+        raise ValueError(
+            f"heatmap and region_mask must both be (B, 1, H, W), got {tuple(heatmap.shape)} and "
+            f"{tuple(region_mask.shape)}"
+        )
+    inside = region_mask.to(torch.bool)
+    if not torch.equal(inside.to(region_mask.dtype), region_mask):
+        raise ValueError("region_mask must be 1 inside of the region and 0 outside, nothing else")
+    area = inside.flatten(1).sum(1)
+    counts = (area > 0) & (area < inside[0].numel()) if len(inside) else area > 0
+    if not counts.any():
+        nothing = heatmap.sum() * 0
+        return nothing, nothing
+    heat, inside = heatmap[counts], inside[counts]
+    mean_loss = (heat[~inside].mean() - heat[inside].mean() + mean_margin).relu()
+    lowest = heat.new_tensor(-torch.inf)
+    max_outside = heat.where(~inside, lowest).amax((1, 2, 3))
+    max_inside = heat.where(inside, lowest).amax((1, 2, 3))
+    return mean_loss, (max_outside - max_inside + max_margin).relu().mean()
+
+
+def check_margins(mean_margin: float, max_margin: float) -> None:
+    """Raise ValueError if a margin is not in [0, 1], which the heat is in."""
+    for name, margin in (("mean_margin", mean_margin), ("max_margin", max_margin)):
+        if not 0 <= margin <= 1:
+            raise ValueError(
+                f"{name} must be from 0 to 1, as the heat whose difference it bounds is, "
+                f"got {margin!r}"
+            )
+
+
+class GradientHeatmap:
+    """The heatmap of a score, by differentiating it with respect to an activation.
+
+    A heatmap does not depend on the gradient's scale, so that each sample's is scaled to at most 1
+    first: a fusion layer that starts nearly closed has gradients below the 1e-7 of the formula.
+
+    Args:
+        create_graph: whether the heatmap can be differentiated, as a loss needs it.
+    """
+
+    def __init__(self, create_graph: bool = True) -> None:
+        self.create_graph = create_graph
+
+    def __call__(
+        self,
+        score: Tensor,
+        activations: Tensor | Sequence[Tensor],
+        token_mask: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+        layout: Callable[[Tensor], Tensor | list[Tensor]] | None = None,
+    ) -> Tensor:
+        """Differentiate and make the heatmap; the graph of the score is kept.
+
+        Args:
+            score: scalar, or (B,): one of each sample, which depends on no other sample.
+            activations: as :func:`gradient_heatmap` takes them, on the way to the score.
+            token_mask: as there.
+            size: as there.
+            layout: which shapes an activation, and its gradient, as :func:`gradient_heatmap` takes
+                it, where a network has it otherwise, such as flattened; it may give a sequence.
+
+        Returns:
+            (B, 1, H', W').
+
+        Raises:
+            ValueError: if the score does not depend on the activations, or a shape does not fit.
+        """
+        levels = [activations] if isinstance(activations, Tensor) else list(activations)
+        if not score.requires_grad or not all(level.requires_grad for level in levels):
+            raise ValueError(
+                "score and activations must be parts of one graph, got "
+                f"score.requires_grad={score.requires_grad} and activations "
+                f"{[level.requires_grad for level in levels]}; was the forward without gradients?"
+            )
+        gradients = torch.autograd.grad(
+            score.sum(),
+            levels,
+            retain_graph=True,
+            create_graph=self.create_graph,
+            allow_unused=True,
+        )
+        if all(gradient is None for gradient in gradients):
+            raise ValueError("the score does not depend on the activations")
+        slopes = [
+            torch.zeros_like(level) if gradient is None else gradient.float()
+            for level, gradient in zip(levels, gradients, strict=True)
+        ]
+        if layout is not None:
+            levels, slopes = _laid_out(layout, levels), _laid_out(layout, slopes)
+        largest = torch.stack([slope.detach().abs().flatten(1).amax(1) for slope in slopes]).amax(0)
+        scale = largest.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+        slopes = [slope * scale.view(-1, *[1] * (slope.dim() - 1)) for slope in slopes]
+        return gradient_heatmap(levels, slopes, token_mask, size)
+
+
+def _laid_out(
+    layout: Callable[[Tensor], Tensor | list[Tensor]], levels: Sequence[Tensor]
+) -> list[Tensor]:
+    shaped = [layout(level) for level in levels]
+    return [map_ for maps in shaped for map_ in ([maps] if isinstance(maps, Tensor) else maps)]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoredRegion:
+    """A score that an image gives a phrase or class, and where the image has it.
+
+    Args:
+        score: scalar, a part of the network's graph.
+        boxes: (N, 4), x1, y1, x2, y2 in pixels of the network's input.
+    """
+
+    score: Tensor
+    boxes: Tensor
+
+
+class AttentionMaskConsistency:
+    """The losses of a batch of images, each with any number of phrases or classes.
+
+    Args:
+        mean_weight: of the mean loss, ≥ 0.
+        max_weight: of the max loss, ≥ 0.
+        mean_margin: as :func:`attention_mask_consistency_loss` takes it.
+        max_margin: as there.
+        every: the losses are taken in every n-th step only; the second derivative costs.
+        phrases: of each image as many are taken, at random; None for all. Each of an image takes a
+            differentiation of its own.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        mean_weight: float = 1.0,
+        max_weight: float = 1.0,
+        mean_margin: float = 0.1,
+        max_margin: float = 0.5,
+        every: int = 1,
+        phrases: int | None = 1,
+    ) -> None:
+        check_margins(mean_margin, max_margin)
+        for name, weight in (("mean_weight", mean_weight), ("max_weight", max_weight)):
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name} must be at least 0, got {weight!r}")
+        check_every(every)
+        if phrases is not None and (type(phrases) is not int or phrases < 1):
+            raise ValueError(f"phrases must be at least 1, or None for all, got {phrases!r}")
+        self.mean_weight, self.max_weight = mean_weight, max_weight
+        self.mean_margin, self.max_margin = mean_margin, max_margin
+        self.every, self.phrases = every, phrases
+
+    def __call__(
+        self,
+        images: Sequence[Sequence[ScoredRegion]],
+        heatmaps: Callable[[Tensor], Tensor],
+        input_size: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """The weighted losses by their names, ``loss_amc_mean`` and ``loss_amc_max``.
+
+        Images without phrases have no part in them; a batch of such images only has losses of 0.
+
+        Args:
+            images: the phrases or classes of each image of the batch.
+            heatmaps: gives the heatmaps (B, 1, H, W), of all images of the batch, of a sum of
+                scores, one at most of each image.
+            input_size: (height, width) of the network's input, which the heatmaps cover.
+        """
+        chosen = [self._choose(regions) for regions in images]
+        heats: list[Tensor] = []
+        masks: list[Tensor] = []
+        for turn in range(max(map(len, chosen), default=0)):
+            rows = [i for i, regions in enumerate(chosen) if turn < len(regions)]
+            heat = heatmaps(torch.stack([chosen[i][turn].score for i in rows]).sum())[rows]
+            heats.append(heat)
+            boxes = [chosen[i][turn].boxes for i in rows]
+            masks.append(region_mask(boxes, input_size, (heat.shape[2], heat.shape[3])))
+        if heats:
+            mean_loss, max_loss = attention_mask_consistency_loss(
+                torch.cat(heats), torch.cat(masks), self.mean_margin, self.max_margin
+            )
+        else:
+            mean_loss = max_loss = torch.zeros(())
+        return {
+            "loss_amc_mean": self.mean_weight * mean_loss,
+            "loss_amc_max": self.max_weight * max_loss,
+        }
+
+    def _choose(self, regions: Sequence[ScoredRegion]) -> list[ScoredRegion]:
+        if self.phrases is None or len(regions) <= self.phrases:
+            return list(regions)
+        return [regions[i] for i in torch.randperm(len(regions))[: self.phrases].tolist()]
+
+
+def check_every(every: int) -> None:
+    """Raise ValueError if it is no number of steps."""
+    if type(every) is not int or every < 1:
+        raise ValueError(f"every must be a number of steps of at least 1, got {every!r}")
+
+
+def region_mask(
+    boxes: Sequence[Tensor], input_size: tuple[int, int], size: tuple[int, int]
+) -> Tensor:
+    """Masks of boxes, of cells whose centres are inside of one; a small box has one cell.
+
+    Args:
+        boxes: of each image, (N, 4): x1, y1, x2, y2 in pixels of the input. What is outside of the
+            input is cut off.
+        input_size: (height, width) of the input.
+        size: (H, W) of the masks, which cover the input.
+
+    Returns:
+        (B, 1, H, W), 1.0 inside and 0.0 outside.
+    """
+    masks = []
+    for of_image in boxes:
+        cells = of_image.new_tensor([size[1] / input_size[1], size[0] / input_size[0]]).repeat(2)
+        scaled = of_image * cells  # in cells
+        limit = of_image.new_tensor([size[1], size[0]])
+        empty = (scaled[:, 2:].minimum(limit) <= scaled[:, :2].clamp(min=0)).any(1)
+        centre = ((scaled[:, :2] + scaled[:, 2:]) / 2).floor()
+        within = []
+        for axis in (0, 1):
+            at = torch.arange(size[1 - axis], device=of_image.device)
+            low, high = scaled[:, axis, None], scaled[:, 2 + axis, None]
+            inside = (at + 0.5 >= low) & (at + 0.5 < high)
+            within.append(inside | (~inside.any(1, keepdim=True) & (at == centre[:, axis, None])))
+        mask = within[1][:, :, None] & within[0][:, None, :] & ~empty[:, None, None]
+        masks.append(mask.any(0).float())
+    return torch.stack(masks)[:, None]
