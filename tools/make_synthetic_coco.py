@@ -8,11 +8,17 @@ writes
     OUT/train2017/000000000001.jpg …, OUT/val2017/000000500001.jpg …
     OUT/annotations/{instances,person_keypoints,panoptic,captions}_{train,val}2017.json
     OUT/annotations/panoptic_{train,val}2017/*.png
+    OUT/annotations/grounding_{train,val}2017_{odvg.jsonl,flickr30k.json,refcoco.json}
     OUT/annotations/synthetic_coco.json       the options of the run
     OUT/annotations/context_bias.json         with --context-bias only
 
 Object classes, with their category ids: person 1, disk 2, square 3, triangle 4, star 5,
 ring 6, cross 7. Stuff classes: grass 8, sand 9, water 10, brick 11, stone 12, sky 13.
+
+The grounding files are those of MMDetection's ODVGDataset, Flickr30kDataset and
+MDETRStyleRefCocoDataset: a caption of noun phrases, each with the boxes of exactly the objects
+that it fits, and expressions of one object each, such as "the large disk left of the square.".
+A mirrored image swaps left and right: train on them without RandomFlip.
 
 ``--context-bias P``: each class has one companion, another object class: person ↔ disk,
 square ↔ triangle, star → ring → cross → star with all 7 classes (with fewer: pairs in the

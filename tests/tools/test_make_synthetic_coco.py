@@ -78,6 +78,11 @@ def drawn() -> list:
 def test_layout_is_that_of_coco_2017(dataset: Path) -> None:
     names = ("instances", "person_keypoints", "panoptic", "captions")
     expected = {f"annotations/{name}_{split}2017.json" for name in names for split in COUNTS}
+    expected |= {
+        f"annotations/grounding_{split}2017_{name}"
+        for name in ("odvg.jsonl", "flickr30k.json", "refcoco.json")
+        for split in COUNTS
+    }
     expected.add("annotations/synthetic_coco.json")
     for split, first in (("train", 1), ("val", 500001)):
         for image_id in range(first, first + COUNTS[split]):

@@ -1,4 +1,4 @@
-"""COCO's records of a drawn scene: instances, keypoints, panoptic segments, and the files' heads.
+"""A scene's records: COCO's instances, keypoints, panoptic segments; MMDetection's grounding.
 
 Segmentation, box and area describe the visible part of an object, as in COCO: polygons in
 continuous pixel coordinates (0…W, 0…H), box (x, y, w, h) their extent, area theirs.
@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .draw import SUPERSAMPLE, Rendering
+from .phrases import caption, caption_phrases, expressions
 from .scene import Scene, Thing
 from .vocabulary import KEYPOINTS, PERSON_ID, SKELETON, STUFF, THINGS, Category
 
 Record = dict[str, Any]
+Records = list[Record]
 
 DESCRIPTION = "Synthetic scenes in the layout of COCO 2017"
 # Fixed: a date of today would change the bytes of the files.
@@ -23,6 +25,7 @@ _LICENSE = {"id": 1, "name": "No known copyright restrictions", "url": ""}
 # Annotation ids are image id * this + position: they do not depend on the other images.
 _IDS_PER_IMAGE = 100
 _MIN_PIECE = 1.0  # square pixels; smaller splinters of an occluded object are not outlined
+_MIN_MENTIONED = 4.0  # pixels; no phrase means an object whose visible box is narrower or lower
 
 
 def file_head() -> Record:
@@ -226,3 +229,85 @@ def caption_records(captions: list[str], image_id: int) -> list[Record]:
         {"id": image_id * _IDS_PER_IMAGE + position, "image_id": image_id, "caption": caption}
         for position, caption in enumerate(captions, start=1)
     ]
+
+
+def grounding_records(scene: Scene, image: Record, instances: list[Record]) -> dict[str, Records]:
+    """What MMDetection's grounding files say of an image.
+
+    Args:
+        scene: the image's.
+        image: its ``image_record``.
+        instances: its ``instance_records``.
+
+    Returns:
+        "odvg": the one line of ODVGDataset's file; "flickr30k" and "refcoco": annotations of
+        Flickr30kDataset's and MDETRStyleRefCocoDataset's files, with "flickr30k_images" and
+        "refcoco_images", their entries of ``images``.
+    """
+    mentioned = _mentionable(instances)
+    phrases = caption_phrases(scene, mentioned, turn=image["id"])
+    text, spans = caption(scene, phrases)
+    tokens = [[list(span)] for span in spans]
+    regions = [
+        {
+            "bbox": [_corners(instances[position]) for position in phrase.objects],
+            "phrase": phrase.text,
+            "tokens_positive": positive,
+        }
+        for phrase, positive in zip(phrases, tokens, strict=True)
+    ]
+    line = {
+        "filename": image["file_name"],
+        "height": image["height"],
+        "width": image["width"],
+        "grounding": {"caption": text, "regions": regions},
+    }
+    # Nothing can be measured in an image without phrases, and Flickr30kMetric's recall is not
+    # defined there; a training may well learn from it.
+    entries = [image | {"caption": text, "tokens_positive_eval": tokens}] if phrases else []
+    boxes = [
+        instances[position] | {"phrase_ids": number}
+        for number, phrase in enumerate(phrases)
+        for position in phrase.objects
+    ]
+    named = expressions(scene, mentioned, turn=image["id"])
+    pairs = [
+        _refcoco_pair(image, phrase.text, instances[phrase.objects[0]], number)
+        for number, phrase in enumerate(named, start=1)
+    ]
+    return {
+        "odvg": [line],
+        "flickr30k": boxes,
+        "flickr30k_images": entries,
+        "refcoco": [annotation for _, annotation in pairs],
+        "refcoco_images": [entry for entry, _ in pairs],
+    }
+
+
+def _refcoco_pair(
+    image: Record, expression: str, instance: Record, number: int
+) -> tuple[Record, Record]:
+    """An expression as an image of its own, and its one annotation, both with the same id."""
+    unique = image["id"] * _IDS_PER_IMAGE + number
+    entry = {
+        "id": unique,
+        "original_id": image["id"],
+        "caption": f"{expression}.",
+        "dataset_name": "refcoco",
+    }
+    return image | entry, instance | {
+        "id": unique,
+        "image_id": unique,
+        "original_id": instance["id"],
+    }
+
+
+def _mentionable(instances: list[Record]) -> list[int]:
+    """Positions of the objects of which enough is seen."""
+    sizes = (instance["bbox"][2:] for instance in instances)
+    return [position for position, size in enumerate(sizes) if min(size) >= _MIN_MENTIONED]
+
+
+def _corners(instance: Record) -> list[float]:
+    x, y, width, height = instance["bbox"]
+    return [x, y, x + width, y + height]

@@ -12,15 +12,15 @@ _STUFF_NAMES = {category.id: category.name for category in STUFF}
 def captions(scene: Scene) -> list[str]:
     """Five captions: the two largest objects, the counts, the largest, all, and a front view."""
     by_size = sorted(scene.things, key=lambda thing: -thing.side)
-    ground = _ground(scene)
+    below = ground(scene)
     largest = _phrase(by_size[0])
     front = _phrase(scene.things[-1])
     sentences = [
-        f"{_relation(by_size[0], by_size[1]) if len(by_size) > 1 else largest} on {ground}",
-        f"{_counts(scene)} on {ground}",
+        f"{_relation(by_size[0], by_size[1]) if len(by_size) > 1 else largest} on {below}",
+        f"{_counts(scene)} on {below}",
         f"there is {largest} {_region(scene, by_size[0])} of the picture",
         f"a picture of {_join([_phrase(thing) for thing in scene.things])}",
-        f"{front} in front of {ground}",
+        f"{front} in front of {below}",
     ]
     return [sentence[0].upper() + sentence[1:] + "." for sentence in sentences]
 
@@ -29,22 +29,25 @@ def _phrase(thing: Thing) -> str:
     """An object with its size, colour and texture: "a small red striped disk"."""
     texture = "" if thing.texture.kind == "plain" else f"{thing.texture.kind} "
     if thing.category_id == PERSON_ID:
-        return f"a {thing.size} person in {_article(thing.color)} {texture}shirt"
+        return f"a {thing.size} person in {article(thing.color)} {thing.color} {texture}shirt"
     return f"a {thing.size} {thing.color} {texture}{THINGS[thing.category_id - 1].name}"
 
 
-def _article(word: str) -> str:
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+def article(word: str) -> str:
+    """The indefinite article before a word."""
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def direction(first: Thing, second: Thing) -> str:
+    """Where the first object's centre is from the second's: left of, right of, above or below."""
+    dx, dy = (a - b for a, b in zip(first.center, second.center, strict=True))
+    if abs(dx) >= abs(dy):
+        return "left of" if dx < 0 else "right of"
+    return "above" if dy < 0 else "below"
 
 
 def _relation(first: Thing, second: Thing) -> str:
-    """Where the first object's centre is from the second's."""
-    dx, dy = (a - b for a, b in zip(first.center, second.center, strict=True))
-    if abs(dx) >= abs(dy):
-        word = "left of" if dx < 0 else "right of"
-    else:
-        word = "above" if dy < 0 else "below"
-    return f"{_phrase(first)} {word} {_phrase(second)}"
+    return f"{_phrase(first)} {direction(first, second)} {_phrase(second)}"
 
 
 def _counts(scene: Scene) -> str:
@@ -54,10 +57,17 @@ def _counts(scene: Scene) -> str:
 
 def _count(category_id: int, count: int) -> str:
     name = THINGS[category_id - 1].name
-    if count == 1:
-        return f"one {name}"
-    plural = {"person": "people", "cross": "crosses"}.get(name, f"{name}s")
-    return f"{_NUMBERS[count]} {plural}"
+    return f"{number(count)} {name if count == 1 else plural(name)}"
+
+
+def number(count: int) -> str:
+    """A number from 0 to 6 in letters."""
+    return _NUMBERS[count]
+
+
+def plural(name: str) -> str:
+    """Several objects of a class."""
+    return {"person": "people", "cross": "crosses"}.get(name, f"{name}s")
 
 
 def _join(phrases: list[str]) -> str:
@@ -66,7 +76,8 @@ def _join(phrases: list[str]) -> str:
     return f"{', '.join(phrases[:-1])} and {phrases[-1]}"
 
 
-def _ground(scene: Scene) -> str:
+def ground(scene: Scene) -> str:
+    """The background's one or two classes."""
     if len(scene.stuff) == 1:
         return _STUFF_NAMES[scene.stuff[0]]
     top, bottom = (_STUFF_NAMES[category_id] for category_id in scene.stuff)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ _OWN_FILES = re.compile(
     r"(train|val)2017/\d{12}\.jpg"
     r"|annotations/panoptic_(train|val)2017/\d{12}\.png"
     r"|annotations/(instances|person_keypoints|panoptic|captions)_(train|val)2017\.json"
+    r"|annotations/grounding_(train|val)2017_(odvg\.jsonl|flickr30k\.json|refcoco\.json)"
     r"|annotations/(synthetic_coco|context_bias)\.json"
 )
 
@@ -191,9 +193,7 @@ def _write_split(
     images, panoptic_pngs = root / f"{split}2017", root / f"annotations/panoptic_{split}2017"
     images.mkdir()
     panoptic_pngs.mkdir(parents=True)
-    records: dict[str, list[annotations.Record]] = {
-        name: [] for name in ("images", "instances", "person_keypoints", "panoptic", "captions")
-    }
+    records: defaultdict[str, annotations.Records] = defaultdict(list)
     for index in range(count):
         image_id = index + 1 + (VAL_ID_OFFSET if split == "val" else 0)
         rng = image_generator(seed, split, index)
@@ -206,20 +206,24 @@ def _write_split(
         segments, png = annotations.panoptic_record(scene, rendering, image_id)
         Image.fromarray(png).save(panoptic_pngs / segments["file_name"], compress_level=6)
         instances = annotations.instance_records(scene, rendering, image_id)
-        records["images"].append(annotations.image_record(image_id, *scene.pixels(size)))
+        image = annotations.image_record(image_id, *scene.pixels(size))
+        records["images"].append(image)
         records["instances"] += instances
         records["person_keypoints"] += annotations.keypoint_records(
             scene, rendering, instances, size
         )
         records["panoptic"].append(segments)
         records["captions"] += annotations.caption_records(captions(scene), image_id)
+        for name, found in annotations.grounding_records(scene, image, instances).items():
+            records[name] += found
         bar.update()
     _write_annotations(root / "annotations", split, records, settings.classes)
+    _write_grounding(root / "annotations", split, records, settings.classes)
     return len(records["instances"])
 
 
 def _write_annotations(
-    folder: Path, split: str, records: dict[str, list[annotations.Record]], classes: int
+    folder: Path, split: str, records: defaultdict[str, annotations.Records], classes: int
 ) -> None:
     categories = {
         "instances": {"categories": annotations.thing_categories(classes)},
@@ -230,6 +234,21 @@ def _write_annotations(
     for name, section in categories.items():
         content = {"images": records["images"], "annotations": records[name], **section}
         _write_json(folder / f"{name}_{split}2017.json", annotations.file_head() | content)
+
+
+def _write_grounding(
+    folder: Path, split: str, records: defaultdict[str, annotations.Records], classes: int
+) -> None:
+    start = f"grounding_{split}2017"
+    lines = "".join(f"{_json(record)}\n" for record in records["odvg"])
+    (folder / f"{start}_odvg.jsonl").write_text(lines, encoding="utf-8")
+    for name in ("flickr30k", "refcoco"):
+        content = {
+            "images": records[f"{name}_images"],
+            "annotations": records[name],
+            "categories": annotations.thing_categories(classes),
+        }
+        _write_json(folder / f"{start}_{name}.json", annotations.file_head() | content)
 
 
 def _bias(classes: int, probability: float) -> annotations.Record:
@@ -244,4 +263,8 @@ def _bias(classes: int, probability: float) -> annotations.Record:
 
 def _write_json(path: Path, content: annotations.Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, sort_keys=True, separators=(",", ":")), encoding="utf-8")
+    path.write_text(_json(content), encoding="utf-8")
+
+
+def _json(content: annotations.Record) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
