@@ -40,9 +40,10 @@ EXTRAS = {
     "cityscapes": [
         "cityscapesscripts>=2.2",
     ],
-    # Grounding DINO and GLIP read their prompts with it; mmdet 3.3 does not work with 5.
+    # Grounding DINO and GLIP read their prompts with it; mmdet 3.3's layers that fuse GLIP's image
+    # and text do not work with 4.53 and later.
     "grounding": [
-        "transformers>=4.35,<5",
+        "transformers>=4.35,<4.53",
     ],
     # Grad-CAM in tools/visualize_attention.py
     "visualization": [
