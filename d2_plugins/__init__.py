@@ -8,7 +8,12 @@ except ImportError as error:
         "its compiled operators, `pip install ./packaging/detectron2` in a checkout of this project"
     ) from error
 
-from d2_plugins import backbone, mmdet_bridge, roi_heads  # noqa: F401  # only for registration
+from d2_plugins import (  # noqa: F401  # only for registration
+    attention_mask_consistency,
+    backbone,
+    mmdet_bridge,
+    roi_heads,
+)
 from d2_plugins.config import add_plugin_config, merge_config
 
 __all__ = ["add_plugin_config", "merge_config"]

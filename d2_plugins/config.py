@@ -83,6 +83,30 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.GATHER = False
 
     # ---------------------------------------------------------------------------- #
+    # Attention mask consistency: the heat of a class's score, over a feature map, shall lie in the
+    # class's boxes. Read where MODEL.META_ARCHITECTURE is "AMCGeneralizedRCNN" or "AMCRetinaNet".
+    # ---------------------------------------------------------------------------- #
+    cfg.MODEL.AMC = CN()
+    # Name of the module whose output is the feature map, such as "backbone.bottom_up.res4"; empty
+    # for the last stage of the backbone. It must come before the scores.
+    cfg.MODEL.AMC.ACTIVATION = ""
+    # Of a module with several feature maps, such as "backbone" with an FPN, the names of those that
+    # count, for example ("p3", "p4"); empty for all
+    cfg.MODEL.AMC.LEVELS = ()
+    # Weight of the loss of means
+    cfg.MODEL.AMC.MEAN_WEIGHT = 1.0
+    # Weight of the loss of maxima
+    cfg.MODEL.AMC.MAX_WEIGHT = 1.0
+    # In [0, 1], by which the mean heat inside shall exceed the mean outside
+    cfg.MODEL.AMC.MEAN_MARGIN = 0.1
+    # In [0, 1], by which the maximum inside shall exceed the maximum outside
+    cfg.MODEL.AMC.MAX_MARGIN = 0.5
+    # The losses are taken in every n-th step only
+    cfg.MODEL.AMC.EVERY = 1
+    # How many classes of an image are taken, at random; each costs a differentiation. 0 for all
+    cfg.MODEL.AMC.CLASSES = 1
+
+    # ---------------------------------------------------------------------------- #
     # The optimizer of DETRs
     # ---------------------------------------------------------------------------- #
     # "SGD", or "ADAMW", which takes no SOLVER.MOMENTUM

@@ -16,10 +16,12 @@ from detectron2.modeling import (
     META_ARCH_REGISTRY,
     ROI_HEADS_REGISTRY,
     ResNet,
+    build_model,
 )
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
+from d2_plugins.attention_mask_consistency import amc_arguments, amc_losses, is_amc
 from d2_plugins.config import add_plugin_config
 from d2_plugins.evaluation import check_evaluator
 from d2_plugins.mmdet_bridge import check_detector, is_bridge
@@ -48,7 +50,7 @@ _WITH_PLUGINS = {
     "build_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_plugin_fpn_backbone",
 }
 # Detectron2's meta-architectures that build none
-_WITHOUT_ROI_HEADS = ("RetinaNet", "ProposalNetwork", "SemanticSegmentor")
+_WITHOUT_ROI_HEADS = ("RetinaNet", "AMCRetinaNet", "ProposalNetwork", "SemanticSegmentor")
 
 # Folders that a dataset's metadata may name
 _FOLDERS = {
@@ -83,6 +85,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     if not is_bridge(cfg):
         _check_backbone(cfg)
         _check_roi_heads(cfg)
+    if is_amc(cfg):
+        _check_amc(cfg)
     _check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
@@ -165,6 +169,14 @@ def _check_meta_architecture(cfg: CfgNode) -> None:
         return  # and may read all of them
     default: Any = get_cfg()
     add_plugin_config(default)
+    if not is_amc(cfg) and cfg.MODEL.AMC != default.MODEL.AMC:
+        hint = "use 'AMCRetinaNet'" if name == "RetinaNet" else "use 'AMCGeneralizedRCNN'"
+        if is_bridge(cfg):
+            hint = "a detector of MMDetection has AMC in its own config, MODEL.MMDET.CONFIG"
+        raise ValueError(
+            f"MODEL.AMC is set, but MODEL.META_ARCHITECTURE is {name!r}, which does not read it; "
+            f"{hint}"
+        )
     if not is_bridge(cfg):
         if cfg.MODEL.MMDET != default.MODEL.MMDET:
             raise ValueError(
@@ -222,6 +234,24 @@ def _check_roi_heads(cfg: CfgNode) -> None:
         _check_ida_head(cfg)
     if has_batchformer:
         _check_batchformer_head(cfg)
+
+
+def _check_amc(cfg: CfgNode) -> None:
+    """Check what the detector would say of AMC's settings when it is built."""
+    arguments = amc_arguments(cfg)
+    amc_losses(**{k: v for k, v in arguments.items() if k not in ("activation", "levels")})
+    named = (
+        (META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
+        (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
+        (ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME),
+    )
+    if any(name in registry and _is_users_own(registry.get(name)) for registry, name in named):
+        return  # the detector will say it: what the user wrote may need numbers when it is built
+    without_numbers = cfg.clone()
+    without_numbers.defrost()
+    without_numbers.MODEL.DEVICE = "meta"
+    with torch.device("meta"):  # no memory and no random numbers
+        build_model(without_numbers)
 
 
 def _check_ida_head(cfg: CfgNode) -> None:

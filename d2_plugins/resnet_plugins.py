@@ -153,7 +153,7 @@ def check_resnet_plugins(cfg: CfgNode) -> None:
     # Detectron2 builds the stages up to the last one that is asked for.
     last = max((RESNET_STAGES.index(f) for f in out_features if f in RESNET_STAGES), default=-1)
     built = list(RESNET_STAGES[: last + 1])
-    has_roi_heads = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    has_roi_heads = cfg.MODEL.META_ARCHITECTURE in ("GeneralizedRCNN", "AMCGeneralizedRCNN")
     roi_heads = cfg.MODEL.ROI_HEADS.NAME if has_roi_heads else None
     if roi_heads == "Res5PluginROIHeads":
         built.append("res5")

@@ -55,6 +55,17 @@ def test_plugins_are_off_by_default():
     assert dict(cfg.MODEL.ROI_BOX_HEAD.IDA) == {"NUM_HEADS": 4, "HEAVY": False}
     for key in ("TRIPLET_ATTENTION", "IDA", "PLUGIN_ORDER"):
         del cfg.MODEL.RESNETS[key]
+    assert dict(cfg.MODEL.AMC) == {
+        "ACTIVATION": "",
+        "LEVELS": (),
+        "MEAN_WEIGHT": 1.0,
+        "MAX_WEIGHT": 1.0,
+        "MEAN_MARGIN": 0.1,
+        "MAX_MARGIN": 0.5,
+        "EVERY": 1,
+        "CLASSES": 1,
+    }
+    del cfg.MODEL["AMC"]
     assert dict(cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER) == {
         "ENABLED": False,
         "NUM_HEADS": 4,
@@ -139,7 +150,8 @@ def test_shipped_config_loads(cfg, path):
     box_head = cfg.MODEL.ROI_BOX_HEAD
     in_backbone = all_stages(cfg)
     in_head = box_head.NAME == "IDABoxHead" or box_head.BATCHFORMER.ENABLED
-    assert in_backbone or in_head
+    assert ("AMC" in path.name) == cfg.MODEL.META_ARCHITECTURE.startswith("AMC")
+    assert in_backbone or in_head or "AMC" in path.name
     assert ("plugin" in cfg.MODEL.BACKBONE.NAME) == bool(in_backbone)
     assert ("Plugin" in cfg.MODEL.ROI_HEADS.NAME) == (in_head or "_C4_" in path.name)
 

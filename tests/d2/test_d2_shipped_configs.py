@@ -148,7 +148,9 @@ def test_config_trains_a_step_and_evaluates(cfg, path, drawn, tmp_path):
     assert len(batchformers) == ((3 if cascade else 1) if "_batchformer" in path.name else 0)
     # What starts as the identity is let in by a factor, which learns from the first step on.
     factors = [m.alpha for m in triplet] + [m.gamma for m in blocks]
-    assert factors or heads or batchformers
+    amc = {name for name in losses if name.startswith("loss_amc_")}
+    assert amc == ({"loss_amc_mean", "loss_amc_max"} if "_AMC_" in path.name else set())
+    assert factors or heads or batchformers or amc
     assert all(factor.grad.abs() > 0 and factor != 0 for factor in factors)
     assert all(p.grad.abs().max() > 0 for m in heads for n, p in m.named_parameters() if n in HEAD)
     assert all(p.grad.abs().max() > 0 for m in batchformers for p in m.parameters())

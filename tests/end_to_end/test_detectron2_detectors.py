@@ -32,8 +32,10 @@ FEW = {
             {"bbox": BOXES, "segm": BOXES},
         ),
         ("COCO-Detection/retinanet_R_50_triplet_FPN_1x", "instances", {"bbox": BOXES}),
+        ("COCO-Detection/faster_rcnn_R_50_FPN_AMC_1x", "instances", {"bbox": BOXES}),
+        ("COCO-Detection/retinanet_R_50_FPN_AMC_1x", "instances", {"bbox": BOXES}),
     ],
-    ids=["keypoint", "mask", "retinanet"],
+    ids=["keypoint", "mask", "retinanet", "faster-amc", "retinanet-amc"],
 )
 def test_detector_trains_and_reports_all_metrics(
     config, labels, expected, coco_sample, run_tool, tmp_path
@@ -46,6 +48,8 @@ def test_detector_trains_and_reports_all_metrics(
     records = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
     losses = [record["total_loss"] for record in records if "total_loss" in record]
     assert losses and all(math.isfinite(loss) for loss in losses)
+    amc = [r for r in records if {"loss_amc_mean", "loss_amc_max"} <= set(r)]
+    assert bool(amc) == ("AMC" in config)
     assert reported(printed) == expected
     (results,) = (tmp_path / "inference").glob("coco_instances_results.json")
     keys = {"segm": "segmentation", "keypoints": "keypoints", "bbox": "bbox"}

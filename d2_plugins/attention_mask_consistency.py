@@ -1,0 +1,376 @@
+"""Attention mask consistency (AMC) as an auxiliary loss of Detectron2's own detectors.
+
+The gradient heatmap of a class's best score in an image, over a feature map, shall lie in the boxes
+that the class is annotated with (``plugin_core/attention_mask_consistency.py``)::
+
+    MODEL:
+      META_ARCHITECTURE: "AMCGeneralizedRCNN"  # or "AMCRetinaNet"
+      AMC:
+        EVERY: 4
+
+In training there are two more losses, ``loss_amc_mean`` and ``loss_amc_max``. All else is the plain
+detector: its weights and their names, so that each reads the other's checkpoints, and evaluation.
+
+Gradients are differentiated through all that lies between the feature map and the scores. RoIAlign,
+which can be differentiated only once, is replaced for it; deformable convolutions and SyncBN are
+not, and must come before the feature map. Where norms have batch statistics after it, a heatmap
+also has a little of what the other images' scores depend on.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import DeformConv, ModulatedDeformConv, ROIAlign
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN, RetinaNet
+from detectron2.utils.events import get_event_storage
+from detectron2.utils.logger import log_first_n
+from torch import Tensor, nn
+
+from d2_plugins.roi_heads import BatchFormerOutputLayers
+from plugin_core import AttentionMaskConsistency, GradientHeatmap
+from plugin_core.attention_maps import Call, record_calls
+from plugin_core.attention_mask_consistency import ScoredRegion
+from plugin_core.sampling import linear_operator
+
+
+class _AMCDetector(nn.Module):
+    """What AMC's detectors share. Modules are known by name: a child's other name is a weight's."""
+
+    backbone: nn.Module
+    device: torch.device
+
+    @abstractmethod
+    def _scored_modules(self) -> list[nn.Module]:
+        """The modules whose calls :meth:`_class_logits` reads."""
+
+    @abstractmethod
+    def _class_logits(self, calls: Sequence[Call]) -> list[list[Tensor]]:
+        """Of each image, logits whose second dimension is the classes."""
+
+    @contextmanager
+    def _differentiable_twice(self) -> Iterator[None]:
+        """Replace what of the detector can be differentiated only once."""
+        yield
+
+    def _set_up_amc(
+        self, *, activation: str = "", levels: Sequence[str] = (), **settings: Any
+    ) -> None:
+        self.amc = amc_losses(**settings)
+        self.amc_activation = activation or _last_stage(self.backbone)
+        self.amc_levels = tuple(levels)
+        self._amc_step = 0  # where there is no storage that counts
+        modules = dict(self.named_modules())
+        if self.amc_activation not in modules:
+            likely = difflib.get_close_matches(self.amc_activation, modules)
+            hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
+            raise ValueError(
+                f"MODEL.AMC.ACTIVATION: the detector has no module {self.amc_activation!r}{hint}"
+            )
+        module = modules[self.amc_activation]
+        if isinstance(module, Backbone):
+            self._check_levels(tuple(module.output_shape()))
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """What the plain detector gives, in training with AMC's losses where they are due."""
+        if not (self.training and torch.is_grad_enabled() and self._is_due()):
+            return super().forward(batched_inputs)
+        activation = self.get_submodule(self.amc_activation)
+        deformable = [m for m in self.backbone.modules() if isinstance(m, _DEFORMABLE)]
+        handle = activation.register_forward_hook(_require_gradients)
+        recorded = [self.backbone, activation, *deformable, *self._scored_modules()]
+        try:
+            with record_calls(recorded) as calls, self._differentiable_twice():
+                losses = super().forward(batched_inputs)
+        finally:
+            handle.remove()
+        return {**losses, **self._amc_losses(batched_inputs, calls)}
+
+    def _is_due(self) -> bool:
+        try:
+            step = get_event_storage().iter
+        except AssertionError:  # there is none
+            step = self._amc_step
+            self._amc_step += 1
+        return step % self.amc.every == 0
+
+    def _amc_losses(
+        self, batched_inputs: list[dict[str, Any]], calls: Sequence[Call]
+    ) -> dict[str, Tensor]:
+        pixels = next(call.args[0] for call in calls if call.module is self.backbone)
+        maps = self._activation_maps(calls, len(pixels))
+        logits = self._class_logits(calls)
+        images = [
+            amc_regions(image, logits_of_image, self.device, f"number {i} of the batch")
+            for i, (image, logits_of_image) in enumerate(zip(batched_inputs, logits, strict=True))
+        ]
+        heatmap = GradientHeatmap()
+        try:
+            losses = self.amc(images, lambda score: heatmap(score, maps), tuple(pixels.shape[2:]))
+        except ValueError as error:
+            raise self._wrong_activation(str(error)) from error
+        return {name: loss.to(self.device) for name, loss in losses.items()}
+
+    def _activation_maps(self, calls: Sequence[Call], batch_size: int) -> list[Tensor]:
+        """The feature maps whose heat counts, each of all images."""
+        activation = self.get_submodule(self.amc_activation)
+        places = [i for i, call in enumerate(calls) if call.module is activation]
+        if not places:
+            raise self._wrong_activation("it is not called in training")
+        names = {module: name for name, module in self.named_modules()}
+        for call in calls[places[0] :]:
+            if isinstance(call.module, _DEFORMABLE):
+                raise self._wrong_activation(
+                    f"{names[call.module]} comes after it, a deformable convolution, which cannot "
+                    f"be differentiated twice; use {_last_stage(self.backbone)!r}"
+                )
+        maps = []
+        for output in (calls[i].output for i in places):
+            if isinstance(output, Mapping):
+                self._check_levels(tuple(output))
+                maps += [output[name] for name in self.amc_levels or output]
+            else:
+                self._check_levels(())
+                maps.append(output)
+        for x in maps:
+            if not isinstance(x, Tensor) or x.dim() != 4 or len(x) != batch_size:
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise self._wrong_activation(
+                    f"it puts out {got}, expected a feature map of shape ({batch_size}, C, H, W), "
+                    "or a dict of these"
+                )
+        return maps
+
+    def _check_levels(self, known: tuple[str, ...]) -> None:
+        unknown = [name for name in self.amc_levels if name not in known]
+        if unknown:
+            raise ValueError(
+                f"MODEL.AMC.LEVELS: {unknown[0]!r} is no feature map of {self.amc_activation!r}, "
+                f"which has {', '.join(known) or 'only one, without a name'}"
+            )
+
+    def _wrong_activation(self, reason: str) -> ValueError:
+        return ValueError(f"MODEL.AMC.ACTIVATION {self.amc_activation!r}: {reason}")
+
+
+@META_ARCH_REGISTRY.register()
+class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
+    """``GeneralizedRCNN`` that trains with AMC too: Faster, Mask, Keypoint and Cascade R-CNN.
+
+    A class's score in an image is the greatest logit that the box predictor, of a cascade the last
+    one, gives it in a region of interest.
+
+    Args:
+        amc: what ``MODEL.AMC`` has, in lower case; see ``d2_plugins/config.py``.
+        detector: what ``GeneralizedRCNN`` takes.
+
+    Raises:
+        ValueError: if a setting of AMC is wrong, or the RoI heads do not pool boxes by RoIAlign.
+    """
+
+    roi_heads: nn.Module
+
+    @configurable
+    def __init__(self, *, amc: Mapping[str, Any] | None = None, **detector: Any) -> None:
+        super().__init__(**detector)
+        self._set_up_amc(**(amc or {}))
+        pooler, predictor = self._scored_modules()
+        levels = list(getattr(pooler, "level_poolers", ()))
+        if not levels or not all(isinstance(level, ROIAlign) for level in levels):
+            kind = type(levels[0]).__name__ if levels else type(pooler).__name__
+            raise ValueError(
+                f"MODEL.ROI_BOX_HEAD.POOLER_TYPE: AMC differentiates twice through RoIAlign, not "
+                f"through {kind}; use 'ROIAlignV2'"
+            )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {**super().from_config(cfg), "amc": amc_arguments(cfg)}
+
+    def _scored_modules(self) -> list[nn.Module]:
+        heads = self.roi_heads
+        pooler = getattr(heads, "box_pooler", getattr(heads, "pooler", None))  # the latter of a C4
+        predictor = getattr(heads, "box_predictor", None)
+        if isinstance(predictor, nn.ModuleList):  # of a cascade
+            predictor = predictor[-1]
+        if not isinstance(pooler, nn.Module) or not isinstance(predictor, nn.Module):
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NAME: {type(heads).__name__} has no box_pooler or no "
+                "box_predictor, which AMC reads"
+            )
+        return [pooler, predictor]
+
+    def _class_logits(self, calls: Sequence[Call]) -> list[list[Tensor]]:
+        pooler, predictor = self._scored_modules()
+        boxes = [call.args[1] for call in calls if call.module is pooler][-1]
+        call = [call for call in calls if call.module is predictor][-1]
+        logits = call.output[0]
+        if isinstance(predictor, BatchFormerOutputLayers):
+            # Of the regions' own stream, which has no part in what cannot be differentiated twice
+            logits = predictor.cls_score(call.args[0].flatten(1))
+        return [[of_image] for of_image in logits.split([len(of_image) for of_image in boxes])]
+
+    @contextmanager
+    def _differentiable_twice(self) -> Iterator[None]:
+        handle = self._scored_modules()[0].register_forward_hook(_pool_differentiable_twice)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@META_ARCH_REGISTRY.register()
+class AMCRetinaNet(_AMCDetector, RetinaNet):
+    """``RetinaNet`` that trains with AMC too.
+
+    A class's score in an image is its greatest logit of all levels, positions and anchors.
+
+    Args:
+        amc: what ``MODEL.AMC`` has, in lower case; see ``d2_plugins/config.py``.
+        detector: what ``RetinaNet`` takes.
+
+    Raises:
+        ValueError: if a setting of AMC is wrong.
+    """
+
+    head: nn.Module
+    num_classes: int
+
+    @configurable
+    def __init__(self, *, amc: Mapping[str, Any] | None = None, **detector: Any) -> None:
+        super().__init__(**detector)
+        self._set_up_amc(**(amc or {}))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        return {**super().from_config(cfg), "amc": amc_arguments(cfg)}
+
+    def _scored_modules(self) -> list[nn.Module]:
+        return [self.head]
+
+    def _class_logits(self, calls: Sequence[Call]) -> list[list[Tensor]]:
+        logits, _ = next(call.output for call in calls if call.module is self.head)
+        levels = [level.unflatten(1, (-1, self.num_classes)) for level in logits]
+        return [list(of_image) for of_image in zip(*levels, strict=True)]
+
+
+def amc_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """What ``MODEL.AMC`` says, as the detectors take it."""
+    node: Any = cfg.MODEL.AMC
+    return {key.lower(): value for key, value in node.items()}
+
+
+def is_amc(cfg: CfgNode) -> bool:
+    """Whether a config's meta-architecture reads ``MODEL.AMC``."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    return inspect.isclass(kind) and issubclass(kind, _AMCDetector)
+
+
+def amc_losses(*, classes: int = 1, **settings: Any) -> AttentionMaskConsistency:
+    """The losses of a detector's settings.
+
+    Args:
+        classes: how many of an image are taken, at random; 0 for all.
+        settings: the other arguments of :class:`plugin_core.AttentionMaskConsistency`.
+
+    Raises:
+        ValueError: if a setting is out of range; it names the setting.
+    """
+    if type(classes) is not int or classes < 0:
+        raise ValueError(
+            f"MODEL.AMC.CLASSES: must be how many classes of an image, 0 for all, got {classes!r}"
+        )
+    try:
+        return AttentionMaskConsistency(phrases=classes or None, **settings)
+    except ValueError as error:
+        argument = str(error).partition(" ")[0]
+        raise ValueError(f"MODEL.AMC.{argument.upper()}: {error}") from error
+
+
+def amc_regions(
+    image: Mapping[str, Any], logits: Sequence[Tensor], device: torch.device, otherwise: str
+) -> list[ScoredRegion]:
+    """The classes that an image is annotated with, their best scores and their boxes.
+
+    A box that has no part in the image is left out, and its class if it has no other; the first one
+    of a process is warned of.
+
+    Args:
+        image: with "instances", as the detector takes it.
+        logits: of the image, of any shapes whose second dimension is the classes.
+        device: of the boxes.
+        otherwise: how to call an image without "file_name".
+    """
+    instances = image["instances"]
+    boxes = instances.gt_boxes.tensor
+    height, width = instances.image_size
+    inside = torch.stack(
+        [side.clamp(0, size) for side, size in zip(boxes.T, (width, height) * 2, strict=True)], 1
+    )
+    visible = (inside[:, 2:] > inside[:, :2]).all(1)
+    if not visible.all():
+        log_first_n(
+            logging.WARNING,
+            f"AMC leaves out boxes that have no part in their image, such as "
+            f"{boxes[~visible][0].tolist()} in {image.get('file_name', otherwise)} "
+            f"({width}x{height} pixels)",
+        )
+    regions = []
+    for label in instances.gt_classes[visible].unique().tolist():
+        scores = [level[:, label].amax() for level in logits if len(level)]
+        if scores:  # else there are no regions of interest
+            own = inside[visible & (instances.gt_classes == label)]
+            regions.append(ScoredRegion(torch.stack(scores).amax(), own.to(device)))
+    return regions
+
+
+_DEFORMABLE = (DeformConv, ModulatedDeformConv)
+
+
+def _last_stage(backbone: nn.Module) -> str:
+    """Name of the last stage of a detector's backbone."""
+    name, stages_of = "backbone", backbone
+    if isinstance(getattr(backbone, "bottom_up", None), nn.Module):  # of an FPN
+        name, stages_of = "backbone.bottom_up", backbone.get_submodule("bottom_up")
+    stages = getattr(stages_of, "stage_names", None)
+    if not stages:
+        raise ValueError(
+            f"MODEL.AMC.ACTIVATION: names no module, and {name} is a {type(stages_of).__name__}, "
+            "which has no stages as a ResNet has; set the name of a module"
+        )
+    return f"{name}.{stages[-1]}"
+
+
+def _require_gradients(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    """Let what frozen layers put out have gradients."""
+    for x in output.values() if isinstance(output, Mapping) else [output]:
+        if isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad:
+            x.requires_grad_()
+
+
+def _pool_differentiable_twice(
+    pooler: nn.Module, args: tuple[list[Tensor], list[Any]], output: Tensor
+) -> Tensor | None:
+    features, boxes = args
+    if not output.requires_grad:
+        return None
+    dtype = features[0].dtype
+    lowered = dtype in (torch.float16, torch.bfloat16)
+
+    def pool(maps: Sequence[Tensor]) -> Tensor:
+        # In a backward pass, autocast is no longer as it was
+        kind = features[0].device.type
+        with torch.autocast(kind, dtype=dtype if lowered else None, enabled=lowered):
+            pooled: Tensor = pooler.forward(list(maps), boxes)
+        return pooled
+
+    return linear_operator(pool, output, features)
