@@ -11,11 +11,12 @@ except ImportError as error:
         "`pip install -e .[mmdet]` in a checkout of this project"
     ) from error
 
-from mm_plugins import resume  # noqa: F401  # only for registration
+from mm_plugins import pointing_game, resume, transforms  # noqa: F401  # only for registration
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.batchformer import build_batchformer_detector
 from mm_plugins.heads import BatchFormerBBoxHead, IDABBoxHead
 from mm_plugins.layers import IDABlock, TripletAttention
+from mm_plugins.regularized import build_regularized_detector
 
 __all__ = [
     "BatchFormerBBoxHead",
@@ -25,4 +26,5 @@ __all__ = [
     "PluginResNet",
     "TripletAttention",
     "build_batchformer_detector",
+    "build_regularized_detector",
 ]

@@ -27,6 +27,7 @@ from mmdet.models.layers import DetrTransformerEncoder
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 
+from mm_plugins.overlay import Overlay, detector_class, lay_over
 from plugin_core import BatchFormer
 
 # What an encoder passes to its layers that has another first dimension than the batch
@@ -54,13 +55,8 @@ def build_batchformer_detector(
         ValueError: if there is no such detector, it has no encoder, or an argument of
             ``batchformer`` is wrong.
     """
-    kind = MODELS.get(detector) if isinstance(detector, str) else detector
-    if not (isinstance(kind, type) and issubclass(kind, BaseDetector)):
-        raise ValueError(
-            f"detector: {detector!r} is no detector of MMDetection; name the type that the config "
-            f"has without BatchFormerV2, such as 'DETR' or 'DeformableDETR'"
-        )
-    return _subclass(kind)(batchformer=batchformer or {}, **kwargs)
+    made = lay_over(detector_class(detector), _BatchFormerDetector)
+    return made(batchformer=batchformer or {}, **kwargs)
 
 
 class TwoStreams(nn.ModuleDict):
@@ -222,15 +218,15 @@ def insert_batchformer(
     return streams
 
 
-class _BatchFormerDetector(BaseDetector):
-    """What is laid over a detector's class."""
+class _BatchFormerDetector(Overlay):
+    prefix = "BatchFormer"
 
     def __init__(self, *args: Any, batchformer: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         encoders = [n for n, m in self.named_modules() if isinstance(m, DetrTransformerEncoder)]
         if len(encoders) != 1:
             raise ValueError(
-                f"detector: {type(self).__mro__[2].__name__} has {len(encoders)} DETR encoders "
+                f"detector: {type(self).__bases__[1].__name__} has {len(encoders)} DETR encoders "
                 "where BatchFormerV2 needs one; take a DETR, MaskFormer or Mask2Former with one"
             )
         streams = insert_batchformer(self.get_submodule(encoders[0]), **batchformer)
@@ -267,22 +263,6 @@ class _BatchFormerDetector(BaseDetector):
     @property
     def _streams(self) -> TwoStreams:
         return self.get_submodule(self._streams_name)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # Its class is made when it is asked for, so that pickle does not find it by its name.
-        _, _, *rest = super().__reduce_ex__(protocol)  # a function, its arguments and the state
-        return _new, (type(self).__mro__[2],), *rest
-
-
-def _new(kind: Any) -> BaseDetector:
-    return object.__new__(_subclass(kind))
-
-
-@functools.cache
-def _subclass(kind: type[BaseDetector]) -> type[BaseDetector]:
-    name = f"BatchFormer{kind.__name__}"
-    made: type[BaseDetector] = type(name, (_BatchFormerDetector, kind), {"__module__": __name__})
-    return made
 
 
 def _before_the_encoder(detector: BaseDetector) -> Iterator[nn.Module]:

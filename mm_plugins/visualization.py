@@ -17,14 +17,28 @@ from mmdet.models.utils import select_single_mlvl
 from mmdet.registry import DATASETS, MODELS
 from mmdet.structures.bbox import get_box_tensor
 from mmdet.utils import get_test_pipeline_cfg, register_all_modules
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
+from mm_plugins.activations import Activation, last_stage
 from mm_plugins.analysis import load_config
+from mm_plugins.scores import Scores, phrase_score
 from mm_plugins.scripts import has_cuda_operators
-from plugin_core.attention_maps import Call, Detections, Detector, Picture, load_weights
+from mm_plugins.text_models import text_model_is_there
+from plugin_core.attention_maps import (
+    Call,
+    Caption,
+    Detections,
+    Detector,
+    Frame,
+    Grounder,
+    Grounding,
+    Picture,
+    load_weights,
+    record_calls,
+)
 
 
 class MMDetDetector(Detector):
@@ -44,18 +58,22 @@ class MMDetDetector(Detector):
         register_all_modules(init_default_scope=False)
         self._scope = cfg.get("default_scope") or "mmdet"
         with DefaultScope.overwrite_default_scope(self._scope):
-            model = revert_sync_batchnorm(MODELS.build(cfg.model))
+            model = revert_sync_batchnorm(_build(cfg.model))
             self._transform = Compose(get_test_pipeline_cfg(cfg))
         content = load_weights(model, weights, trust=trust)
         on_gpu = torch.cuda.is_available() and has_cuda_operators()
         self.model: nn.Module = model.to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
-        head: Any = getattr(model, "roi_head", model).bbox_head
+        self.reads_text = hasattr(model, "language_model")
+        self.class_names = () if self.reads_text else self._names_of_classes(cfg, content)
+
+    def _names_of_classes(self, cfg: Config, checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
+        head: Any = getattr(self.model, "roi_head", self.model).bbox_head
         if isinstance(head, nn.ModuleList):  # of the stages of a cascade
             head = head[-1]
-        names = _class_names(cfg, content)
+        names = _class_names(cfg, checkpoint)
         # Of another dataset than the model's, they would be wrong.
         fits = len(names) == head.num_classes
-        self.class_names = names if fits else tuple(map(str, range(head.num_classes)))
+        return names if fits else tuple(map(str, range(head.num_classes)))
 
     def read(self, path: str) -> Picture:
         try:
@@ -80,21 +98,93 @@ class MMDetDetector(Detector):
         found = sample.pred_instances
         return Detections(get_box_tensor(found.bboxes).detach(), found.scores, found.labels)
 
+    def grounder(self, caption: Caption, layer: str | None = None) -> Grounder:
+        if not self.reads_text:
+            return super().grounder(caption, layer)
+        return _Grounder(self.model, self._scope, caption, layer)
+
     def last_stage(self) -> str:
-        backbone: Any = self.model.get_submodule("backbone")
-        for attribute in ("res_layers", "layers"):  # ResNet, MobileNetV2
-            stages = getattr(backbone, attribute, None)
-            if isinstance(stages, list):
-                return f"backbone.{stages[max(backbone.out_indices)]}"
-        raise ValueError(
-            f"backbone is a {type(backbone).__name__}, which has no stages as a ResNet has"
-        )
+        return last_stage(self.model)
 
     def region_extractors(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if isinstance(module, BaseRoIExtractor)]
 
     def regions(self, call: Call) -> Tensor:
         return call.args[1][:, 1:]  # the first number is the image's in the batch
+
+
+class _Grounder:
+    """Looks for phrases; its heatmaps are those of attention mask consistency."""
+
+    def __init__(self, model: Any, scope: str, caption: Caption, layer: str | None) -> None:
+        # Those of the config, where its detector is a RegularizedDetector
+        settings = {"name": layer} if layer else getattr(model, "heatmap_settings", {})
+        self._model, self._scope = model, scope
+        self._activation, self._scores = Activation(model, **settings), Scores(model)
+        self._text: dict[str, Any] = {"text": caption.phrases, "custom_entities": True}
+        if caption.text is not None:
+            spans = [[list(span)] for span in caption.spans()]
+            self._text = {"text": caption.text, "tokens_positive": spans}
+        self._columns = self._columns_of(caption.phrases)
+
+    def _columns_of(self, phrases: Sequence[str]) -> list[list[int]]:
+        """The tokens of each phrase; raises ValueError where some are not read."""
+        text, spans = self._text["text"], self._text.get("tokens_positive")
+        of_labels, *_ = self._model.get_tokens_positive_and_prompts(
+            text, spans is None, None, spans
+        )
+        end = self._model.language_model.max_tokens - 1  # which is a mark, and no word
+        columns: list[list[int]] = [list(of_labels[label + 1]) for label in range(len(phrases))]
+        for phrase, tokens in zip(phrases, columns, strict=True):
+            if not tokens or max(tokens) >= end:
+                raise ValueError(
+                    f"phrase {phrase!r}: it has no words, or not all of them are among the first "
+                    f"{end + 1} tokens of the text, which are what the model reads "
+                    "(language_model.max_tokens)"
+                )
+        return columns
+
+    def __call__(self, picture: Picture) -> Grounding:
+        model = self._model
+        sample = copy.deepcopy(picture.meta)
+        sample.set_metainfo(self._text)
+        with (
+            DefaultScope.overwrite_default_scope(self._scope),
+            torch.enable_grad(),
+            record_calls([model.backbone]) as calls,
+            self._activation.record() as recorded,
+            self._scores.record() as logits_of,
+        ):
+            data = {"inputs": [picture.pixels[0]], "data_samples": [sample]}
+            (result,) = model.test_step(data)
+            recorded.differentiate.create_graph = False
+            (logits,) = logits_of(1)
+            scores = [phrase_score(logits, columns) for columns in self._columns]
+            heat = torch.cat([recorded.heatmaps(score)[0] for score in scores])
+        height, width = calls[0].args[0].shape[2:]
+        frame = Frame(picture.image.shape[:2], picture.input_size, (height, width))
+        return Grounding(_detections(result), frame.over_image(heat), self._activation.name)
+
+
+def _detections(sample: Any) -> Detections:
+    found = sample.pred_instances
+    boxes = get_box_tensor(found.bboxes).detach().cpu()
+    return Detections(boxes, found.scores.detach().cpu(), found.labels.cpu())
+
+
+def _build(model: ConfigDict) -> nn.Module:
+    """Build a detector; one that reads a text such that its phrases can be explained."""
+    if "language_model" not in model:
+        return MODELS.build(model)
+    for part, setting, value in (
+        ("encoder", "num_cp", 0),  # activations in checkpoints have no gradient,
+        ("bbox_head", "use_checkpoint", False),
+        ("test_cfg", "chunked_size", -1),  # and those of all but the last chunk are lost
+    ):
+        if setting in (model.get(part) or {}):
+            model[part][setting] = value
+    with text_model_is_there(model):
+        return MODELS.build(model)
 
 
 @contextmanager

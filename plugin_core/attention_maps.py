@@ -10,9 +10,10 @@ else is said. Each cell of a map (..., H', W') of features covers an equal part 
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -74,16 +75,73 @@ class Detections:
         return int(self.scores.detach().masked_fill(~wanted, -1).argmax())
 
 
+@dataclass(frozen=True)
+class Caption:
+    """Phrases that a detector which reads a text is to look for.
+
+    Args:
+        phrases: each without spaces and full stops around it.
+        text: that they stand in, in any case; None where the phrases are all that is read.
+
+    Raises:
+        ValueError: if there is no phrase, one is empty, or one does not occur in the text.
+    """
+
+    phrases: tuple[str, ...]
+    text: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.phrases or not all(self.phrases):
+            raise ValueError("it is empty; give words to look for")
+        if self.text is not None:
+            self.spans()
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Of each phrase, from and to which character of the text it is first seen, as words."""
+        spans = []
+        for phrase in self.phrases:
+            same = re.escape(phrase)
+            patterns = (rf"(?<!\w){same}(?!\w)", same)  # whole words rather than parts of others
+            found = (re.search(pattern, self.text or "", re.IGNORECASE) for pattern in patterns)
+            match = next(filter(None, found), None)
+            if match is None:
+                raise ValueError(f"{phrase!r} does not occur in the text {self.text!r}")
+            spans.append(match.span())
+        return spans
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """Where a detector sees the phrases of a caption in one image.
+
+    Args:
+        detections: whose classes are the numbers of the phrases.
+        heatmaps: (phrases, H, W) over the image, 0 … 1.
+        layer: whose activation the heatmaps are of.
+    """
+
+    detections: Detections
+    heatmaps: Tensor
+    layer: str
+
+
+# Raises ValueError where there is no heatmap.
+Grounder = Callable[[Picture], Grounding]
+
+
 class Detector(ABC):
     """A trained detector of either framework, in evaluation mode.
 
     Attributes:
         model: with a child ``backbone``; its parameters need no gradient.
         class_names: of the classes from 0 on; the numbers themselves where there are no names.
+            None of a detector that reads a text.
+        reads_text: whether it looks for the phrases of a text.
     """
 
     model: nn.Module
     class_names: tuple[str, ...]
+    reads_text: bool = False
 
     @abstractmethod
     def read(self, path: str) -> Picture:
@@ -92,6 +150,18 @@ class Detector(ABC):
     @abstractmethod
     def detect(self, picture: Picture, pixels: Tensor) -> Detections:
         """Detect in ``pixels``, those of the picture or others of their shape."""
+
+    def grounder(self, caption: Caption, layer: str | None = None) -> Grounder:
+        """Make what looks for the phrases of a caption.
+
+        Args:
+            caption: that the detector reads.
+            layer: name of the module of whose activation the heatmaps are; None for the default.
+
+        Raises:
+            ValueError: if the detector reads no text, or none as long, or there is no such layer.
+        """
+        raise ValueError(f"{type(self.model).__name__} reads no text")
 
     @abstractmethod
     def last_stage(self) -> str:

@@ -37,7 +37,8 @@ def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
             )
             within = (x >= 0) & (x < width) & (y >= 0) & (y < height)
             cell = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-            index = cell.long()[:, None].expand(-1, maps.shape[1], -1)
+            # A point that is NaN makes a value that is NaN, but no index.
+            index = cell.nan_to_num().long()[:, None].expand(-1, maps.shape[1], -1)
             sampled = sampled + flat.gather(2, index) * (weight * within)[:, None]
     return sampled
 

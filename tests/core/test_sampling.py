@@ -49,6 +49,12 @@ def test_a_point_on_a_cell_is_the_cell_and_one_outside_is_0():
     assert bilinear_sample(maps, points)[0, 0].tolist() == [5.0, 2.0, 0.0, 0.0]
 
 
+def test_a_point_that_is_nan_gives_nan():
+    points = torch.tensor([[[float("nan"), 0.0], [1.0, 0.0]]])
+    sampled = bilinear_sample(torch.arange(6.0).view(1, 1, 2, 3), points)[0, 0]
+    assert sampled[0].isnan() and sampled[1] == 1.0
+
+
 def attention_inputs(dtype=torch.float):
     shapes = [(4, 3), (2, 2)]
     value = torch.randn(2, 16, 2, 4, dtype=dtype, requires_grad=True)

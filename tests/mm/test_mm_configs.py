@@ -27,7 +27,12 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from make_synthetic_coco import make_dataset  # noqa: E402
 
-SHIPPED = sorted((ROOT / "configs" / "mm").rglob("*.py"))
+# Those that read a text have tests of their own.
+SHIPPED = sorted(
+    path
+    for path in (ROOT / "configs" / "mm").rglob("*.py")
+    if not path.stem.startswith(("grounding", "glip"))
+)
 # Their data cannot be read without panopticapi, which no package index has.
 PANOPTIC = [path for path in SHIPPED if "panoptic" in path.stem]
 CLASSES = ("person", "disk", "square", "triangle", "star", "ring", "cross")

@@ -1,0 +1,3 @@
+# The same with functional entropy regularization
+_base_ = "glip_r50_synthetic.py"
+model = dict(functional_entropy=dict(samples=2, weight=1e-9))

@@ -1,0 +1,109 @@
+"""The shipped configs of grounding detectors: each trains a step with the losses of its name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="MMDetection is not installed")
+pytest.importorskip(
+    "transformers", reason="transformers, which grounding detectors need, is absent"
+)
+
+from grounding_detectors import ROOT, images, kind_of, samples, write_text_model
+from mmdet.registry import MODELS
+from mmengine.config import Config
+
+from mm_plugins.preflight import check_config
+
+SHIPPED = sorted(
+    path
+    for folder in ("grounding", "synthetic")
+    for path in (ROOT / "configs" / "mm" / folder).glob("g*.py")
+)
+
+
+@pytest.fixture(scope="session")
+def text_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("text")
+    glip = ("--hidden-size", "768", "--heads", "12", "--layers", "1")
+    return {
+        "GroundingDINO": write_text_model(folder / "small"),
+        "GLIP": write_text_model(folder / "wide", *glip),
+    }
+
+
+def shrink(cfg: Config, text_model: Path) -> None:
+    model = cfg.model
+    model.backbone.init_cfg = None
+    model.language_model.name = str(text_model)
+    if model.detector == "GLIP":
+        model.bbox_head.lang_model_name = str(text_model)
+        model.bbox_head.num_dyhead_blocks = 1
+    else:
+        model.num_queries = 10
+        model.encoder.num_layers = model.decoder.num_layers = 2
+        assert model.encoder.get("num_cp", 0) == 0
+
+
+def test_there_are_configs_of_both_detectors_with_each_loss_and_with_both():
+    losses = ("amc", "functional-entropy", "amc-functional-entropy")
+    names = [path.stem for path in SHIPPED]
+    for detector in ("grounding-dino_r50", "glip_r50"):
+        assert f"{detector}_synthetic" in names
+        assert {f"{detector}-{loss}_synthetic" for loss in losses} <= set(names)
+    for detector in ("grounding_dino_swin-t", "glip_atss_swin-t_c"):
+        assert all(any(n.startswith(f"{detector}_{loss}_f") for n in names) for loss in losses)
+
+
+def parts(path: Path) -> dict[str, object]:
+    """Of a config's model, what of it is no plain detector's."""
+    model = Config.fromfile(path).model
+    return {k: model.get(k) for k in ("attention_mask_consistency", "functional_entropy")}
+
+
+@pytest.mark.parametrize("path", [p for p in SHIPPED if "amc-f" in p.stem], ids=lambda p: p.stem)
+def test_with_both_is_each_and_the_other(path):
+    both = parts(path)
+    assert all(value is not None for value in both.values())
+    for name, left_out in (
+        ("amc", "functional_entropy"),
+        ("functional-entropy", "attention_mask_consistency"),
+    ):
+        one = parts(path.with_name(path.name.replace("amc-functional-entropy", name)))
+        assert one == {**both, left_out: None}
+
+
+# Of GLIP, which takes its time, those with both stand for all.
+TRAINED = [p for p in SHIPPED if "grounding" in p.stem or "amc-f" in p.stem]
+
+
+@pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
+def test_config_trains_a_step_with_the_losses_of_its_name(path, text_models):
+    cfg = Config.fromfile(path)
+    detector = cfg.model.detector
+    check_config(Config({"model": cfg.model}), train=True, resumes=False)
+    shrink(cfg, text_models[detector])
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).train()
+    if detector == "GroundingDINO":
+        torch.nn.init.normal_(model.level_embed)  # which nothing has set
+    kind = kind_of("glip" if detector == "GLIP" else "grounding-dino")
+    losses = model.loss(images(), samples(kind))
+    amc = {"loss_amc_mean", "loss_amc_max"}
+    entropy = {"loss_functional_entropy", "information_image", "information_text"}
+    assert amc & set(losses) == (amc if "amc" in path.stem else set())
+    assert entropy & set(losses) == (entropy if "functional-entropy" in path.stem else set())
+    total, _ = model.parse_losses(losses)
+    total.backward()
+    assert total.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_config_is_a_base_and_a_few_lines(path):
+    """What differs from a base, so that the difference can be read."""
+    plain = path.stem in ("grounding-dino_r50_synthetic", "glip_r50_synthetic")
+    assert plain or len(path.read_text().splitlines()) <= 12

@@ -1,0 +1,500 @@
+"""Auxiliary losses of MMDetection's detectors: what they add, what they reach, what they leave."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("mmdet", reason="MMDetection is not installed")
+pytest.importorskip(
+    "transformers", reason="transformers, which grounding detectors need, is absent"
+)
+
+from grounding_detectors import (
+    CLASS_DETECTORS,
+    build,
+    images,
+    kind_of,
+    model_config,
+    regularized,
+    samples,
+    write_text_model,
+)
+from mmdet.registry import MODELS
+from mmengine.logging import MessageHub
+
+from mm_plugins.activations import Activation
+from mm_plugins.modalities import GLIPModalities, GroundingDINOModalities
+from mm_plugins.scores import Scores
+from mm_plugins.second_derivatives import second_derivatives
+from plugin_core.functional_entropy import repeat_samples
+
+GROUNDING = ("grounding-dino", "glip")
+AMC = {"attention_mask_consistency": {"max_margin": 1.0, "mean_margin": 1.0}}
+ENTROPY = {"functional_entropy": {"samples": 2, "weight": 1e-6}}
+
+
+@pytest.fixture(scope="session")
+def text_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("text")
+    glip = ("--hidden-size", "768", "--heads", "12", "--layers", "1")
+    return {
+        "grounding-dino": write_text_model(folder / "small"),
+        "glip": write_text_model(folder / "wide", *glip),
+    }
+
+
+@pytest.fixture
+def config(text_models):
+    return lambda name: model_config(name, text_models.get(name))
+
+
+@pytest.fixture(autouse=True)
+def _no_iteration_of_another_test():
+    hub = MessageHub.get_current_instance()
+    hub.runtime_info.pop("iter", None)
+    yield
+    hub.runtime_info.pop("iter", None)
+
+
+def loss(detector: Any, batch: list, count: int = 2) -> dict[str, Any]:
+    torch.manual_seed(0)  # of denoising queries and samplers
+    return detector.train().loss(images(count), batch)
+
+
+def _total(losses: dict[str, Any]) -> Tensor:
+    values = [v if isinstance(v, Tensor) else sum(v) for k, v in losses.items() if "loss" in k]
+    return sum(value.sum() for value in values)
+
+
+def reached(value: Tensor, detector: nn.Module) -> set[str]:
+    """Names of the parameters that a loss has a gradient for."""
+    named = [(n, p) for n, p in detector.named_parameters() if p.requires_grad]
+    found = torch.autograd.grad(value, [p for _, p in named], allow_unused=True, retain_graph=True)
+    assert all(g is None or g.isfinite().all() for g in found)
+    return {n for (n, _), g in zip(named, found, strict=True) if g is not None and g.any()}
+
+
+def parts(names: set[str]) -> set[str]:
+    return {name.split(".")[0] for name in names}
+
+
+# --- the detector stays the plain one -------------------------------------------------------- #
+
+
+@pytest.mark.parametrize("name", [*GROUNDING, "faster-rcnn"])
+def test_parameters_and_predictions_are_the_plain_detectors(name, config):
+    plain = build(config(name)).eval()
+    settings = {**AMC, **(ENTROPY if name in GROUNDING else {})}
+    detector = build(regularized(config(name), **settings)).eval()
+    assert detector.load_state_dict(plain.state_dict()) is not None
+    with torch.no_grad():
+        expected = plain.predict(images(), samples(kind_of(name), test=True))
+        predicted = detector.predict(images(), samples(kind_of(name), test=True))
+    for mine, other in zip(predicted, expected, strict=True):
+        assert "phrase_heatmaps" not in mine
+        assert torch.equal(mine.pred_instances.bboxes, other.pred_instances.bboxes)
+        assert torch.equal(mine.pred_instances.scores, other.pred_instances.scores)
+
+
+@pytest.mark.parametrize("name", ["grounding-dino", "faster-rcnn"])
+def test_the_detectors_own_losses_stay_as_they_are(name, config):
+    plain = build(config(name))
+    detector = build(regularized(config(name), **AMC))
+    expected = loss(plain, samples(kind_of(name)))
+    losses = loss(detector, samples(kind_of(name)))
+    assert set(losses) - set(expected) == {"loss_amc_mean", "loss_amc_max"}
+    for key, value in expected.items():
+        torch.testing.assert_close(losses[key], value, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["grounding-dino", "glip", "faster-rcnn"])
+def test_second_derivatives_change_no_value_and_no_gradient(name, config):
+    detector = build(config(name))
+    names = [n for n, p in detector.named_parameters() if p.requires_grad]
+    found = []
+    for twice in (False, True):
+        batch = samples(kind_of(name))
+        if twice:
+            with second_derivatives(detector):
+                value = _total(loss(detector, batch))
+        else:
+            value = _total(loss(detector, batch))
+        parameters = [p for p in detector.parameters() if p.requires_grad]
+        found.append((value, torch.autograd.grad(value, parameters, allow_unused=True)))
+    (plain, expected), (value, gradients) = found
+    torch.testing.assert_close(value, plain, atol=1e-3, rtol=1e-4)
+    for parameter, mine, other in zip(names, gradients, expected, strict=True):
+        if other is not None:
+            scale = float(other.abs().max()) + 1e-6
+            assert (mine - other).abs().max() <= 2e-3 * scale, parameter
+
+
+def test_copies_and_pickles_are_of_their_own(config):
+    detector = build(regularized(config("grounding-dino"), **AMC, **ENTROPY))
+    for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):
+        assert type(other) is type(detector)
+        nn.init.zeros_(other.text_feat_map.weight)
+        assert "loss_amc_max" in loss(other, samples("phrases"))
+    assert detector.text_feat_map.weight.any()
+
+
+def hooks(detector: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in detector.modules())
+
+
+def test_no_hook_stays_also_after_an_error(config, monkeypatch):
+    detector = build(regularized(config("grounding-dino"), **AMC, **ENTROPY))
+    before = hooks(detector)
+    loss(detector, samples("phrases"))
+    assert hooks(detector) == before
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(detector.encoder.fusion_layers[-1].attn, "forward", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        loss(detector, samples("phrases"))
+    assert hooks(detector) == before
+    assert torch.overrides._len_torch_function_stack() == 0
+
+
+# --- attention mask consistency -------------------------------------------------------------- #
+
+
+def test_attention_and_its_gradient_are_those_of_the_product_rule(config):
+    """What is projected is O = P V: so is ds/dP = ds/dO Vᵀ, and P the softmax of the queries."""
+    detector = build(config("grounding-dino"))
+    attention = detector.encoder.fusion_layers[-1].attn
+    seen: dict[str, Tensor] = {}
+    handles = [attention.out_l_proj.register_forward_pre_hook(lambda m, a: seen.update(out=a[0]))]
+    for name in ("v_proj", "l_proj", "values_v_proj"):
+        module = getattr(attention, name)
+        hook = lambda m, a, y, name=name: seen.update({name: y})  # noqa: E731
+        handles.append(module.register_forward_hook(hook))
+    activation, scores = Activation(detector), Scores(detector)
+    with activation.record() as recorded, scores.record() as logits_of:
+        loss(detector, samples("phrases"))
+    score = torch.stack([logits[:, 1].amax() for logits in logits_of(2)]).sum()
+    recorded.differentiate.create_graph = False
+    heat = recorded.heatmaps(score)
+
+    (slope,) = torch.autograd.grad(score, seen["out"], retain_graph=True)
+    heads = attention.num_heads
+
+    def split(x: Tensor) -> Tensor:
+        return x.unflatten(2, (heads, -1)).transpose(1, 2)
+
+    queries, keys = split(seen["l_proj"]), split(seen["v_proj"] * attention.scale)
+    probability = (queries @ keys.transpose(2, 3)).softmax(3)
+    gradient = split(slope) @ split(seen["values_v_proj"]).transpose(2, 3)
+    useful = (probability * gradient.relu()).mean((1, 2))
+    sizes = [(8, 8), (4, 4), (2, 2)]
+    maps = [
+        nn.functional.interpolate(x.view(2, 1, *size), sizes[0], mode="bilinear")
+        for x, size in zip(useful.split([64, 16, 4], 1), sizes, strict=True)
+    ]
+    expected = torch.stack(maps).mean(0)
+    low, high = expected.amin((2, 3), True), expected.amax((2, 3), True)
+    torch.testing.assert_close(heat, (expected - low) / (high - low), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", GROUNDING)
+def test_its_gradient_reaches_image_and_text(name, config):
+    detector = build(regularized(config(name), **AMC))
+    losses = loss(detector, samples(kind_of(name)))
+    for key in ("loss_amc_mean", "loss_amc_max"):
+        assert losses[key] > 0
+        names = reached(losses[key], detector)
+        assert {"backbone", "neck", "language_model"} <= parts(names), key
+        fusion = [n for n in names if re.search(r"\.attn\.(v|l)_proj\.weight", n)]
+        assert len({n.split(".")[-2] for n in fusion}) == 2
+
+
+@pytest.mark.parametrize("name", CLASS_DETECTORS)
+def test_class_detectors_have_it_too(name, config):
+    detector = build(regularized(config(name), **AMC))
+    losses = loss(detector, samples("classes"))
+    names = reached(losses["loss_amc_max"] + losses["loss_amc_mean"], detector)
+    assert "backbone" in parts(names)
+    head = {"roi_head", "bbox_head"} & parts(names)
+    assert head, "the second derivative reaches what makes the score"
+
+
+def test_a_class_score_is_the_greatest_logit_of_its_regions(config):
+    detector = build(regularized(config("faster-rcnn"), **AMC))
+    scores = Scores(detector)
+    seen: list[Any] = []
+    handle = detector.roi_head.bbox_head.register_forward_hook(lambda m, a, y: seen.append(y[0]))
+    with scores.record() as logits_of:
+        loss(detector, samples("classes"))
+    handle.remove()
+    of_images = logits_of(2)
+    assert torch.equal(torch.cat(of_images), seen[-1])
+    assert [len(x) for x in of_images] == [512, 512] or sum(map(len, of_images)) == len(seen[-1])
+
+
+@pytest.mark.parametrize(
+    ("activation", "levels"),
+    [
+        ("encoder.fusion_layers.0", None),
+        ("encoder.fusion_layers.1.attn", [0]),
+        ("neck", None),
+        ("neck", (1, 2)),
+        ("backbone.layer4", None),
+    ],
+)
+def test_the_activation_is_chosen_by_name(activation, levels, config):
+    heatmap = {"activation": activation, "levels": levels}
+    detector = build(regularized(config("grounding-dino"), **AMC, heatmap=heatmap))
+    losses = loss(detector, samples("phrases"))
+    assert losses["loss_amc_max"] > 0
+    assert "backbone" in parts(reached(losses["loss_amc_max"], detector))
+
+
+def test_images_without_boxes_are_not_touched(config):
+    plain = build(config("grounding-dino"))
+    detector = build(regularized(config("grounding-dino"), **AMC))
+    expected = loss(plain, samples("phrases", boxes=()))
+    losses = loss(detector, samples("phrases", boxes=()))
+    assert losses.pop("loss_amc_max") == losses.pop("loss_amc_mean") == 0
+    assert losses.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(losses[key], value)
+
+
+def test_what_cannot_be_used_is_warned_of_once_by_name(config):
+    detector = build(regularized(config("grounding-dino"), **AMC))
+    outside = ((8.0, 8, 40, 40), (70.0, 20, 90, 62))
+    said: list[str] = []
+    detector._warn = lambda kind, text, of=detector._warn: (said.append(text), of(kind, text))
+    losses = loss(detector, samples("phrases", boxes=outside))
+    assert losses["loss_amc_max"] > 0  # of the other phrase
+    assert "image image0.jpg: the boxes of phrase 1 are outside of the image (64×64)" in said[0]
+    assert detector._warned == {"boxes"}
+
+
+def test_an_empty_caption_is_warned_of_and_the_rest_trains(config):
+    detector = build(regularized(config("grounding-dino"), **AMC, **ENTROPY))
+    said: list[str] = []
+    detector._warn = lambda kind, text: said.append(text)
+    batch = samples("phrases")
+    batch[0].set_metainfo({"text": "", "tokens_positive": {0: [[0, 0]], 1: [[0, 0]]}})
+    losses = loss(detector, batch)
+    assert _total(losses).isfinite() and losses["loss_amc_max"] > 0
+    assert len(said) == 1
+    assert "image0.jpg: the spans [[0, 0]] of phrase 0 are no part of its text ''" in said[0]
+    assert len(batch[0].gt_instances) == 0
+
+
+def test_it_is_taken_in_every_nth_step_of_the_run(config):
+    detector = build(
+        regularized(
+            config("grounding-dino"),
+            attention_mask_consistency={"every": 2},
+            functional_entropy={"every": 3, "samples": 1},
+        )
+    )
+    hub = MessageHub.get_current_instance()
+    for step, amc, entropy in ((0, True, True), (3, False, True), (4, True, False)):
+        hub.update_info("iter", step)
+        losses = loss(detector, samples("phrases"))
+        assert ("loss_amc_max" in losses, "loss_functional_entropy" in losses) == (amc, entropy)
+    del hub.runtime_info["iter"]  # without a runner it counts itself
+    taken = ["loss_amc_max" in loss(detector, samples("phrases")) for _ in range(3)]
+    assert taken in ([True, False, True], [False, True, False])
+
+
+# --- functional entropy ---------------------------------------------------------------------- #
+
+
+@pytest.mark.parametrize("name", GROUNDING)
+def test_information_is_logged_and_the_terms_gradient_reaches_image_and_text(name, config):
+    detector = build(regularized(config(name), functional_entropy={"samples": 1, "weight": 1e-9}))
+    losses = loss(detector, samples(kind_of(name)))
+    assert losses["information_image"] > 0 and losses["information_text"] > 0
+    assert losses["loss_functional_entropy"] > 0
+    names = reached(losses["loss_functional_entropy"], detector)
+    assert {"backbone", "neck", "language_model"} <= parts(names)
+    _, logged = detector.parse_losses(losses)
+    assert float(logged["information_text"]) == pytest.approx(float(losses["information_text"]))
+
+
+class NoNoise:
+    """In place of the regularizer: gives the modalities as they are."""
+
+    samples = 2
+
+    def __call__(self, run, modalities, logits, masks, valid):
+        repeated = {
+            name: repeat_samples(x, 2)
+            if isinstance(x, Tensor)
+            else tuple(repeat_samples(level, 2) for level in x)
+            for name, x in modalities.items()
+        }
+        self.clean, self.again = repeat_samples(logits, 2), run(repeated)
+        self.valid = repeat_samples(valid.expand(logits.shape), 2)
+        self.masks = masks
+        return logits.sum(), {}
+
+
+@pytest.mark.parametrize("name", GROUNDING)
+def test_without_noise_the_copies_have_the_logits_of_the_image(name, config):
+    detector = build(config(name))
+    modalities = (GLIPModalities if name == "glip" else GroundingDINOModalities)(detector)
+    batch = samples(kind_of(name))
+    if name == "grounding-dino":
+        batch[1].set_metainfo(
+            {"text": TEXT_WITH_PADDING, "tokens_positive": {0: [[0, 8]], 1: [[0, 8]]}}
+        )
+    with modalities.record():
+        loss(detector, batch)
+    stub = NoNoise()
+    modalities.regularize(stub)
+    torch.testing.assert_close(stub.again[stub.valid], stub.clean[stub.valid], atol=1e-4, rtol=1e-4)
+    assert 0 < stub.valid.sum() < stub.valid.numel(), "padding of the shorter text does not count"
+    assert stub.masks["text"].any() and not stub.masks["text"].all()
+
+
+TEXT_WITH_PADDING = "the disk."
+
+
+# --- predictions with heatmaps --------------------------------------------------------------- #
+
+
+@pytest.mark.parametrize("name", [*GROUNDING, "faster-rcnn", "retinanet"])
+def test_predictions_have_heatmaps_of_what_an_image_is_annotated_with(name, config):
+    plain = build(config(name)).eval()
+    detector = build(regularized(config(name), heatmap={"in_test": True})).eval()
+    batch = samples(kind_of(name), test=True)
+    if name == "grounding-dino":
+        for sample in batch:
+            sample.set_metainfo({"phrase_ids": [1, 0]})
+    with torch.no_grad():
+        expected = plain.predict(images(), copy.deepcopy(batch))
+        results = detector.predict(images(), batch)
+    for result, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(
+            result.pred_instances.scores, other.pred_instances.scores, atol=1e-5, rtol=1e-4
+        )
+        assert not any(
+            v.requires_grad for v in result.pred_instances.values() if isinstance(v, Tensor)
+        )
+        heat = result.phrase_heatmaps
+        assert heat.labels.tolist() == [0, 1]
+        assert heat.heatmaps.shape == (2, 32, 32)
+        assert heat.heatmaps.amin() >= 0 and heat.heatmaps.amax() <= 1
+
+
+def test_an_expression_is_one_phrase(config):
+    detector = build(regularized(config("grounding-dino"), heatmap={"in_test": True})).eval()
+    batch = samples("phrases", boxes=((8.0, 8, 40, 40),))
+    for sample in batch:
+        sample.set_metainfo({"text": "the red disk", "tokens_positive": -1})
+    results = detector.predict(images(), batch)
+    assert [r.phrase_heatmaps.labels.tolist() for r in results] == [[0], [0]]
+    (phrase,) = Scores(detector).phrases(results[0])
+    assert phrase.columns == [1, 2, 3]
+
+
+# --- what is wrong --------------------------------------------------------------------------- #
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"attention_mask_consistency": {"mean_margin": 2}},
+            "attention_mask_consistency: mean_margin must be from 0 to 1",
+        ),
+        (
+            {"attention_mask_consistency": {"margin": 0.1}},
+            "attention_mask_consistency: .*unexpected keyword argument 'margin'",
+        ),
+        (
+            {"functional_entropy": {"bound": "poincare"}},
+            "functional_entropy: bound must be one of 'entropy', 'variance', got 'poincare'",
+        ),
+        (
+            {"functional_entropy": {"method": "max"}},
+            "functional_entropy: method must be one of 'max_ent'",
+        ),
+        ({"functional_entropy": {"every": 0}}, "functional_entropy: every must be a number"),
+        (
+            {**AMC, "heatmap": {"activation": "encoder.fusion_layer.1"}},
+            "heatmap.activation: .*no module 'encoder.fusion_layer.1'; similar names: encoder.fus",
+        ),
+        (
+            {**AMC, "heatmap": {"activation": "encoder"}},
+            "heatmap.activation: 'encoder' has 2 fusion layers, name one",
+        ),
+        ({**AMC, "heatmap": {"levels": 1}}, "heatmap.levels: expected a tuple"),
+        ({"heatmap": {"layer": "neck"}}, "heatmap: there is no setting 'layer'; there are activ"),
+    ],
+)
+def test_bad_settings_are_named_when_the_detector_is_built(settings, text, config):
+    with pytest.raises(ValueError, match=text):
+        MODELS.build(regularized(config("grounding-dino"), **settings))
+
+
+def test_a_level_that_is_not_there_is_named(config):
+    detector = build(regularized(config("grounding-dino"), **AMC, heatmap={"levels": (0, 3)}))
+    with pytest.raises(ValueError, match=r"levels \(0, 3\): there are levels 0 to 2"):
+        loss(detector, samples("phrases"))
+
+
+def test_an_activation_that_the_scores_do_not_depend_on_is_named(config):
+    heatmap = {"activation": "roi_head.bbox_roi_extractor"}
+    detector = build(regularized(config("faster-rcnn"), **AMC, heatmap=heatmap))
+    with pytest.raises(ValueError, match="heatmap.activation 'roi_head.bbox_roi_extractor'"):
+        loss(detector, samples("classes"))
+
+
+def test_an_activation_without_a_graph_says_what_may_be_the_reason(config):
+    detector = build(regularized(config("grounding-dino"), **AMC))
+    layer = detector.encoder.fusion_layers[-1]
+    forward = layer.forward
+    layer.forward = lambda **kwargs: torch.utils.checkpoint.checkpoint(
+        forward, *kwargs.values(), use_reentrant=True
+    )
+    with pytest.raises(ValueError, match=r"activation checkpoints \(model.encoder.num_cp=0"):
+        loss(detector, samples("phrases"))
+
+
+def test_functional_entropy_is_for_detectors_that_read_a_text(config):
+    with pytest.raises(ValueError, match="functional_entropy: FasterRCNN does not read a text"):
+        MODELS.build(regularized(config("faster-rcnn"), **ENTROPY))
+
+
+def test_a_detector_that_does_not_exist_is_named():
+    model = {"type": "RegularizedDetector", "detector": "GroundingDINOv2"}
+    with pytest.raises(ValueError, match="detector: 'GroundingDINOv2' is no detector"):
+        MODELS.build(model)
+
+
+def test_a_missing_text_model_says_what_to_fetch_and_where_to_name_it(config, tmp_path):
+    model = regularized(config("grounding-dino"), **AMC)
+    model.language_model.name = str(tmp_path / "nothing")
+    with pytest.raises(
+        ValueError, match=r"language_model.name: the text model .*nothing.* `hf down"
+    ):
+        MODELS.build(model)
+
+
+@pytest.mark.parametrize("name", ["grounding-dino", "retinanet"])
+def test_heatmaps_need_no_parameter_that_is_trained(name, config):
+    detector = build(regularized(config(name), heatmap={"in_test": True})).eval()
+    expected = detector.predict(images(), samples(kind_of(name), test=True))
+    detector.requires_grad_(False)
+    results = detector.predict(images(), samples(kind_of(name), test=True))
+    for result, other in zip(results, expected, strict=True):
+        heat, plain = result.phrase_heatmaps.heatmaps, other.phrase_heatmaps.heatmaps
+        assert heat.any()
+        torch.testing.assert_close(heat, plain, atol=1e-3, rtol=0)
