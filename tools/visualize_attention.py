@@ -5,6 +5,8 @@
         --out pictures
     tools/visualize_attention.py my_config.py --weights epoch_12.pth a.jpg --out pictures \\
         --class dog --baseline mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py plain.pth
+    tools/visualize_attention.py my_grounding_config.py --weights iter_1500.pth a.jpg \\
+        --out pictures --phrase "the red disk" --text "the red disk, the small square."
 
 A config is one of Detectron2 (.yaml, or .py in LazyConfig's style) or of MMDetection (.py); the one
 that a training leaves in its output folder has all settings that it ran with (but a LazyConfig is
@@ -16,6 +18,14 @@ the sheet are files of their own too:
     triplet             the three gates of the last triplet attention
     ida-regions         where IDA's classifier looks in the region of the detection, for its class
     ida-queries         of the last IDA block, the queries that attend most to the detection's box
+
+Of a detector of MMDetection that reads a text (GLIP, Grounding DINO) phrases are explained, each in
+a row of the sheet:
+
+    phrase, phrase-2 …  what the phrase's score depends on, as attention mask consistency has it: in
+                        the last fusion layer's attention, or in what the config's model.heatmap or
+                        --layer names. A cross marks the maximum; the box is the phrase's best
+                        detection
 
 Colours go from a map's least value to its greatest.
 """
@@ -35,6 +45,7 @@ import torch
 import torch.nn.functional as F
 from attention_sheet import Panel, Row, overlay, with_box, write
 from config_kinds import common_side
+from phrase_heatmap import check_reads_no_text, choose_caption, choose_grounder, phrase_rows
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -60,24 +71,15 @@ QUERIES = 4  # that are shown of an IDA block
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        side = common_side(args.config, args.baseline and args.baseline[0])
-        check_images(args.images)
-        register(args.register_coco, side)
-        detector = load(side, args.config, args.weights, args.trust)
-        layers = choose_layers(detector, args.methods, args.layer)
-        class_id = find_class(args.class_, detector.class_names)
-        baseline = load(side, *args.baseline, args.trust) if args.baseline else None
-        baseline_layer = None
-        if baseline is not None:
-            baseline_layer = choose_baseline_layer(detector, baseline, layers, args.layer)
+        rows_of = prepare(args)
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        lines = str(error).splitlines()  # of a library there can be several
+        sys.exit(f"error: {' '.join(line.strip() for line in lines)}")
     drawn = 0
     for path in tqdm(args.images, unit="image"):
         try:
-            rows = explain(detector, path, class_id, layers, baseline, baseline_layer)
-            write(rows, path, args.out)
+            write(rows_of(path), path, args.out)
             drawn += 1
         except ValueError as error:
             warn(f"{path}: {error}")
@@ -114,7 +116,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="NAME",
         help="a module of the model in place of a default: the attention to draw, or the feature "
-        "map for Grad-CAMs, such as an FPN's level; may be given several times",
+        "map for Grad-CAMs, such as an FPN's level; may be given several times. With --phrase a "
+        "fusion layer or feature maps, such as neck",
+    )
+    parser.add_argument(
+        "--phrase",
+        action="append",
+        default=[],
+        metavar="WORDS",
+        help="what to explain of a detector that reads a text; may be given several times",
+    )
+    parser.add_argument(
+        "--text",
+        metavar="WORDS",
+        help="that the phrases stand in (default: the phrases, as a list of names)",
     )
     parser.add_argument(
         "--baseline",
@@ -137,6 +152,26 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 # --- before anything is drawn ----------------------------------------------------------------- #
+
+
+def prepare(args: argparse.Namespace) -> Callable[[str], list[Row]]:
+    """Load and check all that is asked for; gives what makes the rows of an image's sheet."""
+    side = common_side(args.config, args.baseline and args.baseline[0])
+    check_images(args.images)
+    caption = choose_caption(args, side)
+    register(args.register_coco, side)
+    detector = load(side, args.config, args.weights, args.trust)
+    if caption is not None:
+        ground = choose_grounder(detector, caption, args.layer[0] if args.layer else None)
+        return partial(phrase_rows, detector, ground, caption)
+    check_reads_no_text(detector)
+    layers = choose_layers(detector, args.methods, args.layer)
+    class_id = find_class(args.class_, detector.class_names)
+    baseline = load(side, *args.baseline, args.trust) if args.baseline else None
+    baseline_layer = None
+    if baseline is not None:
+        baseline_layer = choose_baseline_layer(detector, baseline, layers, args.layer)
+    return lambda path: explain(detector, path, class_id, layers, baseline, baseline_layer)
 
 
 def check_images(paths: Sequence[str]) -> None:
@@ -255,6 +290,10 @@ def choose_baseline_layer(
     detector: Detector, baseline: Detector, layers: dict[str, str], names: Sequence[str]
 ) -> str:
     """The feature map that the baseline's Grad-CAMs are made of."""
+    if baseline.reads_text:
+        raise ValueError(
+            f"--baseline: {type(baseline.model).__name__} reads a text, the model none"
+        )
     first, second = detector.class_names, baseline.class_names
     if len(first) != len(second):
         raise ValueError(f"--baseline: it has {len(second)} classes, the model has {len(first)}")
