@@ -71,9 +71,9 @@ class Activation:
         return self.detector.get_submodule(self.name)
 
     @contextmanager
-    def record(self) -> Iterator[Recorded]:
-        """Record it in the forward passes inside the context."""
-        recorded = Recorded(self)
+    def record(self, images: int) -> Iterator[Recorded]:
+        """Record it in a forward pass of so many images inside the context."""
+        recorded = Recorded(self, images)
         if not self.is_attention:
             handle = self.module.register_forward_hook(lambda m, args, y: _in_a_graph(y))
             try:
@@ -121,15 +121,16 @@ class _SoftmaxRecorder(TorchFunctionMode):
 def _in_a_graph(output: Any) -> None:
     """Let gradients be taken of an activation also where all that it is made of is frozen."""
     for x in [output] if isinstance(output, Tensor) else output:
-        if torch.is_grad_enabled() and not x.requires_grad:
+        if isinstance(x, Tensor) and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()
 
 
 class Recorded:
     """What was recorded of a forward pass."""
 
-    def __init__(self, activation: Activation) -> None:
+    def __init__(self, activation: Activation, images: int) -> None:
         self.of = activation
+        self.images = images
         self.calls: list[Any] = []
         self.softmax: list[Tensor] = []
         self.differentiate = GradientHeatmap()
@@ -161,6 +162,8 @@ class Recorded:
         maps = list(output) if isinstance(output, (tuple, list)) else [output]
         if not all(isinstance(map_, Tensor) and map_.dim() == 4 for map_ in maps):
             raise ValueError("it gives no feature maps (B, C, H, W)")
+        if any(len(map_) != self.images for map_ in maps):
+            raise ValueError(f"it gives {len(maps[0])} feature maps for {self.images} images")
         return maps
 
     def _attention(self) -> Tensor:

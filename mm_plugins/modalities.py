@@ -2,7 +2,10 @@
 
 What the detectors' heads give for queries cannot be compared between noisy copies of an image, as
 queries are sorted by score. The logits of all positions can: of Grounding DINO's encoder, by which
-its queries are chosen, and of GLIP's anchors.
+its queries are chosen, and of GLIP's anchors. Each is a decision of its own, so that targets are
+sigmoids and not the softmax of the paper's answers, and the loss is the sum over them. The numbers
+of two detectors therefore do not compare, nor do weights. Of GLIP, images that were padded to the
+size of their batch are perturbed there, too.
 """
 
 from __future__ import annotations
@@ -88,10 +91,12 @@ class GroundingDINOModalities(_Modalities):
         visible = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
         if padding is not None:
             visible = ~padding
+        with torch.no_grad():
+            clean = logits(self.outputs[0], self.outputs[1])
         return entropy(
             _copy_by_copy(run, entropy.samples),
             {"image": image, "text": text},
-            logits(self.outputs[0], self.outputs[1]),
+            clean,
             masks={"image": visible, "text": words},
             valid=visible[:, :, None] & words[:, None],
         )

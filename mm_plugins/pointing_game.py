@@ -16,6 +16,7 @@ from mmdet.registry import METRICS
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import load
 from mmengine.logging import print_log
+from tabulate import tabulate
 from torch import Tensor
 
 from mm_plugins.scores import annotated_phrases
@@ -35,8 +36,9 @@ class PointingGameMetric(BaseMetric):
     the phrase's boxes cover.
 
     Args:
-        ann_file: with the names of ``categories`` by which phrases are told apart; None for the
-            names that the dataset gives, or else the numbers.
+        ann_file: with the names of ``categories`` by which phrases are told apart, for a dataset
+            without classes, such as Flickr30k's, whose own annotations have one category only. None
+            for the numbers.
         out_file: of a JSON with the results; None for none.
         collect_device: as of every metric.
         prefix: as of every metric.
@@ -56,7 +58,7 @@ class PointingGameMetric(BaseMetric):
     ) -> None:
         super().__init__(collect_device=collect_device, prefix=prefix)
         self.out_file = out_file
-        self.names: dict[int, str] | None = None
+        self.names: dict[int, str] = {}
         if ann_file is not None:
             categories = load(ann_file).get("categories", ())
             self.names = {category["id"]: category["name"] for category in categories}
@@ -93,32 +95,28 @@ class PointingGameMetric(BaseMetric):
         return self._summarize(phrases)
 
     def _summarize(self, results: list[dict[str, Any]]) -> dict[str, float]:
-        summary = {"all": _mean(results)}
-        for category in sorted({result["category"] for result in results}):
-            of_category = [result for result in results if result["category"] == category]
-            summary[self._name(category)] = _mean(of_category)
+        total = _mean(results)
+        categories = {
+            self._name(category): _mean([r for r in results if r["category"] == category])
+            for category in sorted({result["category"] for result in results})
+        }
         if self.out_file is not None:
-            total, *_ = summary.values()
-            categories = {name: values for name, values in summary.items() if name != "all"}
             with replacing(self.out_file) as file:
-                text = json.dumps({**total, "categories": categories}, indent=1)
-                file.write(text.encode())
-        rows = [f"{'category':<20} phrases  accuracy  chance"]
-        rows += [
-            f"{name:<20} {v['phrases']:7d}  {v['accuracy']:8.3f}  {v['chance']:6.3f}"
-            for name, v in summary.items()
-        ]
-        print_log("\n" + "\n".join(rows), "current")
+                file.write(json.dumps({**total, "categories": categories}, indent=1).encode())
+        rows = [("all phrases", total), *categories.items()]
+        table = [[name, *values.values()] for name, values in rows]
+        headers = ["category", *total]
+        print_log("\n" + tabulate(table, headers, floatfmt=".3f"), "current")
         return {
-            "accuracy": summary["all"]["accuracy"],
-            "chance": summary["all"]["chance"],
-            **{f"accuracy/{k}": v["accuracy"] for k, v in summary.items() if k != "all"},
+            "accuracy": total["accuracy"],
+            "chance": total["chance"],
+            **{f"accuracy/{name}": values["accuracy"] for name, values in categories.items()},
         }
 
     def _name(self, category: int) -> str:
-        names = self.names
-        if names is None:
-            names = dict(enumerate((self.dataset_meta or {}).get("classes") or ()))
+        # Where a dataset has classes, labels count them; otherwise they are a file's own ids.
+        classes = (self.dataset_meta or {}).get("classes")
+        names = self.names if not classes else dict(enumerate(classes))
         return names.get(category, str(category))
 
 

@@ -26,7 +26,9 @@ from torch import nn
 from mm_plugins.batchformer import build_batchformer_detector, insert_batchformer
 from mm_plugins.heads import BatchFormerBBoxHead, IDABBoxHead
 from mm_plugins.layers import IDABlock, TripletAttention
-from plugin_core import BatchFormer
+from mm_plugins.regularized import build_regularized_detector, functional_entropy_loss
+from mm_plugins.text_models import check_pretrained, check_text_model
+from plugin_core import AttentionMaskConsistency, BatchFormer
 from plugin_core.checkpoint import read_checkpoint
 from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
 
@@ -51,10 +53,11 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
         if cfg.get(loader) is not None:
             is_train = loader == "train_dataloader"
             _check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset", is_train)
+            _check_tokenizers(cfg[loader], loader)
     load_from = cfg.get("load_from")
     model = cfg.get("model", {})
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
-        _check_batchformer_detectors(model, "model")
+        _check_detectors(model, "model")
     for setting, head in _modules(model, "model", IDABBoxHead, BatchFormerBBoxHead):
         kind, arguments = MODELS.get(head["type"]), _arguments(head)
         _check_arguments(kind, arguments, setting)
@@ -94,23 +97,46 @@ def check_weights(model: ConfigDict, path: str, setting: str) -> None:
             )
 
 
-def _check_batchformer_detectors(node: Any, setting: str) -> None:
+def _check_detectors(node: Any, setting: str) -> None:
     """Check a model, or those that it holds, such as a student and its teacher."""
     if isinstance(node, (list, tuple)):
         for i, part in enumerate(node):
-            _check_batchformer_detectors(part, f"{setting}[{i}]")
+            _check_detectors(part, f"{setting}[{i}]")
     if not isinstance(node, dict):
         return
     for key, value in node.items():
-        _check_batchformer_detectors(value, f"{setting}.{key}")
+        _check_detectors(value, f"{setting}.{key}")
     kind = node.get("type")
-    if (MODELS.get(kind) if isinstance(kind, str) else kind) is not build_batchformer_detector:
+    build: Any = MODELS.get(kind) if isinstance(kind, str) else kind
+    if build not in (build_batchformer_detector, build_regularized_detector):
         return
     if "detector" not in node:
         raise ValueError(
             f"{setting}.detector: missing; name the detector's type, as it stands in the config "
-            "without BatchFormerV2"
+            "without the plugin"
         )
+    if build is build_regularized_detector:
+        _check_losses(node, setting)
+    else:
+        _check_batchformer(node, setting)
+    # It says by itself which of the model's settings is wrong.
+    _check_values(build, _arguments(copy.deepcopy(node)), setting)
+
+
+def _check_losses(node: Any, setting: str) -> None:
+    losses: dict[str, Any] = {
+        "attention_mask_consistency": AttentionMaskConsistency,
+        "functional_entropy": functional_entropy_loss,
+    }
+    for name, loss in losses.items():
+        if (given := node.get(name)) is not None:
+            _check_is_dict(given, f"{setting}.{name}")
+            _check_arguments(loss, given, f"{setting}.{name}")
+            _check_values(loss, given, f"{setting}.{name}")
+    check_text_model(node, setting)
+
+
+def _check_batchformer(node: Any, setting: str) -> None:
     batchformer = node.get("batchformer")
     if batchformer is not None:
         _check_is_dict(batchformer, f"{setting}.batchformer")
@@ -122,9 +148,6 @@ def _check_batchformer_detectors(node: Any, setting: str) -> None:
         probe.layers = nn.ModuleList(nn.Identity() for _ in range(encoder["num_layers"]))
         probe.embed_dims = _find(encoder, "layer_cfg", "self_attn_cfg", "embed_dims") or 256
         _check_values(insert_batchformer, {"encoder": probe, **(batchformer or {})}, setting)
-    # It says by itself which of the model's settings is wrong.
-    build: Any = build_batchformer_detector
-    _check_values(build, _arguments(copy.deepcopy(node)), setting)
 
 
 def _find(node: Any, *keys: str) -> Any:
@@ -169,6 +192,18 @@ def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
         images = os.path.join(root, folder)
         if not os.path.isdir(images):
             raise ValueError(f"{setting}.data_prefix.img: there is no image folder {images!r}")
+
+
+def _check_tokenizers(node: Any, setting: str) -> None:
+    """Check the text models that transforms of the data name."""
+    if isinstance(node, (list, tuple)):
+        for i, part in enumerate(node):
+            _check_tokenizers(part, f"{setting}[{i}]")
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            if key == "tokenizer_name" and isinstance(value, str):
+                check_pretrained(value, f"{setting}.{key}")
+            _check_tokenizers(value, f"{setting}.{key}")
 
 
 def _modules(node: Any, setting: str, *kinds: type) -> Iterator[tuple[str, ConfigDict]]:

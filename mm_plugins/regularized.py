@@ -53,8 +53,7 @@ def build_regularized_detector(
         attention_mask_consistency: arguments of
             :class:`plugin_core.attention_mask_consistency.AttentionMaskConsistency`; None for
             no such loss. In the log it is ``loss_amc_mean`` and ``loss_amc_max``.
-        functional_entropy: arguments of :class:`plugin_core.FunctionalEntropyRegularizer`, and
-            ``every``, the number of steps in one of which it is taken; None for no such loss. In
+        functional_entropy: arguments of :func:`functional_entropy_loss`; None for no such loss. In
             the log it is ``loss_functional_entropy``, with ``information_image`` and
             ``information_text``: how much the detector draws from either.
         heatmap: ``activation`` and ``levels`` of :class:`mm_plugins.activations.Activation`, from
@@ -86,7 +85,8 @@ class _RegularizedDetector(Overlay):
         heatmap: dict[str, Any] | None,
         **kwargs: Any,
     ) -> None:
-        with text_model_is_there(kwargs):
+        text_model = (kwargs.get("language_model") or {}).get("name")
+        with text_model_is_there(text_model, "language_model.name"):
             super().__init__(*args, **kwargs)
         self._steps = 0
         self._warned: set[str] = set()
@@ -98,15 +98,16 @@ class _RegularizedDetector(Overlay):
                 self._amc = AttentionMaskConsistency(**attention_mask_consistency)
         if attention_mask_consistency is not None or self._in_test:
             Scores(self), self._activation()  # to raise what is wrong now
+        if self._in_test and (self.test_cfg or {}).get("chunked_size", -1) > 0:
+            raise ValueError(
+                "heatmap.in_test: a text in chunks has no heatmaps; set test_cfg.chunked_size=-1"
+            )
         if functional_entropy is not None:
-            settings = dict(functional_entropy)
             with _named("functional_entropy"):
-                self._entropy_every = settings.pop("every", 1)
-                check_every(self._entropy_every)
-                self._entropy = FunctionalEntropyRegularizer(
-                    **{"target": "sigmoid", "loss": _sum_of_logits, **settings}
-                )
+                self._entropy, self._entropy_every = functional_entropy_loss(**functional_entropy)
             self._modalities()
+        if attention_mask_consistency is not None or functional_entropy is not None:
+            _check_checkpoints(self)
 
     # What refers to the detector is made when it is needed, so that copies are of their own.
 
@@ -126,6 +127,11 @@ class _RegularizedDetector(Overlay):
     # --- training ------------------------------------------------------------------------------- #
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample]) -> dict[str, Any]:
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "RegularizedDetector: a compiled training has no second derivatives; leave compile "
+                "out of the config"
+            )
         for sample in batch_data_samples:
             self._drop_boxes_without_text(sample)
         step = MessageHub.get_current_instance().get_info("iter", self._steps)
@@ -154,16 +160,17 @@ class _RegularizedDetector(Overlay):
             return
         length = len(sample.text)
         fits = [
-            bool(spans[label]) and all(0 <= start < end <= length for start, end in spans[label])
+            bool(spans.get(label))
+            and all(0 <= start < end <= length for start, end in spans[label])
             for label in boxes.labels.tolist()
         ]
         if not all(fits):
             label = boxes.labels[fits.index(False)].item()
             self._warn(
                 "text",
-                f"image {sample.get('img_path', sample.get('img_id'))}: the spans {spans[label]} "
-                f"of phrase {label} are no part of its text {sample.text!r}, its boxes are left "
-                "out; spans are [start, end] in characters",
+                f"image {sample.get('img_path', sample.get('img_id'))}: the spans "
+                f"{spans.get(label)} of phrase {label} are no part of its text {sample.text!r}, "
+                "its boxes are left out; spans are [start, end] in characters",
             )
             sample.gt_instances = boxes[torch.tensor(fits, device=boxes.labels.device)]
 
@@ -178,7 +185,7 @@ class _RegularizedDetector(Overlay):
             return plain()
         size = (batch_inputs.shape[2], batch_inputs.shape[3])
         scores = Scores(self)
-        with self._activation().record() as recorded, scores.record() as logits_of:
+        with self._activation().record(len(samples)) as recorded, scores.record() as logits_of:
             with second_derivatives(self, wanted=lambda: bool(recorded)):
                 losses = plain()
             regions = [
@@ -193,28 +200,31 @@ class _RegularizedDetector(Overlay):
         self, sample: DetDataSample, logits: Tensor, scores: Scores
     ) -> list[ScoredRegion]:
         height, width = sample.img_shape[:2]
+        name = sample.get("img_path", sample.get("img_id"))
+        what = "phrase" if scores.reads_text else "class"
+        # Tokens of padding have none.
+        known = set(logits[0].isfinite().nonzero().flatten().tolist()) if len(logits) else set()
         regions = []
         for phrase in scores.phrases(sample):
-            x1, y1, x2, y2 = phrase.boxes.unbind(1)
-            inside = (x1.clamp(min=0) < x2.clamp(max=width)) & (
-                y1.clamp(min=0) < y2.clamp(max=height)
-            )
-            name = sample.get("img_path", sample.get("img_id"))
-            if not inside.any():
+            limit = phrase.boxes.new_tensor([width, height]).repeat(2)
+            boxes = phrase.boxes.clamp(min=0).minimum(limit)
+            boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+            columns = [column for column in phrase.columns if column in known]
+            if not len(boxes):
                 self._warn(
                     "boxes",
-                    f"image {name}: the boxes of phrase {phrase.label} are outside of the image "
+                    f"image {name}: the boxes of {what} {phrase.label} are outside of the image "
                     f"({width}×{height}): {phrase.boxes.tolist()}; it has no part in the loss",
                 )
-            elif not phrase.columns:
+            elif len(logits) and not columns:
                 self._warn(
                     "tokens",
-                    f"image {name}: phrase {phrase.label} has no token in the text "
-                    f"{sample.get('text', '')!r}; it has no part in the loss",
+                    f"image {name}: {what} {phrase.label} has no token in the text "
+                    f"{sample.get('text', '')!r}, or behind the last that "
+                    "language_model.max_tokens lets in; it has no part in the loss",
                 )
             elif len(logits):
-                score = phrase_score(logits, phrase.columns)
-                regions.append(ScoredRegion(score, phrase.boxes[inside]))
+                regions.append(ScoredRegion(phrase_score(logits, columns), boxes))
         return regions
 
     def _warn(self, kind: str, text: str) -> None:
@@ -232,7 +242,7 @@ class _RegularizedDetector(Overlay):
         scores = Scores(self)
         with (
             torch.enable_grad(),
-            self._activation().record() as recorded,
+            self._activation().record(len(batch_data_samples)) as recorded,
             scores.record() as logits_of,
         ):
             results = super().predict(batch_inputs, batch_data_samples, rescale)
@@ -272,6 +282,53 @@ class _RegularizedDetector(Overlay):
                 labels=torch.tensor([phrase.label for phrase in of_image], dtype=torch.long),
                 heatmaps=torch.cat(heats) if heats else torch.zeros(0, *size),
             )
+
+
+def _check_checkpoints(detector: Any) -> None:
+    """Refuse activation checkpoints where gradients are differentiated."""
+    for name, module, attribute in (
+        ("encoder.num_cp", getattr(detector, "encoder", None), "num_cp"),
+        ("bbox_head.use_checkpoint", _last(detector, "bbox_head", "head"), "use_checkpoint"),
+    ):
+        if getattr(module, attribute, 0) > 0:
+            raise ValueError(
+                f"{name}: gradients are differentiated, which activation checkpoints do not "
+                f"allow, got {getattr(module, attribute)!r}; set it to 0 or False"
+            )
+
+
+def _last(module: Any, *names: str) -> Any:
+    for name in names:
+        module = getattr(module, name, None)
+    return module
+
+
+def functional_entropy_loss(
+    samples: int = 3,
+    bound: str = "entropy",
+    norm: float = 2.0,
+    method: str = "max_ent",
+    weight: float = 1e-10,
+    every: int = 1,
+) -> tuple[FunctionalEntropyRegularizer, int]:
+    """The regularizer of a detector's token logits, and in every how many steps it is taken.
+
+    Args:
+        samples: as :class:`plugin_core.FunctionalEntropyRegularizer` takes it.
+        bound: as there.
+        norm: as there.
+        method: as there.
+        weight: as there.
+        every: number of steps in one of which it is taken.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    check_every(every)
+    regularizer = FunctionalEntropyRegularizer(
+        samples, bound, norm, method, weight, loss=_sum_of_logits, target="sigmoid"
+    )
+    return regularizer, every
 
 
 def _sum_of_logits(logits: Tensor, targets: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
+from mm_plugins.heads import BatchFormerBBoxHead
 from plugin_core.attention_maps import record_calls
 
 
@@ -84,6 +85,10 @@ class Scores:
                 if extractor is not None:
                     regions = [call.args[1] for call in calls if call.module is extractor][-1]
                     of_classes = outputs[-1][0]
+                    if isinstance(head, BatchFormerBBoxHead):
+                        # Of the regions' own stream: the other one cannot be differentiated twice.
+                        (x,) = [call.args for call in calls if call.module is head][-1]
+                        of_classes, _ = super(BatchFormerBBoxHead, head).forward(x)
                     return [of_classes[regions[:, 0] == i] for i in range(images)]
                 return list(self._dense_logits(head, outputs[-1][0]))
 
@@ -91,10 +96,20 @@ class Scores:
 
     def _dense_logits(self, head: Any, output: Any) -> Tensor:
         """(B, candidates, columns) of what a head without regions gives."""
-        if isinstance(output, Tensor):  # of a DETR's decoder layers, denoising queries first
+        if isinstance(output, Tensor) and output.dim() == 4:
+            # Of a DETR's decoder layers, denoising queries first
             return output[-1][:, -self.detector.num_queries :]
         if isinstance(head, ATSSVLFusionHead):
             return torch.cat(output, dim=1)
+        columns = getattr(head, "cls_out_channels", 0)
+        if not isinstance(output, (list, tuple)) or not all(
+            isinstance(x, Tensor) and x.dim() == 4 and columns and x.shape[1] % columns == 0
+            for x in output
+        ):
+            raise ValueError(
+                f"detector: {type(head).__name__} gives no class scores as the heads of R-CNNs, "
+                "RetinaNet and other dense detectors, DETRs and grounding detectors do"
+            )
         levels = [
             level.unflatten(1, (-1, head.cls_out_channels)).permute(0, 1, 3, 4, 2).flatten(1, 3)
             for level in output

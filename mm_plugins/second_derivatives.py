@@ -9,16 +9,26 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from mmcv.ops import ModulatedDeformConv2d, MultiScaleDeformableAttention
-from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
+from mmcv.ops import (
+    DeformConv2d,
+    DeformRoIPool,
+    ModulatedDeformConv2d,
+    MultiScaleDeformableAttention,
+    RoIAlign,
+    RoIPool,
+)
+from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
 from plugin_core.sampling import deformable_attention, deformable_convolution, linear_operator
+
+# What has first derivatives only: also RoIAlign of maxima, and what makes its offsets itself
+_ONCE = (DeformConv2d, ModulatedDeformConv2d, RoIAlign, RoIPool, DeformRoIPool)
 
 
 @contextmanager
@@ -30,21 +40,28 @@ def second_derivatives(
     Args:
         model: of MMDetection.
         wanted: asked before each operator, as those that a gradient does not pass can stay.
+
+    Raises:
+        ValueError: in the forward pass, by a wanted module that cannot be differentiated twice.
     """
     with ExitStack() as handles:
 
         def on(handle: Any) -> None:
             handles.callback(handle.remove)
 
-        for module in model.modules():
+        # Processes differ in how many phrases they have, and would wait for one another.
+        refused = (*_ONCE, nn.SyncBatchNorm) if get_world_size() > 1 else _ONCE
+        for name, module in model.named_modules():
             if isinstance(module, MultiScaleDeformableAttention):
                 _Attention(module, wanted, on)
-            elif type(module) is ModulatedDeformConv2d:  # others make their offsets themselves
+            elif type(module) in (DeformConv2d, ModulatedDeformConv2d):
                 on(module.register_forward_hook(_convolve(wanted), with_kwargs=True))
             elif isinstance(module, nn.Hardsigmoid):
                 _Hardsigmoid(module, wanted, on)
-            elif isinstance(module, BaseRoIExtractor):
-                on(module.register_forward_hook(_extract(wanted), with_kwargs=True))
+            elif isinstance(module, RoIAlign) and module.pool_mode == "avg":
+                on(module.register_forward_hook(_extract(wanted)))
+            elif isinstance(module, refused):
+                on(module.register_forward_pre_hook(_refuse(name, wanted)))
         yield
 
 
@@ -121,20 +138,22 @@ class _Hardsigmoid:
 
 def _convolve(wanted: Callable[[], bool]) -> Callable[..., Tensor | None]:
     def hook(
-        module: ModulatedDeformConv2d, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         if not wanted():
             return None
+        bias = getattr(module, "bias", None)
         geometry = {
             name: _pair(getattr(module, name)) for name in ("stride", "padding", "dilation")
         }
-        x, offset, mask = inspect.signature(module.forward).bind(*args, **kwargs).args
+        x, offset, *rest = inspect.signature(module.forward).bind(*args, **kwargs).args
+        mask = rest[0] if rest else offset.new_ones(()).expand_as(offset)[:, : offset.shape[1] // 2]
         size = output.shape[2:]
         if offset.shape[2:] != size:
             # GLIP's head gives those of a larger level; the operator reads the first numbers of it.
             offset, mask = (_first(numbers, size) for numbers in (offset, mask))
         return deformable_convolution(
-            x, offset, mask, module.weight, module.bias, groups=module.groups, **geometry
+            x, offset, mask, module.weight, bias, groups=module.groups, **geometry
         )
 
     return hook
@@ -150,16 +169,27 @@ def _pair(n: Any) -> tuple[int, int]:
 
 
 def _extract(wanted: Callable[[], bool]) -> Callable[..., Tensor | None]:
-    def hook(
-        module: BaseRoIExtractor, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
+    def hook(module: RoIAlign, args: tuple[Tensor, Tensor], output: Tensor) -> Tensor | None:
         if not wanted():
             return None
-        features, *rest = args
+        features, regions = args
 
-        def extract(levels: Any) -> Any:
-            return module.forward(tuple(levels), *rest, **kwargs)
+        def align(levels: Sequence[Tensor]) -> Tensor:
+            aligned: Tensor = module.forward(levels[0], regions)
+            return aligned
 
-        return linear_operator(extract, output, list(features))
+        return linear_operator(align, output, [features])
+
+    return hook
+
+
+def _refuse(name: str, wanted: Callable[[], bool]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any) -> None:
+        if wanted():
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, whose gradient cannot be differentiated "
+                "here, as attention mask consistency and functional entropy do it; name a "
+                "model.heatmap.activation that comes after it, or take another layer"
+            )
 
     return hook

@@ -152,7 +152,7 @@ class _Grounder:
             DefaultScope.overwrite_default_scope(self._scope),
             torch.enable_grad(),
             record_calls([model.backbone]) as calls,
-            self._activation.record() as recorded,
+            self._activation.record(1) as recorded,
             self._scores.record() as logits_of,
         ):
             data = {"inputs": [picture.pixels[0]], "data_samples": [sample]}
@@ -183,7 +183,8 @@ def _build(model: ConfigDict) -> nn.Module:
     ):
         if setting in (model.get(part) or {}):
             model[part][setting] = value
-    with text_model_is_there(model):
+    name = (model.get("language_model") or {}).get("name")
+    with text_model_is_there(name, "model.language_model.name"):
         return MODELS.build(model)
 
 

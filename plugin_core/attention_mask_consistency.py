@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _EPSILON = 1e-7
+# Gradients below it are as good as 0; the reciprocal of a smaller one would overflow in a product.
+_SMALLEST = 1e-20
 
 
 def gradient_heatmap(
@@ -72,7 +74,7 @@ def _useful(activation: Tensor, gradient: Tensor, token_mask: Tensor | None) -> 
             "activations must be (B, heads, tokens, H, W) or a feature map (B, C, H, W), got "
             f"{tuple(activation.shape)}"
         )
-    product = activation.float() * gradient.float().relu()
+    product = _in_float32(activation) * _in_float32(gradient).relu()
     if token_mask is not None:
         tokens = activation.shape[2] if activation.dim() == 5 else None
         if token_mask.shape != (len(activation), tokens):
@@ -82,6 +84,11 @@ def _useful(activation: Tensor, gradient: Tensor, token_mask: Tensor | None) -> 
             )
         product = product * token_mask[:, None, :, None, None]
     return product.flatten(1, -3).mean(1, keepdim=True)
+
+
+def _in_float32(x: Tensor) -> Tensor:
+    """Give x in float32, or as it is where it is more precise."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _fit(heat: Tensor, size: Sequence[int] | None) -> Tensor:
@@ -199,13 +206,13 @@ class GradientHeatmap:
         if all(gradient is None for gradient in gradients):
             raise ValueError("the score does not depend on the activations")
         slopes = [
-            torch.zeros_like(level) if gradient is None else gradient.float()
+            torch.zeros_like(level) if gradient is None else _in_float32(gradient)
             for level, gradient in zip(levels, gradients, strict=True)
         ]
         if layout is not None:
             levels, slopes = _laid_out(layout, levels), _laid_out(layout, slopes)
         largest = torch.stack([slope.detach().abs().flatten(1).amax(1) for slope in slopes]).amax(0)
-        scale = largest.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+        scale = largest.clamp(min=_SMALLEST).reciprocal()
         slopes = [slope * scale.view(-1, *[1] * (slope.dim() - 1)) for slope in slopes]
         return gradient_heatmap(levels, slopes, token_mask, size)
 

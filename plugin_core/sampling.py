@@ -26,20 +26,22 @@ def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
     """
     height, width = maps.shape[2:]
     flat = maps.flatten(2)
+    # Half precision cannot tell the cells of a larger map apart.
+    points = points if points.dtype == torch.float64 else points.float()
     corner = points.detach().floor()
     past = points - corner  # in [0, 1)
+    first = corner.nan_to_num().long()  # a point that is NaN makes a value that is NaN, no index
     sampled = maps.new_zeros(*maps.shape[:2], points.shape[1])
     for dx in (0, 1):
         for dy in (0, 1):
-            x, y = corner[..., 0] + dx, corner[..., 1] + dy
+            x, y = first[..., 0] + dx, first[..., 1] + dy
             weight = (past[..., 0] if dx else 1 - past[..., 0]) * (
                 past[..., 1] if dy else 1 - past[..., 1]
             )
             within = (x >= 0) & (x < width) & (y >= 0) & (y < height)
             cell = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-            # A point that is NaN makes a value that is NaN, but no index.
-            index = cell.nan_to_num().long()[:, None].expand(-1, maps.shape[1], -1)
-            sampled = sampled + flat.gather(2, index) * (weight * within)[:, None]
+            index = cell[:, None].expand(-1, maps.shape[1], -1)
+            sampled = sampled + flat.gather(2, index) * (weight * within).to(maps.dtype)[:, None]
     return sampled
 
 
@@ -103,11 +105,11 @@ def deformable_convolution(
     rows, columns = offset.shape[2:]
     parts = offset.shape[1] // (2 * taps)
     grids = [
-        torch.arange(n, device=x.device, dtype=x.dtype) * step - pad
+        torch.arange(n, device=x.device, dtype=torch.float32) * step - pad
         for n, step, pad in zip((rows, columns), stride, padding, strict=True)
     ]
     steps = [
-        torch.arange(k, device=x.device, dtype=x.dtype) * d
+        torch.arange(k, device=x.device, dtype=torch.float32) * d
         for k, d in zip(kernel, dilation, strict=True)
     ]
     y = (steps[0][:, None] + steps[1][None] * 0).reshape(-1, 1, 1) + grids[0][:, None]

@@ -71,6 +71,11 @@ def test_everything_is_measured_and_written(tmp_path):
     assert training["losses differ, %"]["value"] < 1e-3
     inference = rows["detector_step", "Inference", case.replace("2 images", "1 image")]["values"]
     assert inference["detections with"] == inference["detections without"] != {"value": 0}
+    group, size = "Detectors that read a text", "1 image of 64x96 float32"
+    for loss in ("AMC of 1 phrase", "AMC of all 4 phrases", "functional entropy"):
+        row = rows["auxiliary_losses", group, f"Grounding DINO, {loss}, {size}"]["values"]
+        assert row["losses differ, %"]["value"] < 1e-3
+        assert row["with, MiB"]["value"] > row["without, MiB"]["value"]
     case = "1x8x12x10 channels_last float32, forward + backward"
     assert set(rows["triplet_attention", "", case]["values"]) > {
         "textbook / TripletAttention",

@@ -49,6 +49,13 @@ def test_a_point_on_a_cell_is_the_cell_and_one_outside_is_0():
     assert bilinear_sample(maps, points)[0, 0].tolist() == [5.0, 2.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_large_map_in_half_precision_is_sampled_at_the_right_cells(dtype):
+    maps = torch.arange(100.0).repeat(1, 1, 70, 1).to(dtype)  # each column its number
+    points = torch.tensor([[[99.0, 69.0], [3.0, 65.0], [64.0, 40.0]]])
+    assert bilinear_sample(maps, points)[0, 0].tolist() == [99.0, 3.0, 64.0]
+
+
 def test_a_point_that_is_nan_gives_nan():
     points = torch.tensor([[[float("nan"), 0.0], [1.0, 0.0]]])
     sampled = bilinear_sample(torch.arange(6.0).view(1, 1, 2, 3), points)[0, 0]

@@ -60,14 +60,14 @@ def evaluate(samples: list[dict], **settings: Any) -> dict[str, float]:
 
 
 def test_accuracy_of_classes_in_total_and_of_each(tmp_path):
-    """COCO: a class with two boxes is one phrase; classes of one image count each."""
+    """A class with two boxes is one phrase; classes of one image count each."""
     annotations = tmp_path / "annotations.json"
-    categories = [{"id": 0, "name": "disk"}, {"id": 1, "name": "square"}]
+    categories = [{"id": 4, "name": "disk"}, {"id": 7, "name": "square"}]
     annotations.write_text(json.dumps({"categories": categories}))
     out = tmp_path / "pointing_game.json"
     samples = [
-        sample({0: heatmap(8, 4), 1: heatmap(8, 4)}, [LEFT, RIGHT, LEFT], torch.tensor([0, 0, 1])),
-        sample({1: heatmap(1, 1)}, [LEFT], torch.tensor([1])),
+        sample({4: heatmap(8, 4), 7: heatmap(8, 4)}, [LEFT, RIGHT, LEFT], torch.tensor([4, 4, 7])),
+        sample({7: heatmap(1, 1)}, [LEFT], torch.tensor([7])),
     ]
     metrics = evaluate(samples, ann_file=str(annotations), out_file=str(out))
     assert metrics["pointing_game/accuracy"] == pytest.approx(2 / 3)
@@ -100,13 +100,26 @@ def test_refcocos_image_has_one_expression():
     assert metrics["pointing_game/accuracy"] == metrics["pointing_game/accuracy/7"] == 1.0
 
 
+def test_a_category_may_be_called_all():
+    metric = METRICS.build({"type": "PointingGameMetric"})
+    metric.dataset_meta = {"classes": ("all", "disk")}
+    heatmaps = {0: heatmap(1, 1), 1: heatmap(9, 1)}
+    metric.process({}, [sample(heatmaps, [LEFT, LEFT], torch.tensor([0, 1]))])
+    results = metric.evaluate(1)
+    assert results["pointing_game/accuracy"] == 0.5
+    assert results["pointing_game/accuracy/all"] == 1.0
+
+
 def test_a_phrase_without_a_heatmap_misses():
     of_image = sample({}, [LEFT], torch.tensor([0]))
     assert evaluate([of_image])["pointing_game/accuracy"] == 0.0
 
 
-def test_names_are_those_of_the_dataset_or_numbers():
-    metric = METRICS.build({"type": "PointingGameMetric"})
+def test_names_are_those_of_the_dataset_or_numbers(tmp_path):
+    """COCO's labels count the classes, whatever ids the annotation file has."""
+    file = tmp_path / "annotations.json"
+    file.write_text(json.dumps({"categories": [{"id": 1, "name": "disk"}]}))
+    metric = METRICS.build({"type": "PointingGameMetric", "ann_file": str(file)})
     metric.dataset_meta = {"classes": ("disk",)}
     metric.process({}, [sample({0: heatmap(1, 1)}, [LEFT, LEFT], torch.tensor([0, 5]))])
     assert {"pointing_game/accuracy/disk", "pointing_game/accuracy/5"} <= set(metric.evaluate(1))

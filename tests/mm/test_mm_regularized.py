@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import pickle
 import re
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,10 @@ from grounding_detectors import (
     write_text_model,
 )
 from mmdet.registry import MODELS
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from mmengine.logging import MessageHub
+from mmengine.model import MMDistributedDataParallel
 
 from mm_plugins.activations import Activation
 from mm_plugins.modalities import GLIPModalities, GroundingDINOModalities
@@ -37,6 +43,13 @@ from mm_plugins.second_derivatives import second_derivatives
 from plugin_core.functional_entropy import repeat_samples
 
 GROUNDING = ("grounding-dino", "glip")
+CONV = {
+    "type": "ConvModule",
+    "in_channels": 256,
+    "out_channels": 256,
+    "kernel_size": 3,
+    "padding": 1,
+}
 AMC = {"attention_mask_consistency": {"max_margin": 1.0, "mean_margin": 1.0}}
 ENTROPY = {"functional_entropy": {"samples": 2, "weight": 1e-6}}
 
@@ -115,13 +128,20 @@ def test_the_detectors_own_losses_stay_as_they_are(name, config):
         torch.testing.assert_close(losses[key], value, atol=1e-4, rtol=1e-4)
 
 
+def padded(kind: str) -> list:
+    """The second image is smaller than the batch, and its text shorter."""
+    batch = samples(kind, boxes=((8.0, 8, 40, 40), (10.0, 20, 40, 44)))
+    batch[1].set_metainfo({"img_shape": (48, 44), "ori_shape": (24, 22)})
+    return batch
+
+
 @pytest.mark.parametrize("name", ["grounding-dino", "glip", "faster-rcnn"])
 def test_second_derivatives_change_no_value_and_no_gradient(name, config):
     detector = build(config(name))
     names = [n for n, p in detector.named_parameters() if p.requires_grad]
     found = []
     for twice in (False, True):
-        batch = samples(kind_of(name))
+        batch = padded(kind_of(name))
         if twice:
             with second_derivatives(detector):
                 value = _total(loss(detector, batch))
@@ -180,7 +200,7 @@ def test_attention_and_its_gradient_are_those_of_the_product_rule(config):
         hook = lambda m, a, y, name=name: seen.update({name: y})  # noqa: E731
         handles.append(module.register_forward_hook(hook))
     activation, scores = Activation(detector), Scores(detector)
-    with activation.record() as recorded, scores.record() as logits_of:
+    with activation.record(2) as recorded, scores.record() as logits_of:
         loss(detector, samples("phrases"))
     score = torch.stack([logits[:, 1].amax() for logits in logits_of(2)]).sum()
     recorded.differentiate.create_graph = False
@@ -228,17 +248,124 @@ def test_class_detectors_have_it_too(name, config):
     assert head, "the second derivative reaches what makes the score"
 
 
-def test_a_class_score_is_the_greatest_logit_of_its_regions(config):
+def test_class_scores_of_regions_are_each_images_own(config):
     detector = build(regularized(config("faster-rcnn"), **AMC))
     scores = Scores(detector)
-    seen: list[Any] = []
-    handle = detector.roi_head.bbox_head.register_forward_hook(lambda m, a, y: seen.append(y[0]))
+    seen: dict[str, Any] = {}
+    roi_head = detector.roi_head
+    handles = [
+        roi_head.bbox_head.register_forward_hook(lambda m, a, y: seen.update(scores=y[0])),
+        roi_head.bbox_roi_extractor.register_forward_hook(lambda m, a, y: seen.update(rois=a[1])),
+    ]
     with scores.record() as logits_of:
         loss(detector, samples("classes"))
+    for handle in handles:
+        handle.remove()
+    for i, of_image in enumerate(logits_of(2)):
+        assert len(of_image) and torch.equal(of_image, seen["scores"][seen["rois"][:, 0] == i])
+
+
+def test_class_scores_of_anchors_are_those_of_all_positions(config):
+    """By hand: two anchors, three classes, levels of 2×1 and 1×1 cells."""
+    scores = Scores(build(config("retinanet")))
+    head = scores.detector.bbox_head
+    head.cls_out_channels = 3
+    fine = torch.arange(12.0).view(1, 6, 2, 1)  # channel · 2 + row
+    coarse = 100 + torch.arange(6.0).view(1, 6, 1, 1)
+    logits = scores._dense_logits(head, [fine, coarse])[0]
+    expected = {(0, 2, 4), (1, 3, 5), (6, 8, 10), (7, 9, 11), (100, 101, 102), (103, 104, 105)}
+    assert {tuple(int(x) for x in row) for row in logits} == expected
+
+
+def test_scores_of_queries_leave_denoising_queries_out(config):
+    detector = build(config("grounding-dino"))
+    scores = Scores(detector)
+    seen: list[Tensor] = []
+    handle = detector.bbox_head.register_forward_hook(lambda m, a, y: seen.append(y[0]))
+    with scores.record() as logits_of:
+        loss(detector, samples("phrases"))
     handle.remove()
-    of_images = logits_of(2)
-    assert torch.equal(torch.cat(of_images), seen[-1])
-    assert [len(x) for x in of_images] == [512, 512] or sum(map(len, of_images)) == len(seen[-1])
+    (output,) = seen
+    assert output.shape[2] > detector.num_queries, "denoising queries come first"
+    for i, of_image in enumerate(logits_of(2)):
+        assert torch.equal(of_image, output[-1, i, output.shape[2] - detector.num_queries :])
+
+
+def test_a_head_without_class_scores_is_named(config):
+    scores = Scores(build(config("retinanet")))
+    with pytest.raises(ValueError, match="detector: RetinaHead gives no class scores as"):
+        scores._dense_logits(scores.detector.bbox_head, torch.zeros(2, 3, 4))
+
+
+@pytest.mark.parametrize("head", ["BatchFormerBBoxHead", "IDABBoxHead"])
+def test_it_goes_with_the_other_plugins(head, config):
+    model = config("faster-rcnn")
+    model.roi_head.bbox_head.type = head
+    layer = {"cfg": {"type": "TripletAttention"}, "position": "after_conv2"}
+    model.backbone.plugins = [layer]
+    heatmap = {"activation": "backbone.layer3"}
+    detector = build(regularized(model, **AMC, heatmap=heatmap))
+    names = reached(loss(detector, samples("classes"))["loss_amc_max"], detector)
+    assert any("layer4" in n and "triplet_attention" in n for n in names)
+    assert any(n.startswith("roi_head.bbox_head") for n in names)
+    assert not any("batchformer" in n for n in names)
+
+
+@pytest.mark.parametrize(
+    "extractor",
+    [
+        {"type": "SingleRoIExtractor"},
+        {"type": "GenericRoIExtractor", "aggregation": "sum", "pre_cfg": CONV, "post_cfg": CONV},
+    ],
+    ids=["single", "generic"],
+)
+def test_second_derivatives_change_no_gradient_of_a_region_extractor(extractor, config):
+    model = config("faster-rcnn")
+    model.roi_head.bbox_roi_extractor.update(extractor)
+    detector = build(model)
+    found = []
+    for twice in (False, True):
+        context = second_derivatives(detector) if twice else contextlib.nullcontext()
+        with context:
+            value = _total(loss(detector, samples("classes")))
+        parameters = [p for p in detector.parameters() if p.requires_grad]
+        found.append(torch.autograd.grad(value, parameters, allow_unused=True))
+    for mine, other in zip(found[1], found[0], strict=True):
+        assert (mine is None) == (other is None)
+        if other is not None:
+            assert (mine - other).abs().max() <= 1e-3 * (float(other.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "activation", "name"),
+    [
+        (
+            "faster-rcnn",
+            {"roi_head.bbox_roi_extractor.roi_layer.pool_mode": "max"},
+            None,
+            "roi_head.bbox_roi_extractor.roi_layers.0 is a RoIAlign",
+        ),
+        (
+            "retinanet",
+            {
+                "backbone.dcn": {"type": "DCNv2", "deform_groups": 1},
+                "backbone.stage_with_dcn": (False, False, False, True),
+                "backbone.depth": 50,
+                "neck.in_channels": [32, 64, 128, 256],
+            },
+            "backbone.layer3",
+            r"backbone.layer4.0.conv2 is a ModulatedDeformConv2dPack",
+        ),
+    ],
+    ids=["pooling", "convolution"],
+)
+def test_what_cannot_be_differentiated_twice_is_named(model, settings, activation, name, config):
+    cfg = Config({"model": config(model)})
+    cfg.merge_from_dict({f"model.{key}": value for key, value in settings.items()})
+    heatmap = {"activation": activation}
+    detector = build(regularized(cfg.model, **AMC, heatmap=heatmap))
+    with pytest.raises(ValueError, match=f"{name}.*model.heatmap.activation"):
+        loss(detector, samples("classes"))
 
 
 @pytest.mark.parametrize(
@@ -279,6 +406,59 @@ def test_what_cannot_be_used_is_warned_of_once_by_name(config):
     assert losses["loss_amc_max"] > 0  # of the other phrase
     assert "image image0.jpg: the boxes of phrase 1 are outside of the image (64×64)" in said[0]
     assert detector._warned == {"boxes"}
+
+
+def test_a_region_ends_where_the_image_ends(config):
+    detector = build(regularized(config("retinanet"), **AMC))
+    batch = samples("classes", boxes=((4.0, 4, 64, 64),), count=1)
+    batch[0].set_metainfo({"img_shape": (48, 44)})
+    logits = torch.zeros(5, 3)
+    (region,) = detector._scored_regions(batch[0], logits, Scores(detector))
+    assert region.boxes.tolist() == [[4, 4, 44, 48]]
+
+
+def test_a_phrase_behind_the_texts_last_token_is_warned_of(config):
+    model = regularized(config("grounding-dino"), **AMC)
+    model.language_model.max_tokens = 5
+    detector = build(model)
+    said: list[str] = []
+    detector._warn = lambda kind, text: said.append(text)
+    assert _total(loss(detector, samples("phrases"))).isfinite()
+    assert "image image0.jpg: phrase 1 has no token" in said[0]
+
+
+def test_a_box_without_a_span_is_left_out(config):
+    detector = build(regularized(config("grounding-dino"), **AMC))
+    said: list[str] = []
+    detector._warn = lambda kind, text: said.append(text)
+    batch = samples("phrases")
+    batch[0].set_metainfo({"tokens_positive": {0: [[0, 12]]}})
+    loss(detector, batch)
+    assert "the spans None of phrase 1 are no part of its text" in said[0]
+    assert batch[0].gt_instances.labels.tolist() == [0]
+
+
+def test_nothing_of_a_step_stays_alive(config):
+    detector = build(regularized(config("grounding-dino"), **AMC, **ENTROPY))
+    seen: list[Any] = []
+    attention = detector.encoder.fusion_layers[-1].attn
+    handle = attention.register_forward_hook(lambda m, a, y: seen.append(weakref.ref(y[0])))
+    gc.disable()  # nothing that only the collector would find
+    try:
+        _total(loss(detector, samples("phrases"))).backward()
+        assert seen and all(reference() is None for reference in seen)
+    finally:
+        gc.enable()
+        handle.remove()
+
+
+def test_it_trains_in_bfloat16(config):
+    detector = build(regularized(config("grounding-dino"), **AMC, **ENTROPY))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = loss(detector, samples("phrases"))
+    _total(losses).backward()
+    assert losses["loss_amc_max"] > 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in detector.parameters())
 
 
 def test_an_empty_caption_is_warned_of_and_the_rest_trains(config):
@@ -349,7 +529,7 @@ class NoNoise:
 def test_without_noise_the_copies_have_the_logits_of_the_image(name, config):
     detector = build(config(name))
     modalities = (GLIPModalities if name == "glip" else GroundingDINOModalities)(detector)
-    batch = samples(kind_of(name))
+    batch = padded(kind_of(name))
     if name == "grounding-dino":
         batch[1].set_metainfo(
             {"text": TEXT_WITH_PADDING, "tokens_positive": {0: [[0, 8]], 1: [[0, 8]]}}
@@ -360,6 +540,8 @@ def test_without_noise_the_copies_have_the_logits_of_the_image(name, config):
     modalities.regularize(stub)
     torch.testing.assert_close(stub.again[stub.valid], stub.clean[stub.valid], atol=1e-4, rtol=1e-4)
     assert 0 < stub.valid.sum() < stub.valid.numel(), "padding of the shorter text does not count"
+    if name == "grounding-dino":
+        assert not stub.masks["image"][1].all(), "nor does that of the smaller image"
     assert stub.masks["text"].any() and not stub.masks["text"].all()
 
 
@@ -405,6 +587,21 @@ def test_an_expression_is_one_phrase(config):
 
 
 # --- what is wrong --------------------------------------------------------------------------- #
+
+
+@pytest.mark.parametrize("settings", [AMC, ENTROPY], ids=["amc", "entropy"])
+def test_activation_checkpoints_are_refused_by_name(settings, config):
+    model = regularized(config("glip"), **settings)
+    model.bbox_head.use_checkpoint = True
+    with pytest.raises(ValueError, match="bbox_head.use_checkpoint: gradients are differentiated"):
+        MODELS.build(model)
+
+
+def test_a_text_in_chunks_is_refused_by_name(config):
+    model = regularized(config("grounding-dino"), heatmap={"in_test": True})
+    model.test_cfg.chunked_size = 2
+    with pytest.raises(ValueError, match="heatmap.in_test: .*test_cfg.chunked_size=-1"):
+        MODELS.build(model)
 
 
 @pytest.mark.parametrize(
@@ -498,3 +695,35 @@ def test_heatmaps_need_no_parameter_that_is_trained(name, config):
         heat, plain = result.phrase_heatmaps.heatmaps, other.phrase_heatmaps.heatmaps
         assert heat.any()
         torch.testing.assert_close(heat, plain, atol=1e-3, rtol=0)
+
+
+# --- two processes --------------------------------------------------------------------------- #
+
+
+def process(rank: int, folder: str, text_model: str) -> None:
+    """A step of a process whose images have boxes, or have none."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
+    )
+    register_all_modules()
+    model = model_config("grounding-dino", Path(text_model))
+    detector = build(regularized(model, **AMC, **ENTROPY)).train()
+    joined = MMDistributedDataParallel(detector, find_unused_parameters=True)
+    boxes = ((8.0, 8, 40, 40), (30.0, 20, 60, 62)) if rank == 0 else ()
+    torch.manual_seed(rank)
+    losses = joined(images(1), samples("phrases", boxes=boxes, count=1), mode="loss")
+    _total(losses).backward()
+    gradients = {n: p.grad for n, p in detector.named_parameters() if p.grad is not None}
+    torch.save((sorted(losses), gradients), f"{folder}/{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_train_together_though_one_has_no_phrases(tmp_path, text_models):
+    arguments = (str(tmp_path), str(text_models["grounding-dino"]))
+    torch.multiprocessing.spawn(process, arguments, nprocs=2)
+    (names, mine), (other_names, others) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    assert names == other_names, "of losses, which are averaged by name"
+    assert mine.keys() == others.keys()
+    assert all(torch.equal(gradient, others[name]) for name, gradient in mine.items())
+    assert any(g.any() for n, g in mine.items() if n.startswith("language_model"))
