@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))  # the tools import one another as a script does
 
 torch.set_num_threads(1)  # tests run side by side
+# Nothing is downloaded; without it, a text model that is missing is looked for on a network first.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(autouse=True)

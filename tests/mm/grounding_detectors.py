@@ -53,6 +53,10 @@ def model_config(name: str, text_model: Path | None = None) -> ConfigDict:
             bbox_head.num_classes = 3
             if "fc_out_channels" in bbox_head:
                 bbox_head.fc_out_channels = 32
+        if "roi_head" in model:
+            stages = model.train_cfg.rcnn
+            for stage in stages if isinstance(stages, list) else [stages]:
+                stage.sampler.num = 32
         if name == "deformable-detr":
             model.num_queries = 12
             model.encoder.num_layers = model.decoder.num_layers = 2

@@ -62,6 +62,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
             config.write_text(CONFIG.format(root=ROOT, name=name, text_model=text_model, more=more))
             model = load_config(str(config)).model
             model.get("encoder", model.bbox_head).pop("num_cp", None)
+            model.test_cfg.chunked_size = -1
             with DefaultScope.overwrite_default_scope("mmdet"):
                 torch.save({"state_dict": build(model).state_dict()}, folder / "model.pth")
             made[name] = config
