@@ -26,14 +26,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import signal
 import string
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # when imported as tools.…
+
+from whole_folder import unwritable_parent, whole_folder
 
 MARKER = "tiny_text_model.json"
 _OWN_FILES = {
@@ -119,7 +121,7 @@ def make_text_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(config)
-    with _complete_or_nothing(target, force) as folder:
+    with whole_folder(target, lambda: _check_target(target, force)) as folder:
         vocab = folder / "vocab.txt"
         vocab.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
         tokenizer = BertTokenizerFast(str(vocab), do_lower_case=True, model_max_length=_POSITIONS)
@@ -224,8 +226,7 @@ def _check_numbers(hidden_size: int, layers: int, heads: int, seed: int) -> None
 
 def _check_target(target: Path, force: bool) -> None:
     """Refuses a folder that may not be made or replaced."""
-    parent = next(place for place in target.parents if os.path.lexists(place))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if (parent := unwritable_parent(target)) is not None:
         raise ArgumentError(f"OUT: cannot write in '{parent}'; give a place that can be written")
     if not os.path.lexists(target):
         return
@@ -243,26 +244,6 @@ def _check_target(target: Path, force: bool) -> None:
         )
     if target.samefile(Path.cwd()):
         raise ArgumentError(f"OUT: '{target}' is the current directory; give another name")
-
-
-@contextmanager
-def _complete_or_nothing(target: Path, force: bool) -> Iterator[Path]:
-    """Gives a temporary sibling that becomes ``target``, or is removed after any exception."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        _check_target(target, force)  # again: something may have been put there meanwhile
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _parser() -> argparse.ArgumentParser:

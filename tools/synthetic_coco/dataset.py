@@ -7,16 +7,14 @@ when it is complete. A directory is replaced only if this tool wrote everything 
 import json
 import os
 import re
-import shutil
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
+from whole_folder import unwritable_parent, whole_folder
 
 from . import annotations
 from .captions import captions
@@ -91,7 +89,7 @@ def make_dataset(
     target = Path(os.path.abspath(out))
     _check_target(target, force)
     counts = {"train": train, "val": val}
-    with _complete_or_nothing(target, force) as root:
+    with whole_folder(target, lambda: _check_target(target, force)) as root:
         with tqdm(total=train + val, unit="image", disable=not progress) as bar:
             objects = sum(
                 _write_split(root, split, counts[split], size, seed, settings, bar)
@@ -160,30 +158,8 @@ def _is_leaf(path: Path) -> bool:
 
 def _check_parent(target: Path) -> None:
     """Refuses a target whose nearest existing ancestor is no directory that can be written."""
-    parent = next(place for place in target.parents if os.path.lexists(place))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+    if (parent := unwritable_parent(target)) is not None:
         raise ArgumentError(f"OUT: cannot write in '{parent}'; give a place that can be written")
-
-
-@contextmanager
-def _complete_or_nothing(target: Path, force: bool) -> Iterator[Path]:
-    """Gives a temporary sibling that becomes ``target``, or is removed after any exception."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    partial.mkdir()
-    try:
-        yield partial
-        # Again, since drawing takes time: someone may have put something there.
-        _check_target(target, force)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-    finally:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_split(

@@ -17,15 +17,7 @@ model = dict(
         bgr_to_rgb=False,
         pad_size_divisor=32,
     ),
-    backbone=dict(
-        type="PluginResNet",
-        depth=50,
-        stem_channels=32,
-        base_channels=16,
-        out_indices=(1, 2, 3),
-        norm_eval=False,
-        init_cfg=None,
-    ),
+    backbone=_base_.model.backbone,
     neck=dict(
         type="FPN",
         in_channels=[128, 256, 512],
@@ -81,17 +73,6 @@ train_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="Resize", scale=_base_.scale, keep_ratio=True),
     dict(type="PhrasesAsText"),
-    dict(
-        type="PackDetInputs",
-        meta_keys=(
-            "img_id",
-            "img_path",
-            "ori_shape",
-            "img_shape",
-            "scale_factor",
-            "text",
-            "custom_entities",
-        ),
-    ),
+    dict(type="PackDetInputs", meta_keys=_base_.meta_keys),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

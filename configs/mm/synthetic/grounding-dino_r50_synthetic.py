@@ -103,45 +103,22 @@ model = dict(
     test_cfg=dict(max_per_img=20),
 )
 
+meta_keys = (
+    *("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
+    *("text", "custom_entities", "tokens_positive", "phrase_ids", "phrases"),
+)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
     dict(type="Resize", scale=_base_.scale, keep_ratio=True),
     dict(type="RandomSamplingNegPos", tokenizer_name=lang_model_name, max_tokens=64),
-    dict(
-        type="PackDetInputs",
-        meta_keys=(
-            "img_id",
-            "img_path",
-            "ori_shape",
-            "img_shape",
-            "scale_factor",
-            "text",
-            "custom_entities",
-            "tokens_positive",
-            "dataset_mode",
-        ),
-    ),
+    dict(type="PackDetInputs", meta_keys=meta_keys),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=_base_.scale, keep_ratio=True),
     dict(type="LoadAnnotations", with_bbox=True),
-    dict(
-        type="PackDetInputs",
-        meta_keys=(
-            "img_id",
-            "img_path",
-            "ori_shape",
-            "img_shape",
-            "scale_factor",
-            "text",
-            "custom_entities",
-            "tokens_positive",
-            "phrase_ids",
-            "phrases",
-        ),
-    ),
+    dict(type="PackDetInputs", meta_keys=meta_keys),
 ]
 train_dataloader = dict(
     batch_size=4,
