@@ -30,7 +30,8 @@ class PointingGameMetric(BaseMetric):
     For the datasets with phrases (Flickr30k's, RefCOCO's), and for COCO's, where a class that an
     image has is a phrase. The detector is a ``RegularizedDetector`` with
     ``heatmap=dict(in_test=True)``. A heatmap that is the same everywhere misses, and so does a
-    phrase without one, such as one that has no token in a text that was cut off.
+    phrase without one, such as one that has no token in a text that was cut off. RefCOCO's
+    expressions are for Grounding DINO, as MMDetection's GLIP does not take a text without phrases.
 
     Beside the accuracy there is that of chance, a point anywhere in the image: the share of it that
     the phrase's boxes cover.

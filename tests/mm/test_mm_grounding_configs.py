@@ -13,7 +13,7 @@ pytest.importorskip(
 )
 
 from grounding_detectors import ROOT, images, kind_of, samples, write_text_model
-from mmdet.registry import MODELS
+from mmdet.registry import METRICS, MODELS
 from mmengine.config import Config
 
 from mm_plugins.preflight import check_config
@@ -78,6 +78,8 @@ def test_with_both_is_each_and_the_other(path):
 
 # Of GLIP, which takes its time, those with both stand for all.
 TRAINED = [p for p in SHIPPED if "grounding" in p.stem or "amc-f" in p.stem]
+(POINTING,) = (p for p in SHIPPED if "pointing" in p.stem)
+TRAINED.remove(POINTING)
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
@@ -107,3 +109,22 @@ def test_config_is_a_base_and_a_few_lines(path):
     """What differs from a base, so that the difference can be read."""
     plain = path.stem in ("grounding-dino_r50_synthetic", "glip_r50_synthetic")
     assert plain or len(path.read_text().splitlines()) <= 12
+
+
+def test_config_of_the_pointing_game_predicts_heatmaps_that_its_metric_takes(text_models):
+    cfg = Config.fromfile(POINTING)
+    shrink(cfg, text_models["GroundingDINO"])
+    cfg.model.test_cfg.max_per_img = 5
+    torch.manual_seed(0)
+    model = MODELS.build(cfg.model).eval()
+    torch.nn.init.normal_(model.level_embed)
+    batch = samples("phrases", test=True)
+    keys = cfg.val_dataloader.dataset.pipeline[-1].meta_keys
+    assert {"phrase_ids", "phrases", "tokens_positive"} <= set(keys)
+    for sample in batch:
+        sample.set_metainfo({"phrase_ids": [0, 1], "phrases": ["the red disk", "the square"]})
+    results = model.predict(images(), batch)
+    for settings in cfg.val_evaluator:
+        metric = METRICS.build(settings)
+        metric.process({}, [result.to_dict() for result in results])
+        assert metric.evaluate(2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,10 @@ import torch
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
-from mmdet.registry import METRICS, TRANSFORMS
+from grounding_detectors import build, model_config, regularized, write_text_model
+from make_synthetic_coco import make_dataset
+from mmdet.registry import DATASETS, METRICS, TRANSFORMS
+from mmengine.dataset import pseudo_collate
 
 from mm_plugins.pointing_game import points_into
 
@@ -108,6 +113,74 @@ def test_a_category_may_be_called_all():
     results = metric.evaluate(1)
     assert results["pointing_game/accuracy"] == 0.5
     assert results["pointing_game/accuracy/all"] == 1.0
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("scenes") / "coco"
+    make_dataset(out, train=0, val=3, size=64, progress=False)
+    return out
+
+
+def pipeline(*keys: str) -> list[dict]:
+    meta = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor", *keys)
+    return [
+        {"type": "LoadImageFromFile"},
+        {"type": "Resize", "scale": (96, 96), "keep_ratio": True},
+        {"type": "LoadAnnotations", "with_bbox": True},
+        {"type": "PackDetInputs", "meta_keys": meta},
+    ]
+
+
+@pytest.mark.parametrize("kind", ["CocoDataset", "MDETRStyleRefCocoDataset"])
+def test_datasets_of_mmdetection_are_evaluated(kind, scenes, tmp_path):
+    """Every annotated class of an image is a phrase; every expression is one of an image."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    of_classes = kind == "CocoDataset"
+    file = "instances_val2017" if of_classes else "grounding_val2017_refcoco"
+    dataset = DATASETS.build(
+        {
+            "type": kind,
+            "data_root": str(scenes),
+            "ann_file": f"annotations/{file}.json",
+            "data_prefix": {"img": "val2017/"},
+            "metainfo": {"classes": CLASSES} if of_classes else {},
+            "test_mode": True,
+            "return_classes": True,
+            "pipeline": pipeline("text", "tokens_positive", "custom_entities", "dataset_mode"),
+        }
+    )
+    name = "retinanet" if of_classes else "grounding-dino"
+    model = model_config(name, None if of_classes else write_text_model(tmp_path / "text"))
+    if of_classes:
+        model.bbox_head.num_classes = len(CLASSES)
+    detector = build(regularized(model, heatmap={"in_test": True})).eval()
+    annotations = json.loads((scenes / "annotations" / f"{file}.json").read_text())
+    metric = METRICS.build(
+        {
+            "type": "PointingGameMetric",
+            "ann_file": str(scenes / "annotations" / f"{file}.json"),
+            "out_file": str(tmp_path / "pointing_game.json"),
+        }
+    )
+    metric.dataset_meta = dataset.metainfo
+    images = [dataset[i] for i in range(min(len(dataset), 4))]
+    for data in images:
+        with torch.no_grad():
+            results = detector.test_step(pseudo_collate([data]))
+        metric.process(data, [result.to_dict() for result in results])
+    metric.evaluate(len(images))
+    written = json.loads((tmp_path / "pointing_game.json").read_text())
+    ids = {data["data_samples"].img_id for data in images}
+    names = {c["id"]: c["name"] for c in annotations["categories"]}
+    of_images = [a for a in annotations["annotations"] if a["image_id"] in ids]
+    phrases = {(a["image_id"], names[a["category_id"]]) for a in of_images}
+    expected = Counter(name for _, name in phrases)
+    assert {k: v["phrases"] for k, v in written["categories"].items()} == expected
+    assert written["phrases"] == len(phrases)
+
+
+CLASSES = ("person", "disk", "square", "triangle", "star", "ring", "cross")
 
 
 def test_a_phrase_without_a_heatmap_misses():
