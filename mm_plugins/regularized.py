@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,9 +141,9 @@ class _RegularizedDetector(Overlay):
         entropy = self._entropy
         if entropy is not None and step % self._entropy_every:
             entropy = None
-        plain: Callable[[], dict[str, Any]] = lambda: super(_RegularizedDetector, self).loss(  # noqa: E731
-            batch_inputs, batch_data_samples
-        )
+        plain = partial(super().loss, batch_inputs, batch_data_samples)
+        if not torch.is_grad_enabled():
+            return plain()
         if entropy is not None:
             with self._modalities().record() as modalities:
                 losses = self._loss_with_amc(amc, plain, batch_inputs, batch_data_samples)
@@ -202,21 +203,18 @@ class _RegularizedDetector(Overlay):
         height, width = sample.img_shape[:2]
         name = sample.get("img_path", sample.get("img_id"))
         what = "phrase" if scores.reads_text else "class"
-        # Tokens of padding have none.
-        known = set(logits[0].isfinite().nonzero().flatten().tolist()) if len(logits) else set()
         regions = []
-        for phrase in scores.phrases(sample):
+        for phrase in scores.phrases(sample, logits):
             limit = phrase.boxes.new_tensor([width, height]).repeat(2)
             boxes = phrase.boxes.clamp(min=0).minimum(limit)
             boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
-            columns = [column for column in phrase.columns if column in known]
             if not len(boxes):
                 self._warn(
                     "boxes",
                     f"image {name}: the boxes of {what} {phrase.label} are outside of the image "
                     f"({width}×{height}): {phrase.boxes.tolist()}; it has no part in the loss",
                 )
-            elif len(logits) and not columns:
+            elif len(logits) and not phrase.columns:
                 self._warn(
                     "tokens",
                     f"image {name}: {what} {phrase.label} has no token in the text "
@@ -224,7 +222,7 @@ class _RegularizedDetector(Overlay):
                     "language_model.max_tokens lets in; it has no part in the loss",
                 )
             elif len(logits):
-                regions.append(ScoredRegion(phrase_score(logits, columns), boxes))
+                regions.append(ScoredRegion(phrase_score(logits, phrase.columns), boxes))
         return regions
 
     def _warn(self, kind: str, text: str) -> None:
@@ -264,7 +262,7 @@ class _RegularizedDetector(Overlay):
         padded: tuple[int, int],
     ) -> None:
         phrases = [
-            [p for p in scores.phrases(result) if p.columns and len(of_image)]
+            [p for p in scores.phrases(result, of_image) if p.columns]
             for result, of_image in zip(results, logits, strict=True)
         ]
         found: list[list[Tensor]] = [[] for _ in results]

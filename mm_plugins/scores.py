@@ -118,18 +118,29 @@ class Scores:
 
     # --- where an image has what ---------------------------------------------------------------- #
 
-    def phrases(self, sample: DetDataSample) -> list[Phrase]:
-        """What an image is annotated with, after a forward pass in which the head has seen it."""
+    def phrases(self, sample: DetDataSample, logits: Tensor) -> list[Phrase]:
+        """What an image is annotated with, after a forward pass in which the head has seen it.
+
+        A phrase has no columns where the text model has not read it, since it lets in a limited
+        number of tokens, or where there are no logits.
+
+        Args:
+            sample: of the image.
+            logits: (candidates, columns) of the image.
+        """
         annotated = sample.get("gt_instances")
         if annotated is None or not len(annotated):
             return []
         boxes = get_box_tensor(annotated.bboxes)
         labels = torch.as_tensor(annotated_phrases(sample.to_dict()), device=boxes.device)
+        # The logits of padding are -inf.
+        known = set(logits[0].isfinite().nonzero().flatten().tolist()) if len(logits) else set()
         phrases = []
         for label in labels.unique().tolist():
             chosen = labels == label
             columns = self._columns(sample, label, int(chosen.nonzero()[0]))
-            phrases.append(Phrase(label, columns, boxes[chosen]))
+            found = [column for column in columns if column in known]
+            phrases.append(Phrase(label, found, boxes[chosen]))
         return phrases
 
     def _columns(self, sample: DetDataSample, label: int, box: int) -> list[int]:

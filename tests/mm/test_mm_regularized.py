@@ -474,6 +474,14 @@ def test_an_empty_caption_is_warned_of_and_the_rest_trains(config):
     assert len(batch[0].gt_instances) == 0
 
 
+def test_without_gradients_there_is_the_plain_loss(config):
+    detector = build(regularized(config("grounding-dino"), **AMC, **ENTROPY))
+    with torch.no_grad():
+        losses = loss(detector, samples("phrases"))
+    assert not {"loss_amc_max", "loss_functional_entropy"} & set(losses)
+    assert _total(losses) > 0
+
+
 def test_it_is_taken_in_every_nth_step_of_the_run(config):
     detector = build(
         regularized(
@@ -582,7 +590,7 @@ def test_an_expression_is_one_phrase(config):
         sample.set_metainfo({"text": "the red disk", "tokens_positive": -1})
     results = detector.predict(images(), batch)
     assert [r.phrase_heatmaps.labels.tolist() for r in results] == [[0], [0]]
-    (phrase,) = Scores(detector).phrases(results[0])
+    (phrase,) = Scores(detector).phrases(results[0], torch.zeros(1, 64))
     assert phrase.columns == [1, 2, 3]
 
 
