@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -351,11 +352,24 @@ def test_batch_without_boxes_has_losses_of_zero(cfg):
     assert all(loss.isfinite() for loss in found.values())
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+@pytest.fixture
+def warned() -> Iterator[list[str]]:
+    """What AMC warns of, whatever other tests have set up of its loggers."""
+    logger = logging.getLogger("d2_plugins.attention_mask_consistency")
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    disabled, level = logger.disabled, logger.level
+    logger.disabled = False
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    yield texts
+    logger.removeHandler(handler)
+    logger.disabled = disabled
+    logger.setLevel(level)
 
 
-def test_box_outside_of_its_image_is_left_out_and_warned_of_once(caplog, monkeypatch):
+def test_box_outside_of_its_image_is_left_out_and_warned_of_once(warned, monkeypatch):
     monkeypatch.setattr(detectron2_logger, "_LOG_COUNTER", type(detectron2_logger._LOG_COUNTER)())
     boxes = [[10, 10, 20, 20], [130, 5, 150, 20], [-30, 0, 0, 40], [120, 80, 140, 99]]
     entry = {**image(boxes, [0, 0, 1, 2]), "file_name": "photo.jpg"}
@@ -366,7 +380,7 @@ def test_box_outside_of_its_image_is_left_out_and_warned_of_once(caplog, monkeyp
         [[10, 10, 20, 20]],
         [[120, 80, 128, 96]],  # cut off where the padding begins
     ]
-    (text,) = warnings_of(caplog)
+    (text,) = warned
     assert "[130.0, 5.0, 150.0, 20.0] in photo.jpg (128x96 pixels)" in text
 
 
