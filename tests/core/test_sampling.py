@@ -83,9 +83,10 @@ def test_attention_can_be_differentiated_twice():
     shapes, *inputs = attention_inputs(torch.double)
 
     def attend(value, locations, weights):
-        return deformable_attention(value, shapes, locations, weights)[:1, :2]
+        return deformable_attention(value, shapes, locations, weights)
 
-    assert gradgradcheck(attend, inputs, nondet_tol=1e-9)
+    few = [inputs[0][:1, :, :1, :2], inputs[1][:1, :1, :1], inputs[2][:1, :1, :1]]
+    assert gradgradcheck(attend, [x.detach().requires_grad_() for x in few], nondet_tol=1e-9)
 
 
 @pytest.mark.parametrize(

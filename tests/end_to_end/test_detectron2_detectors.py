@@ -32,10 +32,9 @@ FEW = {
             {"bbox": BOXES, "segm": BOXES},
         ),
         ("COCO-Detection/retinanet_R_50_triplet_FPN_1x", "instances", {"bbox": BOXES}),
-        ("COCO-Detection/faster_rcnn_R_50_FPN_AMC_1x", "instances", {"bbox": BOXES}),
         ("COCO-Detection/retinanet_R_50_FPN_AMC_1x", "instances", {"bbox": BOXES}),
     ],
-    ids=["keypoint", "mask", "retinanet", "faster-amc", "retinanet-amc"],
+    ids=["keypoint", "mask", "retinanet", "retinanet-amc"],
 )
 def test_detector_trains_and_reports_all_metrics(
     config, labels, expected, coco_sample, run_tool, tmp_path

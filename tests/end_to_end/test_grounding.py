@@ -20,6 +20,7 @@ import mm_plugins  # noqa: F401  # lets torch.load read mmengine's checkpoints
 CONFIGS = Path("configs/mm/synthetic")
 BOTH = CONFIGS / "grounding-dino_r50-amc-functional-entropy_synthetic.py"
 PLAIN = CONFIGS / "grounding-dino_r50_synthetic.py"
+FEW = "model.functional_entropy.samples=1"
 LAST = 4
 
 
@@ -27,7 +28,7 @@ LAST = 4
 def scenes(run_tool, tmp_path_factory) -> Path:
     """A folder with drawn scenes and a text model, as the README makes them."""
     folder = tmp_path_factory.mktemp("grounding")
-    size = ("--train", 8, "--val", 3, "--size", 64)
+    size = ("--train", 8, "--val", 2, "--size", 64)
     run_tool("make_synthetic_coco.py", folder / "coco", *size)
     captions = sorted((folder / "coco" / "annotations").glob("grounding_*_odvg.jsonl"))
     run_tool("make_tiny_text_model.py", folder / "bert", "--texts", *captions)
@@ -70,7 +71,7 @@ def scalars(folder: Path) -> list[dict]:
 def trained(scenes, run_tool, tmp_path_factory) -> tuple[Path, str]:
     """Work folder of a training that was not interrupted, and what it printed."""
     out = tmp_path_factory.mktemp("trained") / "whole"
-    return out, run_tool("train_mmdet.py", BOTH, *options(scenes, out)).stdout
+    return out, run_tool("train_mmdet.py", BOTH, *options(scenes, out, FEW)).stdout
 
 
 def test_losses_and_information_are_logged_by_name(trained):
@@ -101,9 +102,9 @@ def test_a_killed_and_resumed_training_ends_with_the_same_weights(
     trained, scenes, run_tool, kill_tool_when, assert_same_weights, tmp_path
 ):
     out = tmp_path / "killed"
-    kill_tool_when(out / "last_checkpoint", "train_mmdet.py", BOTH, *options(scenes, out))
+    kill_tool_when(out / "last_checkpoint", "train_mmdet.py", BOTH, *options(scenes, out, FEW))
     assert (out / "last_checkpoint").read_text().endswith(f"iter_{LAST // 2}.pth")
-    run_tool("train_mmdet.py", BOTH, "--resume", *options(scenes, out))
+    run_tool("train_mmdet.py", BOTH, "--resume", *options(scenes, out, FEW))
     whole, resumed = (torch.load(folder / f"iter_{LAST}.pth") for folder in (trained[0], out))
     assert_same_weights(resumed["state_dict"], whole["state_dict"])
 
@@ -127,27 +128,11 @@ def test_a_checkpoint_is_evaluated_to_the_same_numbers_and_by_the_plain_config(
             ["model.attention_mask_consistency: max_margin", "from 0 to 1", "1.5"],
         ),
         (
-            "model.attention_mask_consistency.margin=0.1",
-            ["model.attention_mask_consistency", "'margin'", "did you mean"],
-        ),
-        (
-            "model.functional_entropy.bound=poincare",
-            ["model.functional_entropy: bound", "'entropy', 'variance'", "'poincare'"],
-        ),
-        (
-            "model.functional_entropy.method=max",
-            ["model.functional_entropy: method", "'max_ent'", "got 'max'"],
-        ),
-        (
             "model.language_model.name=nowhere",
             ["model.language_model.name", "'nowhere'", "hf download"],
         ),
-        (
-            "train_dataloader.dataset.pipeline.3.tokenizer_name=nowhere",
-            ["train_dataloader.dataset.pipeline[3].tokenizer_name", "'nowhere'", "hf download"],
-        ),
     ],
-    ids=["margin", "key", "bound", "method", "text-model", "tokenizer"],
+    ids=["margin", "text-model"],
 )
 def test_a_wrong_setting_is_one_clear_line_and_nothing_is_written(
     setting, expected, scenes, run_tool, tmp_path

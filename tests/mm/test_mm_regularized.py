@@ -38,6 +38,7 @@ from mmengine.model import MMDistributedDataParallel
 
 from mm_plugins.activations import Activation
 from mm_plugins.modalities import GLIPModalities, GroundingDINOModalities
+from mm_plugins.preflight import check_config
 from mm_plugins.scores import Scores
 from mm_plugins.second_derivatives import second_derivatives
 from plugin_core.functional_entropy import repeat_samples
@@ -647,6 +648,40 @@ def test_a_text_in_chunks_is_refused_by_name(config):
 def test_bad_settings_are_named_when_the_detector_is_built(settings, text, config):
     with pytest.raises(ValueError, match=text):
         MODELS.build(regularized(config("grounding-dino"), **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"model.attention_mask_consistency.margin": 0.1},
+            "model.attention_mask_consistency: .* has no argument 'margin'; did you mean .*_margin",
+        ),
+        ({"model.attention_mask_consistency": 1}, r"attention_mask_consistency: expected dict"),
+        (
+            {"model.functional_entropy.bound": "poincare"},
+            "model.functional_entropy: bound must be one of 'entropy', 'variance', got 'poincare'",
+        ),
+        (
+            {"model.functional_entropy.method": "max"},
+            "model.functional_entropy: method must be one of 'max_ent'.* got 'max'",
+        ),
+        ({"model.functional_entropy.every": 0}, "model.functional_entropy: every must be"),
+        (
+            {"train_dataloader.transforms.0.tokenizer_name": "nowhere"},
+            r"train_dataloader.transforms\[0\].tokenizer_name: the text model 'nowhere' .*hf down",
+        ),
+        ({"model.language_model.name": "nowhere"}, "model.language_model.name: the text model"),
+    ],
+)
+def test_what_is_wrong_is_known_before_a_run_writes_anything(settings, text, config):
+    model = regularized(config("grounding-dino"), **AMC, **ENTROPY)
+    transforms = [{"type": "RandomSamplingNegPos", "tokenizer_name": model.language_model.name}]
+    cfg = Config({"model": model, "train_dataloader": {"transforms": transforms}})
+    check_config(cfg, train=True, resumes=False)
+    cfg.merge_from_dict(settings)
+    with pytest.raises(ValueError, match=text):
+        check_config(cfg, train=True, resumes=False)
 
 
 def test_a_level_that_is_not_there_is_named(config):
