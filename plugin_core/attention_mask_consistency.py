@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plugin_core.precision import in_float32
+
 _EPSILON = 1e-7
 # Gradients below it are as good as 0; the reciprocal of a smaller one would overflow in a product.
 _SMALLEST = 1e-20
@@ -74,7 +76,7 @@ def _useful(activation: Tensor, gradient: Tensor, token_mask: Tensor | None) -> 
             "activations must be (B, heads, tokens, H, W) or a feature map (B, C, H, W), got "
             f"{tuple(activation.shape)}"
         )
-    product = _in_float32(activation) * _in_float32(gradient).relu()
+    product = in_float32(activation) * in_float32(gradient).relu()
     if token_mask is not None:
         tokens = activation.shape[2] if activation.dim() == 5 else None
         if token_mask.shape != (len(activation), tokens):
@@ -84,11 +86,6 @@ def _useful(activation: Tensor, gradient: Tensor, token_mask: Tensor | None) -> 
             )
         product = product * token_mask[:, None, :, None, None]
     return product.flatten(1, -3).mean(1, keepdim=True)
-
-
-def _in_float32(x: Tensor) -> Tensor:
-    """Give x in float32, or as it is where it is more precise."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _fit(heat: Tensor, size: Sequence[int] | None) -> Tensor:
@@ -206,7 +203,7 @@ class GradientHeatmap:
         if all(gradient is None for gradient in gradients):
             raise ValueError("the score does not depend on the activations")
         slopes = [
-            torch.zeros_like(level) if gradient is None else _in_float32(gradient)
+            torch.zeros_like(level) if gradient is None else in_float32(gradient)
             for level, gradient in zip(levels, gradients, strict=True)
         ]
         if layout is not None:

@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugin_core.precision import in_float32
+
 # One tensor, or several such as the levels of a feature pyramid
 Features: TypeAlias = Tensor | Sequence[Tensor]
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -133,7 +135,7 @@ class FunctionalEntropyRegularizer(nn.Module):
         selected = None if valid is None else self._selected(valid, logits)
         if not logits.numel() or (selected is not None and not selected.any()):
             sums = [x.sum() for features in given for x in _as_tuple(features)]
-            nothing = 0 * _in_float32(torch.stack(sums).sum())
+            nothing = 0 * in_float32(torch.stack(sums).sum())
             return nothing, {name: nothing.detach() for name in names}
 
         differentiable = torch.is_grad_enabled()
@@ -146,7 +148,7 @@ class FunctionalEntropyRegularizer(nn.Module):
                 name: self._perturb(features, masks.get(name))
                 for name, features in modalities.items()
             }
-            target = expand_target(_in_float32(logits), self.samples, self.target)
+            target = expand_target(in_float32(logits), self.samples, self.target)
             outputs = model(dict(perturbed))
             if not isinstance(outputs, Tensor) or outputs.shape != target.shape:
                 shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs)
@@ -154,7 +156,7 @@ class FunctionalEntropyRegularizer(nn.Module):
                     f"model must give the logits of {self.samples} copies of each sample, "
                     f"{tuple(target.shape)}, got {shape}"
                 )
-            outputs = _in_float32(outputs)
+            outputs = in_float32(outputs)
             if selected is not None:
                 outputs, target = outputs[selected], target[selected]
             loss = self.loss(outputs, target)
@@ -173,7 +175,7 @@ class FunctionalEntropyRegularizer(nn.Module):
         tensors = _as_tuple(features)
         masks = (None,) * len(tensors) if mask is None else _as_tuple(mask)
         perturbed = [
-            perturb(_in_float32(x), self.samples, m) for x, m in zip(tensors, masks, strict=True)
+            perturb(in_float32(x), self.samples, m) for x, m in zip(tensors, masks, strict=True)
         ]
         for x in perturbed:
             if not x.requires_grad:
@@ -412,11 +414,6 @@ def _attention_differentiable_twice() -> AbstractContextManager[None]:
 
 def _as_tuple(features: Features) -> tuple[Tensor, ...]:
     return (features,) if isinstance(features, Tensor) else tuple(features)
-
-
-def _in_float32(x: Tensor) -> Tensor:
-    """Give x in float32, or as it is where it is more precise."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _expanded_mask(name: str, mask: Tensor, features: Tensor) -> Tensor:

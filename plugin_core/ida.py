@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugin_core.kernels import has_hooks
+from plugin_core.precision import in_float32
 
 
 class _DualAttention(nn.Module):
@@ -61,7 +62,7 @@ class _DualAttention(nn.Module):
 
     def _class_weights(self) -> Tensor:
         """w_nk / (|w_nk| + beta), of shape (N, K, D)."""
-        weights = _in_float32(
+        weights = in_float32(
             torch.stack([conv.get_parameter("weight").flatten(1) for conv in self.head])
         )
         return weights / (torch.linalg.vector_norm(weights, dim=2, keepdim=True) + self.beta)
@@ -75,7 +76,7 @@ class _DualAttention(nn.Module):
             )
         heads = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)
         scores = weights.to(x.dtype).expand(len(x), -1, -1, -1) @ heads
-        attention = _in_float32(scores).softmax(dim=3)
+        attention = in_float32(scores).softmax(dim=3)
         # In this order gradients arrive as the features lie in memory.
         samples = (heads @ attention.to(x.dtype).transpose(2, 3)).permute(0, 3, 1, 2)
         batch, classes, samples_of_class, channels = samples.shape
@@ -166,7 +167,7 @@ class IDABlock(_DualAttention):
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """The features, and where it is asked for the spatial attention (B, N, K, H, W)."""
         scores, attention, attended = self._attend(x, self._class_weights())
-        share = _in_float32(scores).softmax(dim=2).to(attended.dtype)
+        share = in_float32(scores).softmax(dim=2).to(attended.dtype)
         out = x + self._hand_back(attended, share, x).to(x.dtype)
         if return_attention:
             return out, attention.unflatten(3, x.shape[2:])
@@ -255,12 +256,7 @@ class _SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scores = self.q_proj(x) @ self.k_proj(x).transpose(1, 2) / x.shape[2] ** 0.5
         value = self.v_proj(x)
-        return self.out_proj(_in_float32(scores).softmax(dim=2).to(value.dtype) @ value)
-
-
-def _in_float32(x: Tensor) -> Tensor:
-    """Give x in float32, or as it is where it is more precise."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+        return self.out_proj(in_float32(scores).softmax(dim=2).to(value.dtype) @ value)
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,3 +25,24 @@ def _registered() -> None:
 def _mmdet_scope(_registered: None) -> Iterator[None]:
     with DefaultScope.overwrite_default_scope("mmdet"):
         yield
+
+
+@pytest.fixture(scope="session")
+def text_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of small text models by the detector that reads with it."""
+    from grounding_detectors import write_text_model
+
+    folder = tmp_path_factory.mktemp("text")
+    glip = ("--hidden-size", "768", "--heads", "12", "--layers", "1")
+    return {
+        "grounding-dino": write_text_model(folder / "small"),
+        "glip": write_text_model(folder / "wide", *glip),
+    }
+
+
+@pytest.fixture
+def config(text_models: dict[str, Path]) -> Callable[[str], Any]:
+    """Gives the config of a small detector by its name."""
+    from grounding_detectors import model_config
+
+    return lambda name: model_config(name, text_models.get(name))

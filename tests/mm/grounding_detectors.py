@@ -139,3 +139,8 @@ def kind_of(name: str) -> str:
 
 def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def loss(detector: Any, batch: list, count: int = 2) -> dict[str, Any]:
+    torch.manual_seed(0)  # of denoising queries and samplers
+    return detector.train().loss(images(count), batch)

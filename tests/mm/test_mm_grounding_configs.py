@@ -12,7 +12,7 @@ pytest.importorskip(
     "transformers", reason="transformers, which grounding detectors need, is absent"
 )
 
-from grounding_detectors import ROOT, images, kind_of, samples, write_text_model
+from grounding_detectors import ROOT, images, kind_of, samples
 from mmdet.registry import METRICS, MODELS
 from mmengine.config import Config
 
@@ -23,16 +23,6 @@ SHIPPED = sorted(
     for folder in ("grounding", "synthetic")
     for path in (ROOT / "configs" / "mm" / folder).glob("g*.py")
 )
-
-
-@pytest.fixture(scope="session")
-def text_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("text")
-    glip = ("--hidden-size", "768", "--heads", "12", "--layers", "1")
-    return {
-        "GroundingDINO": write_text_model(folder / "small"),
-        "GLIP": write_text_model(folder / "wide", *glip),
-    }
 
 
 def shrink(cfg: Config, text_model: Path) -> None:
@@ -86,7 +76,7 @@ TRAINED.remove(POINTING)
 def test_config_trains_a_step_with_the_losses_of_its_name(path, text_models):
     cfg = Config.fromfile(path)
     detector = cfg.model.detector
-    shrink(cfg, text_models[detector])
+    shrink(cfg, text_models["glip" if detector == "GLIP" else "grounding-dino"])
     check_config(Config({"model": cfg.model}), train=True, resumes=False)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).train()
@@ -113,7 +103,7 @@ def test_config_is_a_base_and_a_few_lines(path):
 
 def test_config_of_the_pointing_game_predicts_heatmaps_that_its_metric_takes(text_models):
     cfg = Config.fromfile(POINTING)
-    shrink(cfg, text_models["GroundingDINO"])
+    shrink(cfg, text_models["grounding-dino"])
     cfg.model.test_cfg.max_per_img = 5
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).eval()

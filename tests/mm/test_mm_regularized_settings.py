@@ -1,0 +1,150 @@
+"""Auxiliary losses of MMDetection's detectors: settings that are wrong are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("mmdet", reason="MMDetection is not installed")
+pytest.importorskip(
+    "transformers", reason="transformers, which grounding detectors need, is absent"
+)
+
+from grounding_detectors import build, loss, regularized, samples
+from mmdet.registry import MODELS
+from mmengine.config import Config
+
+from mm_plugins.preflight import check_config
+
+AMC = {"attention_mask_consistency": {}}
+ENTROPY = {"functional_entropy": {"samples": 1}}
+
+
+@pytest.mark.parametrize("settings", [AMC, ENTROPY], ids=["amc", "entropy"])
+def test_activation_checkpoints_are_refused_by_name(settings, config):
+    model = regularized(config("glip"), **settings)
+    model.bbox_head.use_checkpoint = True
+    with pytest.raises(ValueError, match="bbox_head.use_checkpoint: gradients are differentiated"):
+        MODELS.build(model)
+
+
+def test_a_text_in_chunks_is_refused_by_name(config):
+    model = regularized(config("grounding-dino"), heatmap={"in_test": True})
+    model.test_cfg.chunked_size = 2
+    with pytest.raises(ValueError, match="heatmap.in_test: .*test_cfg.chunked_size=-1"):
+        MODELS.build(model)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"attention_mask_consistency": {"mean_margin": 2}},
+            "attention_mask_consistency: mean_margin must be from 0 to 1",
+        ),
+        (
+            {"attention_mask_consistency": {"margin": 0.1}},
+            "attention_mask_consistency: .*unexpected keyword argument 'margin'",
+        ),
+        (
+            {"functional_entropy": {"bound": "poincare"}},
+            "functional_entropy: bound must be one of 'entropy', 'variance', got 'poincare'",
+        ),
+        (
+            {"functional_entropy": {"method": "max"}},
+            "functional_entropy: method must be one of 'max_ent'",
+        ),
+        ({"functional_entropy": {"every": 0}}, "functional_entropy: every must be a number"),
+        (
+            {**AMC, "heatmap": {"activation": "encoder.fusion_layer.1"}},
+            "heatmap.activation: .*no module 'encoder.fusion_layer.1'; similar names: encoder.fus",
+        ),
+        (
+            {**AMC, "heatmap": {"activation": "encoder"}},
+            "heatmap.activation: 'encoder' has 2 fusion layers, name one",
+        ),
+        ({**AMC, "heatmap": {"levels": 1}}, "heatmap.levels: expected a tuple"),
+        ({"heatmap": {"layer": "neck"}}, "heatmap: there is no setting 'layer'; there are activ"),
+    ],
+)
+def test_bad_settings_are_named_when_the_detector_is_built(settings, text, config):
+    with pytest.raises(ValueError, match=text):
+        MODELS.build(regularized(config("grounding-dino"), **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (
+            {"model.attention_mask_consistency.margin": 0.1},
+            "model.attention_mask_consistency: .* has no argument 'margin'; did you mean .*_margin",
+        ),
+        ({"model.attention_mask_consistency": 1}, r"attention_mask_consistency: expected dict"),
+        (
+            {"model.functional_entropy.bound": "poincare"},
+            "model.functional_entropy: bound must be one of 'entropy', 'variance', got 'poincare'",
+        ),
+        (
+            {"model.functional_entropy.method": "max"},
+            "model.functional_entropy: method must be one of 'max_ent'.* got 'max'",
+        ),
+        ({"model.functional_entropy.every": 0}, "model.functional_entropy: every must be"),
+        (
+            {"train_dataloader.transforms.0.tokenizer_name": "nowhere"},
+            r"train_dataloader.transforms\[0\].tokenizer_name: the text model 'nowhere' .*hf down",
+        ),
+        ({"model.language_model.name": "nowhere"}, "model.language_model.name: the text model"),
+    ],
+)
+def test_what_is_wrong_is_known_before_a_run_writes_anything(settings, text, config):
+    model = regularized(config("grounding-dino"), **AMC, **ENTROPY)
+    transforms = [{"type": "RandomSamplingNegPos", "tokenizer_name": model.language_model.name}]
+    cfg = Config({"model": model, "train_dataloader": {"transforms": transforms}})
+    check_config(cfg, train=True, resumes=False)
+    cfg.merge_from_dict(settings)
+    with pytest.raises(ValueError, match=text):
+        check_config(cfg, train=True, resumes=False)
+
+
+def test_a_level_that_is_not_there_is_named(config):
+    detector = build(regularized(config("grounding-dino"), **AMC, heatmap={"levels": (0, 3)}))
+    with pytest.raises(ValueError, match=r"levels \(0, 3\): there are levels 0 to 2"):
+        loss(detector, samples("phrases"))
+
+
+def test_an_activation_that_the_scores_do_not_depend_on_is_named(config):
+    heatmap = {"activation": "roi_head.bbox_roi_extractor"}
+    detector = build(regularized(config("faster-rcnn"), **AMC, heatmap=heatmap))
+    with pytest.raises(ValueError, match="heatmap.activation 'roi_head.bbox_roi_extractor'"):
+        loss(detector, samples("classes"))
+
+
+def test_an_activation_without_a_graph_says_what_may_be_the_reason(config):
+    detector = build(regularized(config("grounding-dino"), **AMC))
+    layer = detector.encoder.fusion_layers[-1]
+    forward = layer.forward
+    layer.forward = lambda **kwargs: torch.utils.checkpoint.checkpoint(
+        forward, *kwargs.values(), use_reentrant=True
+    )
+    with pytest.raises(ValueError, match=r"activation checkpoints \(model.encoder.num_cp=0"):
+        loss(detector, samples("phrases"))
+
+
+def test_functional_entropy_is_for_detectors_that_read_a_text(config):
+    with pytest.raises(ValueError, match="functional_entropy: FasterRCNN does not read a text"):
+        MODELS.build(regularized(config("faster-rcnn"), **ENTROPY))
+
+
+def test_a_detector_that_does_not_exist_is_named():
+    model = {"type": "RegularizedDetector", "detector": "GroundingDINOv2"}
+    with pytest.raises(ValueError, match="detector: 'GroundingDINOv2' is no detector"):
+        MODELS.build(model)
+
+
+def test_a_missing_text_model_says_what_to_fetch_and_where_to_name_it(config, tmp_path):
+    model = regularized(config("grounding-dino"), **AMC)
+    model.language_model.name = str(tmp_path / "nothing")
+    with pytest.raises(
+        ValueError, match=r"language_model.name: the text model .*nothing.* `hf down"
+    ):
+        MODELS.build(model)
