@@ -27,8 +27,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import study  # noqa: E402
-from context_bias import NUMBERS  # noqa: E402
 from study import folder  # noqa: E402
+
+from plugin_core.evaluation.context_bias import NUMBERS  # noqa: E402
 
 RESULTS = Path("benchmarks/results")
 CONFIG = "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"

@@ -39,7 +39,7 @@ import report  # noqa: E402
 import study  # noqa: E402
 
 from plugin_core.files import replacing  # noqa: E402
-from plugin_core.functional_entropy import FunctionalEntropyRegularizer  # noqa: E402
+from plugin_core.methods.functional_entropy import FunctionalEntropyRegularizer  # noqa: E402
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

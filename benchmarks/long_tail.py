@@ -32,8 +32,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import study  # noqa: E402
-from context_bias import average_precision, evaluate, load_detections, load_ground_truth  # noqa: E402
 from study import folder  # noqa: E402
+
+from plugin_core.evaluation.context_bias import (  # noqa: E402
+    average_precision,
+    evaluate,
+    load_detections,
+    load_ground_truth,
+)
 
 RESULTS = Path("benchmarks/results")
 CONFIGS = "configs/mm/synthetic"

@@ -10,7 +10,7 @@ except ImportError as error:
 
 from d2_plugins import (  # noqa: F401  # only for registration
     attention_mask_consistency,
-    backbone,
+    backbones,
     mmdet_bridge,
     roi_heads,
 )

@@ -17,7 +17,7 @@ from torch import nn
 
 from d2_plugins.config import add_plugin_config, load_lazy_config, merge_config
 from d2_plugins.mmdet_bridge import count_cost, is_bridge
-from plugin_core.analysis import Report, make_report, prepare_model
+from plugin_core.inspection.cost import Report, make_report, prepare_model
 
 _LAZY_IMAGE_SIZE = (800, 1333)  # a LazyConfig has it somewhere in its data's augmentations
 

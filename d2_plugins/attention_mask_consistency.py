@@ -1,7 +1,7 @@
 """Attention mask consistency (AMC) as an auxiliary loss of Detectron2's own detectors.
 
 The gradient heatmap of a class's best score in an image, over a feature map, shall lie in the boxes
-that the class is annotated with (``plugin_core/attention_mask_consistency.py``)::
+that the class is annotated with (``plugin_core/methods/attention_mask_consistency.py``)::
 
     MODEL:
       META_ARCHITECTURE: "AMCGeneralizedRCNN"  # or "AMCRetinaNet"
@@ -37,9 +37,9 @@ from torch import Tensor, nn
 
 from d2_plugins.roi_heads import BatchFormerOutputLayers
 from plugin_core import AttentionMaskConsistency, GradientHeatmap
-from plugin_core.attention_maps import Call, record_calls
-from plugin_core.attention_mask_consistency import ScoredRegion
-from plugin_core.sampling import linear_operator
+from plugin_core.inspection.recorder import Call, record_calls
+from plugin_core.kernels.sampling import linear_operator
+from plugin_core.methods.attention_mask_consistency import ScoredRegion
 
 
 class _AMCDetector(nn.Module):

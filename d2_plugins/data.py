@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch.utils.data import Dataset, Sampler
 
-from plugin_core.preflight import check_coco_json
+from plugin_core.evaluation.datasets import check_coco_json
 
 
 def register_coco(name: str, json_file: str, image_root: str) -> None:

@@ -36,7 +36,7 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from plugin_core.analysis import Report
+from plugin_core.inspection.cost import Report
 
 _VOID = 255  # in semantic maps of both frameworks
 

@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from omegaconf import DictConfig, OmegaConf
 
 from d2_plugins.mmdet_bridge import find_detector_mismatches, is_bridge
-from plugin_core.pixel_format import PixelFormat, explain_mismatch, find_pixel_format
+from plugin_core.checkpoints.pixel_format import PixelFormat, explain_mismatch, find_pixel_format
 
 
 def pixel_format(cfg: CfgNode) -> PixelFormat:

@@ -22,17 +22,17 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
 from d2_plugins.attention_mask_consistency import amc_arguments, amc_losses, is_amc
-from d2_plugins.config import add_plugin_config
-from d2_plugins.evaluation import check_evaluator
-from d2_plugins.mmdet_bridge import check_detector, is_bridge
-from d2_plugins.optimizer import check_solver
-from d2_plugins.resnet_plugins import (
+from d2_plugins.block_plugins import (
     PLUGINS,
     all_stages,
     check_lazy_plugins,
     check_resnet_plugins,
     stage_channels,
 )
+from d2_plugins.config import add_plugin_config
+from d2_plugins.evaluation import check_evaluator
+from d2_plugins.mmdet_bridge import check_detector, is_bridge
+from d2_plugins.optimizer import check_solver
 from d2_plugins.roi_heads import (
     CascadePluginROIHeads,
     Res5PluginROIHeads,
@@ -41,7 +41,8 @@ from d2_plugins.roi_heads import (
     check_batchformer,
 )
 from plugin_core import BatchFormer, IDAClassifier
-from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
+from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, check_resnet_names
+from plugin_core.evaluation.datasets import check_coco_json
 
 # Detectron2's builders of ResNets, and the same with plugins
 _WITH_PLUGINS = {
@@ -149,7 +150,7 @@ def _check_lazy_plugins(cfg: DictConfig) -> None:
         names = " and no ".join(name for name, node in plugins.items() if node)
         raise ValueError(
             f"model.backbone.bottom_up._target_: Detectron2's ResNet takes no {names}; "
-            "use d2_plugins.backbone.build_resnet_with_plugins"
+            "use d2_plugins.backbones.build_resnet_with_plugins"
         )
     depth = _lazy_depth(cfg)
     if depth is None:

@@ -20,7 +20,7 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from d2_plugins.resnet_plugins import insert_plugins, plugins_of_stage
+from d2_plugins.block_plugins import insert_plugins, plugins_of_stage
 from plugin_core import BatchFormer, IDAClassifier
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from d2_plugins.analysis import load_config
 from d2_plugins.mmdet_bridge import is_bridge
-from plugin_core.attention_maps import Call, Detections, Detector, Picture, load_weights
+from plugin_core.inspection.attention_maps import Detections, Detector, Picture, load_weights
+from plugin_core.inspection.recorder import Call
 
 
 class Detectron2Detector(Detector):

@@ -11,12 +11,13 @@ except ImportError as error:
         "`pip install -e .[mmdet]` in a checkout of this project"
     ) from error
 
-from mm_plugins import pointing_game, resume, transforms  # noqa: F401  # only for registration
+from mm_plugins import dense_heads, resume  # noqa: F401  # only for registration
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.batchformer import build_batchformer_detector
-from mm_plugins.heads import BatchFormerBBoxHead, IDABBoxHead
-from mm_plugins.layers import IDABlock, TripletAttention
+from mm_plugins.block_plugins import IDABlock, TripletAttention
+from mm_plugins.grounding import pointing_game, transforms  # noqa: F401
 from mm_plugins.regularized import build_regularized_detector
+from mm_plugins.roi_heads import BatchFormerBBoxHead, IDABBoxHead
 
 __all__ = [
     "BatchFormerBBoxHead",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from plugin_core import GradientHeatmap
-from plugin_core.attention_maps import record_calls
+from plugin_core.inspection.recorder import record_calls
 
 
 class Activation:

@@ -18,7 +18,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
 from torch import nn
 
-from plugin_core.analysis import Report, make_report, prepare_model
+from plugin_core.inspection.cost import Report, make_report, prepare_model
 
 
 def load_config(config_file: str) -> Config:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from plugin_core.pixel_format import PixelFormat, explain_mismatch, find_pixel_format
+from plugin_core.checkpoints.pixel_format import PixelFormat, explain_mismatch, find_pixel_format
 
 
 def pixel_format(model: ConfigDict, backbone: ConfigDict) -> PixelFormat | None:

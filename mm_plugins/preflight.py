@@ -24,13 +24,14 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from mm_plugins.batchformer import build_batchformer_detector, insert_batchformer
-from mm_plugins.heads import BatchFormerBBoxHead, IDABBoxHead
-from mm_plugins.layers import IDABlock, TripletAttention
+from mm_plugins.block_plugins import IDABlock, TripletAttention
+from mm_plugins.grounding.text_models import check_pretrained, check_text_model
 from mm_plugins.regularized import build_regularized_detector, functional_entropy_loss
-from mm_plugins.text_models import check_pretrained, check_text_model
+from mm_plugins.roi_heads import BatchFormerBBoxHead, IDABBoxHead
 from plugin_core import AttentionMaskConsistency, BatchFormer
-from plugin_core.checkpoint import read_checkpoint
-from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, check_resnet_names
+from plugin_core.checkpoints.reading import read_checkpoint
+from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, check_resnet_names
+from plugin_core.evaluation.datasets import check_coco_json
 
 _RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 _MOBILENET_POSITIONS = ("after_linear_conv",)

@@ -29,14 +29,14 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from mm_plugins.activations import Activation, Recorded
-from mm_plugins.modalities import GLIPModalities, GroundingDINOModalities
+from mm_plugins.grounding.modalities import GLIPModalities, GroundingDINOModalities
+from mm_plugins.grounding.text_models import text_model_is_there
 from mm_plugins.overlay import Overlay, detector_class, lay_over
 from mm_plugins.scores import Scores, phrase_score
 from mm_plugins.second_derivatives import second_derivatives
-from mm_plugins.text_models import text_model_is_there
 from plugin_core import AttentionMaskConsistency, FunctionalEntropyRegularizer
-from plugin_core.attention_maps import Frame
-from plugin_core.attention_mask_consistency import ScoredRegion, check_every
+from plugin_core.inspection.attention_maps import Frame
+from plugin_core.methods.attention_mask_consistency import ScoredRegion, check_every
 
 
 @MODELS.register_module(name="RegularizedDetector")
@@ -52,7 +52,7 @@ def build_regularized_detector(
     Args:
         detector: the type of the detector, as it stands in the config without the losses.
         attention_mask_consistency: arguments of
-            :class:`plugin_core.attention_mask_consistency.AttentionMaskConsistency`; None for
+            :class:`plugin_core.AttentionMaskConsistency`; None for
             no such loss. In the log it is ``loss_amc_mean`` and ``loss_amc_max``.
         functional_entropy: arguments of :func:`functional_entropy_loss`; None for no such loss. In
             the log it is ``loss_functional_entropy``, with ``information_image`` and

@@ -14,8 +14,8 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
-from mm_plugins.heads import BatchFormerBBoxHead
-from plugin_core.attention_maps import record_calls
+from mm_plugins.roi_heads import BatchFormerBBoxHead
+from plugin_core.inspection.recorder import record_calls
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,8 @@
 
 mmcv's deformable operators and RoIAlign have first derivatives only, and so has PyTorch's hard
 sigmoid, which GLIP's head has. For a loss on a gradient their results are replaced, meanwhile, by
-the same numbers computed in a way that has second derivatives too (:mod:`plugin_core.sampling`).
+the same numbers computed in a way that has second derivatives too
+(:mod:`plugin_core.kernels.sampling`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from mmcv.ops import (
 from mmengine.dist import get_world_size
 from torch import Tensor, nn
 
-from plugin_core.sampling import deformable_attention, deformable_convolution, linear_operator
+from plugin_core.kernels.sampling import (
+    deformable_attention,
+    deformable_convolution,
+    linear_operator,
+)
 
 # What has first derivatives only: also RoIAlign of maxima, and what makes its offsets itself
 _ONCE = (DeformConv2d, ModulatedDeformConv2d, RoIAlign, RoIPool, DeformRoIPool)

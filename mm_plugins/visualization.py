@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from mm_plugins.activations import Activation, last_stage
 from mm_plugins.analysis import load_config
+from mm_plugins.command_line import has_cuda_operators
+from mm_plugins.grounding.text_models import text_model_is_there
 from mm_plugins.scores import Scores, phrase_score
-from mm_plugins.scripts import has_cuda_operators
-from mm_plugins.text_models import text_model_is_there
-from plugin_core.attention_maps import (
-    Call,
+from plugin_core.inspection.attention_maps import (
     Caption,
     Detections,
     Detector,
@@ -37,8 +36,8 @@ from plugin_core.attention_maps import (
     Grounding,
     Picture,
     load_weights,
-    record_calls,
 )
+from plugin_core.inspection.recorder import Call, record_calls
 
 
 class MMDetDetector(Detector):

@@ -1,19 +1,19 @@
 """The methods themselves: PyTorch only, one file a method, no framework import."""
 
-from plugin_core.attention_mask_consistency import (
+from plugin_core.methods.attention_mask_consistency import (
     AttentionMaskConsistency,
     GradientHeatmap,
     attention_mask_consistency_loss,
     gradient_heatmap,
 )
-from plugin_core.batchformer import BatchFormer
-from plugin_core.functional_entropy import (
+from plugin_core.methods.batchformer import BatchFormer
+from plugin_core.methods.functional_entropy import (
     FunctionalEntropyRegularizer,
     functional_entropy_penalty,
     functional_information,
 )
-from plugin_core.ida import IDABlock, IDAClassifier
-from plugin_core.triplet_attention import TripletAttention
+from plugin_core.methods.ida import IDABlock, IDAClassifier
+from plugin_core.methods.triplet_attention import TripletAttention
 
 __all__ = [
     "AttentionMaskConsistency",

@@ -27,8 +27,8 @@ from typing import Any
 from config_kinds import FRAMEWORKS, common_side
 from tabulate import tabulate
 
-from plugin_core.analysis import Cost, Report
 from plugin_core.files import replacing
+from plugin_core.inspection.cost import Cost, Report
 
 # Of a cost: attribute, header, unit and digits
 QUANTITIES = [

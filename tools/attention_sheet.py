@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from plugin_core.attention_maps import Run
 from plugin_core.files import replacing
+from plugin_core.inspection.attention_maps import Run
 
 COLORMAP = matplotlib.colormaps["turbo"]
 PANEL_INCHES = 3.2

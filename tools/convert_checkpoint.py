@@ -37,22 +37,22 @@ import torch
 from detr_settings import as_config, check_detr, describe, model_settings
 from torch import Tensor
 
-from plugin_core.checkpoint import find_state_dict, read_checkpoint
-from plugin_core.conversion import (
+from plugin_core.checkpoints.conversion import (
     Backbone,
     Conversion,
     attention_arguments,
     convert,
     find_backbone,
 )
-from plugin_core.detr_conversion import DetrConversion, convert_detr, is_original_detr
-from plugin_core.files import replacing
-from plugin_core.pixel_format import (
+from plugin_core.checkpoints.detr_conversion import DetrConversion, convert_detr, is_original_detr
+from plugin_core.checkpoints.pixel_format import (
     TORCHVISION,
     PixelFormat,
     explain_mismatch,
     pixel_format_of,
 )
+from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
+from plugin_core.files import replacing
 
 FRAMEWORKS = {"d2": "Detectron2", "mm": "MMDetection"}
 SUFFIXES = {"d2": (".pth", ".pkl"), "mm": (".pth",)}

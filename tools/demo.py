@@ -227,7 +227,7 @@ def mmdetection_config() -> Any:
 
 def mmdetection_device() -> str:
     """The GPU, if mmcv's operators were built for it."""
-    from mm_plugins.scripts import has_cuda_operators
+    from mm_plugins.command_line import has_cuda_operators
 
     return DEVICE if has_cuda_operators() else "cpu"
 

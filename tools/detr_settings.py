@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from plugin_core.detr_conversion import DetrConversion
+from plugin_core.checkpoints.detr_conversion import DetrConversion
 
 BATCHFORMER = "encoder.batchformer."
 

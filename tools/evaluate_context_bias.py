@@ -31,7 +31,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from context_bias import (
+from tabulate import tabulate
+
+from plugin_core.evaluation.context_bias import (
     NUMBERS,
     ClassBias,
     classes_by_image,
@@ -41,10 +43,8 @@ from context_bias import (
     means,
     measure,
 )
-from tabulate import tabulate
-
+from plugin_core.evaluation.datasets import check_coco_json
 from plugin_core.files import replacing
-from plugin_core.preflight import check_coco_json
 
 Record = dict[str, Any]
 Checks = dict[str, Callable[[Any], bool]]  # key → whether a value of it can be used

@@ -9,7 +9,7 @@ import numpy as np
 from attention_sheet import Panel, Row, with_box, with_colours, with_cross
 from config_kinds import FRAMEWORKS
 
-from plugin_core.attention_maps import Caption, Detector, Grounder
+from plugin_core.inspection.attention_maps import Caption, Detector, Grounder
 
 ROW_TITLE = 32  # characters in a line
 

@@ -4,7 +4,7 @@
 tools/test_mmdet.py CONFIG CHECKPOINT
 """
 
-from mm_plugins.scripts import run
+from mm_plugins.command_line import run
 
 if __name__ == "__main__":
     run("test")

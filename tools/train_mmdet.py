@@ -4,7 +4,7 @@
 tools/train_mmdet.py configs/mm/triplet_attention/faster-rcnn_r50-triplet_fpn_1x_coco.py
 """
 
-from mm_plugins.scripts import run
+from mm_plugins.command_line import run
 
 if __name__ == "__main__":
     run("train")

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from plugin_core import IDABlock, IDAClassifier, TripletAttention
-from plugin_core.attention_maps import (
+from plugin_core.inspection.attention_maps import (
     Detections,
     Detector,
     Picture,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))  # behind tools/, which has a context_bias.py as well
+sys.path.append(str(ROOT / "benchmarks"))
 
 import auxiliary_losses  # noqa: E402
 from auxiliary_losses import AMC_SELDOM, CLASSES, Step  # noqa: E402

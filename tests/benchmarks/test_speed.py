@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "benchmarks"))  # behind tools/, which has a context_bias.py as well
+sys.path.append(str(ROOT / "benchmarks"))
 
 import batchformer  # noqa: E402
 import ida  # noqa: E402

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from plugin_core import TripletAttention
-from plugin_core.analysis import Cost, Report, make_report, prepare_model
+from plugin_core.inspection.cost import Cost, Report, make_report, prepare_model
 
 
 def model_of(*names: str) -> nn.Module:

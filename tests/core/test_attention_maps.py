@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from plugin_core import IDABlock, IDAClassifier, TripletAttention
-from plugin_core.attention_maps import (
+from plugin_core.inspection.attention_maps import (
     Call,
     Detections,
     Detector,

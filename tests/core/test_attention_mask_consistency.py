@@ -15,7 +15,7 @@ from plugin_core import (
     attention_mask_consistency_loss,
     gradient_heatmap,
 )
-from plugin_core.attention_mask_consistency import ScoredRegion, region_mask
+from plugin_core.methods.attention_mask_consistency import ScoredRegion, region_mask
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "attention_mask_consistency.npz"
 

@@ -190,7 +190,7 @@ def test_more_positions_than_cuda_attends_to_at_once_are_cut(monkeypatch):
     module, x = BatchFormer(8, dropout=0), torch.randn(3, 7, 8)
     padding = torch.rand(3, 7) < 0.3
     expected = module(x, padding)
-    monkeypatch.setattr("plugin_core.batchformer._MAX_SEQUENCES", 3)
+    monkeypatch.setattr("plugin_core.methods.batchformer._MAX_SEQUENCES", 3)
     torch.testing.assert_close(module(x, padding), expected)
 
 

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from plugin_core import TripletAttention
-from plugin_core.checkpoint import find_state_dict, read_checkpoint
-from plugin_core.conversion import attention_arguments, convert, find_backbone
-from plugin_core.pixel_format import (
+from plugin_core.checkpoints.conversion import attention_arguments, convert, find_backbone
+from plugin_core.checkpoints.pixel_format import (
     MSRA,
     TORCHVISION,
     PixelFormat,
     describe_mismatch,
     find_pixel_format,
 )
+from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BLOCKS[152] = (3, 8, 36, 3)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugin_core.functional_entropy import (
+from plugin_core.methods.functional_entropy import (
     FLOOR,
     FunctionalEntropyRegularizer,
     expand_target,
@@ -131,7 +131,7 @@ def test_gradients_reach_the_features_and_the_model_as_finite_differences_say():
         torch.manual_seed(1)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                "plugin_core.functional_entropy.noise_scale",
+                "plugin_core.methods.functional_entropy.noise_scale",
                 lambda features, mask=None: scales["image" if mask is None else "text"],
             )
             modalities = {"image": image, "text": text}

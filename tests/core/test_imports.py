@@ -46,8 +46,10 @@ def error_without(package: str, *missing: str) -> str:
 
 def modules_of(package: str) -> str:
     """All modules of a package, as an import statement names them."""
-    files = (ROOT / package).glob("*.py")
-    return ", ".join([package, *(f"{package}.{f.stem}" for f in files if f.stem != "__init__")])
+    names = [
+        file.relative_to(ROOT).with_suffix("").parts for file in (ROOT / package).rglob("*.py")
+    ]
+    return ", ".join(".".join(parts).removesuffix(".__init__") for parts in names)
 
 
 def needs(framework: str) -> pytest.MarkDecorator:

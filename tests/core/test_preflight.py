@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from plugin_core.preflight import check_coco_json, check_resnet_checkpoint, find_resnet_depths
+from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, find_resnet_depths
+from plugin_core.evaluation.datasets import check_coco_json
 
 WHOLE = '{"images": [{"id": 1}], "annotations": [{"id": 1}], "categories": [{"id": 1}]}'
 

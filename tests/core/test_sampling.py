@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
-from plugin_core.sampling import (
+from plugin_core.kernels.sampling import (
     bilinear_sample,
     deformable_attention,
     deformable_convolution,

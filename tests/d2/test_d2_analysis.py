@@ -12,7 +12,7 @@ from detectron2.utils.analysis import FlopCountAnalysis
 
 from d2_plugins import merge_config
 from d2_plugins.analysis import analyze, load_config
-from plugin_core.analysis import Cost, prepare_model
+from plugin_core.inspection.cost import Cost, prepare_model
 
 FASTER_RCNN = "model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
 MASK_RCNN = "model_zoo://COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"

@@ -36,7 +36,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 from torchvision.ops import deform_conv2d
 
-from d2_plugins.resnet_plugins import check_resnet_plugins, insert_after_residual_branch
+from d2_plugins.block_plugins import check_resnet_plugins, insert_after_residual_branch
 from plugin_core import TripletAttention
 
 # ------------------------------------------------------------------------------- where attention is
@@ -366,7 +366,7 @@ def test_backbone_compiles_without_a_graph_break(resnet_cfg):
 @pytest.mark.parametrize("freeze_at", [0, 1, 2, 4])
 def test_frozen_stages_freeze_their_attention_and_warn(resnet_cfg, freeze_at, caplog):
     resnet_cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.resnet_plugins"):
+    with caplog.at_level(logging.WARNING, logger="d2_plugins.block_plugins"):
         backbone = build_backbone(resnet_cfg)
     frozen = ALL_STAGES[: max(freeze_at - 1, 0)]
     for name in ALL_STAGES:
@@ -388,7 +388,7 @@ def test_frozen_stages_freeze_their_attention_and_warn(resnet_cfg, freeze_at, ca
 def test_frozen_stage_without_attention_gives_no_warning(resnet_cfg, caplog):
     resnet_cfg.MODEL.BACKBONE.FREEZE_AT = 2
     resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = ("res3", "res4", "res5")
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.resnet_plugins"):
+    with caplog.at_level(logging.WARNING, logger="d2_plugins.block_plugins"):
         build_backbone(resnet_cfg)
     assert not caplog.records
 

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_backbone
 
 from d2_plugins import add_plugin_config, merge_config
-from d2_plugins.resnet_plugins import all_stages
+from d2_plugins.block_plugins import all_stages
 from plugin_core import IDABlock, TripletAttention
 
 ROOT = Path(__file__).resolve().parents[2]

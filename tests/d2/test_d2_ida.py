@@ -22,9 +22,9 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from small_rcnn import example, predictors, shrink
 
-from d2_plugins.backbone import build_resnet_with_plugins
+from d2_plugins.backbones import build_resnet_with_plugins
+from d2_plugins.block_plugins import check_resnet_plugins
 from d2_plugins.preflight import check_config
-from d2_plugins.resnet_plugins import check_resnet_plugins
 from d2_plugins.roi_heads import IDABoxHead, IDAOutputLayers
 from plugin_core import IDABlock, IDAClassifier, TripletAttention
 

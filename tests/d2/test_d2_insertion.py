@@ -19,8 +19,8 @@ from detectron2.modeling.backbone.resnet import (
     BottleneckBlock,
 )
 
-from d2_plugins.backbone import build_resnet_with_plugins
-from d2_plugins.resnet_plugins import insert_after_residual_branch, insert_plugins
+from d2_plugins.backbones import build_resnet_with_plugins
+from d2_plugins.block_plugins import insert_after_residual_branch, insert_plugins
 from plugin_core import TripletAttention
 
 # ---------------------------------------------------------------------------------------- insertion
@@ -79,7 +79,7 @@ def test_second_insertion_of_one_name_is_refused():
 
 def test_every_block_of_a_stage_gets_an_attention_of_its_own(caplog):
     blocks = [BasicBlock(4, 4, norm="BN") for _ in range(3)]
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.resnet_plugins"):
+    with caplog.at_level(logging.WARNING, logger="d2_plugins.block_plugins"):
         insert_plugins(
             iter(blocks), "res2", {"triplet_attention": {"kernel_size": 5, "no_spatial": True}}
         )
@@ -91,7 +91,7 @@ def test_every_block_of_a_stage_gets_an_attention_of_its_own(caplog):
 
 def test_stage_that_is_frozen_in_part_keeps_that_part_frozen(caplog):
     frozen, trained = BasicBlock(4, 4, norm="BN").freeze(), BasicBlock(4, 4, norm="BN")
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.resnet_plugins"):
+    with caplog.at_level(logging.WARNING, logger="d2_plugins.block_plugins"):
         insert_plugins([frozen, trained], "res2", {"triplet_attention": {}})
     assert not any(p.requires_grad for p in frozen.parameters())
     assert all(p.requires_grad for p in trained.parameters())
@@ -161,7 +161,7 @@ def test_wrong_argument_in_a_lazy_config_is_named():
 
 
 def test_frozen_stage_of_a_lazy_config_freezes_its_attention_and_warns(caplog):
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.resnet_plugins"):
+    with caplog.at_level(logging.WARNING, logger="d2_plugins.block_plugins"):
         resnet = lazy_resnet(freeze_at=2, stages=["res2", "res3"])
     assert not any(p.requires_grad for p in resnet.res2.parameters())
     assert all(p.requires_grad for p in resnet.res3.parameters())

@@ -14,7 +14,7 @@ from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 
 from mm_plugins.analysis import analyze, load_config
-from plugin_core.analysis import Cost, prepare_model
+from plugin_core.inspection.cost import Cost, prepare_model
 
 FASTER_RCNN = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
 MASK_RCNN = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"

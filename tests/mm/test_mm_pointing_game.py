@@ -18,7 +18,7 @@ from make_synthetic_coco import make_dataset
 from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.dataset import pseudo_collate
 
-from mm_plugins.pointing_game import points_into
+from mm_plugins.grounding.pointing_game import points_into
 
 
 def heatmap(x: int, y: int, size: tuple[int, int] = (10, 12)) -> torch.Tensor:

@@ -36,10 +36,10 @@ from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 
 from mm_plugins.activations import Activation
-from mm_plugins.modalities import GLIPModalities, GroundingDINOModalities
+from mm_plugins.grounding.modalities import GLIPModalities, GroundingDINOModalities
 from mm_plugins.scores import Scores
 from mm_plugins.second_derivatives import second_derivatives
-from plugin_core.functional_entropy import repeat_samples
+from plugin_core.methods.functional_entropy import repeat_samples
 
 GROUNDING = ("grounding-dino", "glip")
 CONV = {

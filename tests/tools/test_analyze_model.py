@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 import analyze_model  # noqa: E402
 import config_kinds  # noqa: E402
 
-from plugin_core.analysis import Cost, Report  # noqa: E402
+from plugin_core.inspection.cost import Cost, Report  # noqa: E402
 
 D2_CONFIG = "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"
 MM_CONFIG = "configs/mm/synthetic/faster-rcnn_r18-triplet_fpn_synthetic.py"

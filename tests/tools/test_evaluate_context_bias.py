@@ -21,9 +21,10 @@ from pycocotools.cocoeval import COCOeval
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import context_bias  # noqa: E402
 import evaluate_context_bias  # noqa: E402
 from make_synthetic_coco import make_dataset  # noqa: E402
+
+from plugin_core.evaluation import context_bias  # noqa: E402
 
 CUP, TABLE, LAMP = 1, 2, 7
 BOX = [10, 10, 20, 20]

@@ -22,7 +22,7 @@ import attention_sheet  # noqa: E402
 import visualize_attention  # noqa: E402
 
 from plugin_core import IDABlock, IDAClassifier, TripletAttention  # noqa: E402
-from plugin_core.attention_maps import (  # noqa: E402
+from plugin_core.inspection.attention_maps import (  # noqa: E402
     Call,
     Detections,
     Detector,

@@ -22,7 +22,7 @@ import attention_sheet  # noqa: E402
 import phrase_heatmap  # noqa: E402
 import visualize_attention  # noqa: E402
 
-from plugin_core.attention_maps import Caption, Detector  # noqa: E402
+from plugin_core.inspection.attention_maps import Caption, Detector  # noqa: E402
 
 GROUNDING = ("grounding-dino", "glip")
 PHRASES = ("the red disk", "the small square")

@@ -1,6 +1,6 @@
 from detectron2.model_zoo import get_config
 
-from d2_plugins.backbone import build_resnet_with_plugins
+from d2_plugins.backbones import build_resnet_with_plugins
 
 _base = get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.py")
 model, dataloader, train = _base.model, _base.dataloader, _base.train

@@ -131,7 +131,7 @@ def split_images(
 
 
 def load_ground_truth(content: dict[str, Any]) -> COCO:
-    """pycocotools' view of a COCO-format file, without its prints."""
+    """Pycocotools' view of a COCO-format file, without its prints."""
     truth = COCO()
     truth.dataset = content
     with redirect_stdout(io.StringIO()):
@@ -140,7 +140,7 @@ def load_ground_truth(content: dict[str, Any]) -> COCO:
 
 
 def load_detections(truth: COCO, results: list[dict[str, Any]]) -> COCO:
-    """pycocotools' view of a results file, which may be empty, without its prints."""
+    """Pycocotools' view of a results file, which may be empty, without its prints."""
     if not results:  # pycocotools looks at the first one
         return load_ground_truth({**truth.dataset, "annotations": []})
     with redirect_stdout(io.StringIO()):
@@ -150,7 +150,7 @@ def load_detections(truth: COCO, results: list[dict[str, Any]]) -> COCO:
 def evaluate(
     truth: COCO, detections: COCO, iou_type: str, category_id: int, image_ids: Sequence[int]
 ) -> COCOeval:
-    """pycocotools' evaluation of one class on some images: all areas, 100 detections an image."""
+    """Pycocotools' evaluation of one class on some images: all areas, 100 detections an image."""
     evaluation = COCOeval(truth, detections, iou_type)
     params = evaluation.params
     params.catIds, params.imgIds = [category_id], list(image_ids)

@@ -23,7 +23,7 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 
-from d2_plugins.resnet_plugins import (
+from d2_plugins.block_plugins import (
     check_lazy_plugins,
     check_resnet_plugins,
     in_order,

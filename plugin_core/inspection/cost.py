@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from plugin_core.batchformer import BatchFormer
-from plugin_core.ida import IDABlock, IDAClassifier
-from plugin_core.triplet_attention import TripletAttention
+from plugin_core.methods.batchformer import BatchFormer
+from plugin_core.methods.ida import IDABlock, IDAClassifier
+from plugin_core.methods.triplet_attention import TripletAttention
 
 _ATTENTION = (TripletAttention, IDABlock, IDAClassifier, BatchFormer)
 # Where Detectron2's pyramids keep the network that they are built on

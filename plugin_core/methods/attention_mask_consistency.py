@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plugin_core.precision import in_float32
+from plugin_core.kernels.precision import in_float32
 
 _EPSILON = 1e-7
 # Gradients below it are as good as 0; the reciprocal of a smaller one would overflow in a product.

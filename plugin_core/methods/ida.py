@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugin_core.kernels import has_hooks
-from plugin_core.precision import in_float32
+from plugin_core.kernels.precision import in_float32
 
 
 class _DualAttention(nn.Module):

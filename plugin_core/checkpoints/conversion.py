@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugin_core.preflight import RESNET_DEPTHS, resnet_depth
-from plugin_core.triplet_attention import PUBLISHED_SPELLING
+from plugin_core.checkpoints.resnet_names import RESNET_DEPTHS, resnet_depth
+from plugin_core.methods.triplet_attention import PUBLISHED_SPELLING
 
 _ATTENTION = ".triplet_attention."
 _IDA = ".ida."

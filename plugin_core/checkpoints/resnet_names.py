@@ -1,20 +1,13 @@
-"""Checks of a run's input files that both frameworks' sides make before anything is written.
-
-They read as little as possible, so that they cost next to nothing on COCO itself: a file of
-annotations is searched before it is parsed, and a checkpoint's parameter names are found without
-loading it.
-"""
+"""Which ResNets a checkpoint file holds, found by its parameters' names without loading it."""
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-_EMPTY_LIST = re.compile(rb'"(images|annotations)"\s*:\s*\[\s*\]')
 _BLOCK_PARAMETER = re.compile(
     rb"(?:res([2-5])|layer([1-4]))[._](\d{1,2})[._](?:conv|branch2)([1-3abc])[._]"
 )
@@ -30,43 +23,6 @@ _RESNET_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
     ((3, 8, 36, 3), True): 152,
 }
 RESNET_DEPTHS = tuple(_RESNET_DEPTHS.values())
-
-
-def check_coco_json(path: str, setting: str, *, needs_annotations: bool = False) -> None:
-    """Check that ``path`` is a whole COCO-format annotation file that lists images.
-
-    Args:
-        path: of the JSON file.
-        setting: what the user has to change, for the message.
-        needs_annotations: whether it must list annotations too, as to train on it alone.
-
-    Raises:
-        ValueError: if the file is missing, empty or cut off, or one of its lists is empty.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"{setting}: there is no annotation file {path!r}")
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{setting}: annotation file {path!r} is empty; expected COCO-format JSON")
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:64].lstrip()[:1] != b"{" or data[-64:].rstrip()[-1:] != b"}":
-            raise ValueError(
-                f"{setting}: annotation file {path!r} is no whole COCO-format JSON object "
-                "(it must begin with '{' and end with '}')"
-            )
-        if not _EMPTY_LIST.search(data):
-            return
-    # Somewhere a list is empty. Only parsing tells whether it is one of the file's own.
-    try:
-        with open(path, encoding="utf-8") as text:
-            content = json.load(text)
-    except ValueError as error:
-        raise ValueError(f"{setting}: annotation file {path!r} is no JSON: {error}") from error
-    for key in ("images", "annotations") if needs_annotations else ("images",):
-        if content.get(key) == []:
-            raise ValueError(
-                f"{setting}: annotation file {path!r} has an empty list of {key}; "
-                "expected at least one entry"
-            )
 
 
 def check_resnet_checkpoint(path: str, depth: int, setting: str, depth_setting: str) -> None:

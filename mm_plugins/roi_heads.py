@@ -1,4 +1,4 @@
-"""Heads with plugins, and a head that MMDetection's own lacks something for."""
+"""RoI heads with plugins."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from mmdet.models.dense_heads import SSDHead
 from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead
 from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
@@ -198,17 +197,6 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
         count = len(bbox_results["rois"])
         plain = {name: bbox_results[name][:count] for name in ("cls_score", "bbox_pred")}
         return super().refine_bboxes(sampling_results, {**bbox_results, **plain}, batch_img_metas)
-
-
-@MODELS.register_module()
-class PredictingSSDHead(SSDHead):
-    """``SSDHead`` that evaluates.
-
-    MMDetection 3.3's stops at its first prediction, where every dense head is asked for its
-    ``loss_cls``: this one computes its loss without a module.
-    """
-
-    loss_cls = None
 
 
 def _twice(x: Tensor) -> Tensor:

@@ -13,8 +13,7 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugin_core.checkpoint import find_state_dict, read_checkpoint
-from plugin_core.ida import IDABlock, IDAClassifier
+from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
+from plugin_core.inspection.recorder import Call, record_calls
+from plugin_core.methods.ida import IDABlock, IDAClassifier
 
 logger = logging.getLogger(__name__)
 
@@ -174,31 +174,6 @@ class Detector(ABC):
     @abstractmethod
     def regions(self, call: Call) -> Tensor:
         """(R, 4): boxes in pixels of the input that a region extractor was called with."""
-
-
-@dataclass(frozen=True, eq=False)
-class Call:
-    """A call of a module."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    output: Any
-
-
-@contextmanager
-def record_calls(modules: Iterable[nn.Module]) -> Iterator[list[Call]]:
-    """Record the calls of some modules, in their order; nothing is copied and nothing changed."""
-    calls: list[Call] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        calls.append(Call(module, args, output))
-
-    handles = [module.register_forward_hook(note) for module in dict.fromkeys(modules)]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

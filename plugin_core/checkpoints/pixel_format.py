@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from plugin_core.checkpoint import find_state_dict, read_checkpoint
-from plugin_core.conversion import find_backbone
+from plugin_core.checkpoints.conversion import find_backbone
+from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 
 # Of 255. Means that differ by less are averages over other images of the same set.
 _TOLERANCE = 3.0
@@ -73,7 +73,7 @@ def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
     """The pixel format of a checkpoint's content; None if it is unknown.
 
     Args:
-        checkpoint: as :func:`plugin_core.checkpoint.read_checkpoint` returns it.
+        checkpoint: as :func:`plugin_core.checkpoints.reading.read_checkpoint` returns it.
     """
     meta = checkpoint.get("meta")
     for holder in (checkpoint, meta if isinstance(meta, Mapping) else {}):

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugin_core.precision import in_float32
+from plugin_core.kernels.precision import in_float32
 
 # One tensor, or several such as the levels of a feature pyramid
 Features: TypeAlias = Tensor | Sequence[Tensor]

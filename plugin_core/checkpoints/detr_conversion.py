@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plugin_core.conversion import find_backbone
+from plugin_core.checkpoints.conversion import find_backbone
 
 _BODY = "backbone.0.body."
 _OF_PANOPTIC_MODEL = "detr."

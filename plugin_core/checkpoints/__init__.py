@@ -1,0 +1,1 @@
+"""Checkpoints of both frameworks and of the methods' authors: reading, recognising, converting."""
