@@ -14,8 +14,8 @@ objects is d's. All APs are pycocotools' own.
 from __future__ import annotations
 
 import io
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,7 +24,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-# Of a class, what can be averaged over classes, in percent or percentage points: attribute, header
+from plugin_core.evaluation.companions import classes_by_image
+
+# What can be averaged over classes, in percent or percentage points: attribute → header
 NUMBERS = {
     "ap": "AP",
     "ap_in_company": "AP in company",
@@ -88,37 +90,6 @@ class ClassBias:
     fp_rate_neither: float | None = None
 
 
-def classes_by_image(content: Mapping[str, Any]) -> dict[int, set[int]]:
-    """Category ids of each image of a COCO-format file, of images without objects too.
-
-    A crowd counts: it is company, and a detection on it is no false positive.
-    """
-    classes: dict[int, set[int]] = {image["id"]: set() for image in content["images"]}
-    for annotation in content["annotations"]:
-        classes[annotation["image_id"]].add(annotation["category_id"])
-    return classes
-
-
-def frequent_companions(images: Iterable[set[int]]) -> dict[int, int]:
-    """For each class the other one that is in most of its images; of equals the lowest id.
-
-    Args:
-        images: category ids of each image.
-
-    Returns:
-        Companions by category id, without the classes that share no image with another one.
-    """
-    shared: defaultdict[int, Counter[int]] = defaultdict(Counter)
-    for classes in images:
-        for category_id in classes:
-            shared[category_id].update(classes - {category_id})
-    return {
-        category_id: min(counts, key=lambda other: (-counts[other], other))
-        for category_id, counts in shared.items()
-        if counts
-    }
-
-
 def split_images(
     images: Mapping[int, set[int]], category_id: int, companion_id: int
 ) -> ImageGroups:
@@ -131,7 +102,7 @@ def split_images(
 
 
 def load_ground_truth(content: dict[str, Any]) -> COCO:
-    """Pycocotools' view of a COCO-format file, without its prints."""
+    """Give pycocotools a COCO-format file, without its prints."""
     truth = COCO()
     truth.dataset = content
     with redirect_stdout(io.StringIO()):
@@ -140,7 +111,7 @@ def load_ground_truth(content: dict[str, Any]) -> COCO:
 
 
 def load_detections(truth: COCO, results: list[dict[str, Any]]) -> COCO:
-    """Pycocotools' view of a results file, which may be empty, without its prints."""
+    """Give pycocotools a list of detections, which may be empty, without its prints."""
     if not results:  # pycocotools looks at the first one
         return load_ground_truth({**truth.dataset, "annotations": []})
     with redirect_stdout(io.StringIO()):
@@ -150,7 +121,7 @@ def load_detections(truth: COCO, results: list[dict[str, Any]]) -> COCO:
 def evaluate(
     truth: COCO, detections: COCO, iou_type: str, category_id: int, image_ids: Sequence[int]
 ) -> COCOeval:
-    """Pycocotools' evaluation of one class on some images: all areas, 100 detections an image."""
+    """Evaluate one class on some images by pycocotools: all areas, 100 detections an image."""
     evaluation = COCOeval(truth, detections, iou_type)
     params = evaluation.params
     params.catIds, params.imgIds = [category_id], list(image_ids)
@@ -164,7 +135,7 @@ def evaluate(
 
 
 def average_precision(evaluation: COCOeval) -> float | None:
-    """AP in percent, over IoU 0.50:0.95; None if there is no object."""
+    """Read off AP in percent, over IoU 0.50:0.95; None if there is no object."""
     precision = evaluation.eval["precision"]
     measured = precision[precision > -1]
     return 100 * float(measured.mean()) if measured.size else None
@@ -254,7 +225,7 @@ def measure(
 
 
 def means(classes: Sequence[ClassBias]) -> dict[str, tuple[float | None, int]]:
-    """Of each of ``NUMBERS``, the mean over the classes that have it, and how many these are."""
+    """Average each of ``NUMBERS`` over the classes that have it; also give their number."""
     result: dict[str, tuple[float | None, int]] = {}
     for number in NUMBERS:
         values = [value for c in classes if (value := getattr(c, number)) is not None]

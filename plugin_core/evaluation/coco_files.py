@@ -1,0 +1,159 @@
+"""Reading COCO-format files whole, with a check of every record."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from plugin_core.evaluation.datasets import check_coco_json
+
+Record = dict[str, Any]
+Checks = dict[str, Callable[[Any], bool]]  # key → whether a value of it can be used
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file, and the option or setting that names it; messages have both."""
+
+    option: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.option} {self.path}"
+
+
+def read_annotations(source: Source, iou_type: str | None = None) -> Record:
+    """Read a COCO-format annotation file.
+
+    Args:
+        source: of the file.
+        iou_type: "bbox" or "segm" to check what that evaluation needs; None where classes suffice.
+
+    Raises:
+        ValueError: if the file, or a record of it, cannot be used.
+    """
+    check_coco_json(source.path, source.option, needs_annotations=True)
+    content = read_json(source)
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list) or not content[key]:
+            raise ValueError(f"{source}: no list of {key}; expected COCO's instances")
+    image_checks: Checks = {"id": is_id}
+    checks: Checks = {"id": is_id, "image_id": is_id, "category_id": is_id}
+    where = str(source)
+    if iou_type:
+        checks |= {"iscrowd": is_number, "bbox": is_box, "area": is_number}
+        where += f", --iou-type {iou_type}"
+    if iou_type == "segm":
+        image_checks |= {"height": is_number, "width": is_number}
+        checks["segmentation"] = bool  # [] where only boxes were labelled
+    check_records(content["images"], f"{where}: image", image_checks)
+    check_records(content["categories"], f"{where}: category", {"id": is_id, "name": is_name})
+    check_records(content["annotations"], f"{where}: annotation", checks)
+    for key in ("images", "annotations", "categories"):
+        check_unique(content[key], "id", f"{source}: {key}")
+    check_references(content["annotations"], content, f"{source}: annotations", "the file")
+    return content
+
+
+def read_results(
+    source: Source, iou_type: str, content: Record, annotations: Source
+) -> list[Record]:
+    """Read the detections that Detectron2 or MMDetection has written.
+
+    Args:
+        source: of the file.
+        iou_type: "bbox" or "segm", which the detections must allow.
+        content: of the annotation file of the same images.
+        annotations: where that is from.
+
+    Raises:
+        ValueError: if the file, or a record of it, cannot be used.
+    """
+    results = read_json(source)
+    if not isinstance(results, list):
+        raise ValueError(f"{source}: expected a list of detections, not {type(results).__name__}")
+    checks: Checks = {"image_id": is_id, "category_id": is_id, "score": is_number}
+    checks |= {"bbox": is_box} if iou_type == "bbox" else {"segmentation": is_rle}
+    check_records(results, f"{source}, --iou-type {iou_type}: detection", checks)
+    hint = "; are both of the same dataset and split?"
+    check_references(results, content, f"{source}: detections", str(annotations), hint)
+    if iou_type == "segm":
+        for detection in results:  # as the frameworks do: pycocotools would go by the boxes' areas
+            detection.pop("bbox", None)
+    return results
+
+
+def read_json(source: Source) -> Any:
+    """Read a JSON file; raises ValueError if it cannot be read."""
+    try:
+        return json.loads(Path(source.path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{source}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{source}: not JSON: {error}") from error
+
+
+def check_records(records: Iterable[Any], what: str, checks: Checks) -> None:
+    """Check that each record has all the keys, with values that can be used."""
+    for index, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise ValueError(f"{what} {index}: expected an object, not {record!r:.40}")
+        for key, check in checks.items():
+            if key not in record:
+                raise ValueError(f"{what} {index} has no {key}; expected {', '.join(checks)}")
+            if not check(record[key]):
+                raise ValueError(f"{what} {index}: {key} cannot be {record[key]!r:.40}")
+
+
+def is_id(value: Any) -> bool:
+    """Whether an image or a category can have this id."""
+    return isinstance(value, int | str)
+
+
+def is_name(value: Any) -> bool:
+    """Whether a category can have this name."""
+    return isinstance(value, str)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def is_box(value: Any) -> bool:
+    """Whether it is a list of four finite numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+
+
+def is_rle(value: Any) -> bool:
+    """Whether a mask is compressed as both frameworks do, the only way that pycocotools reads."""
+    return isinstance(value, dict) and isinstance(value.get("counts"), str) and "size" in value
+
+
+def check_unique(records: Iterable[Record], key: str, what: str) -> None:
+    """Check that no two records have the same value of a key."""
+    seen = set()
+    for record in records:
+        if record[key] in seen:
+            raise ValueError(f"{what}: {key} {record[key]!r} occurs twice")
+        seen.add(record[key])
+
+
+def check_references(
+    records: list[Record], content: Record, what: str, listed_in: str, hint: str = ""
+) -> None:
+    """Check that the records are of images and categories that an annotation file lists."""
+    for key, entries in (("image_id", "images"), ("category_id", "categories")):
+        known = {entry["id"] for entry in content[entries]}
+        in_order = sorted(known, key=lambda i: (isinstance(i, str), i))
+        unknown = [record[key] for record in records if record[key] not in known]
+        if unknown:
+            raise ValueError(
+                f"{what}: {len(unknown)} of {len(records)} are of {entries} that {listed_in} does "
+                f"not list, the first of {key} {unknown[0]!r} (it lists {in_order[0]} to "
+                f"{in_order[-1]}){hint}"
+            )
