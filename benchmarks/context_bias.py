@@ -39,8 +39,10 @@ DATA = {
     "coco": {"--train": 400, "--val": 1200, "--context-bias": 0.9, **SIZE},
     "coco_unbiased": {"--train": 400, "--val": 0, "--context-bias": 0.5, **SIZE},
 }
-PLAIN = {"MODEL.RESNETS.TRIPLET_ATTENTION.STAGES": "()"}
-IDA_STAGES = {"MODEL.RESNETS.IDA.STAGES": "('res4','res5')"}
+PLAIN = {"MODEL.RESNETS.PLUGINS": "[]"}
+IDA_STAGES = {
+    "MODEL.RESNETS.PLUGINS": "[{'NAME': 'ida', 'STAGES': ['res4', 'res5'], 'WARM_START': True}]"
+}
 IDA_HEAD = {
     "MODEL.ROI_HEADS.NAME": "StandardPluginROIHeads",
     "MODEL.ROI_BOX_HEAD.NAME": "IDABoxHead",

@@ -26,19 +26,22 @@ CONFIGS = {
     "Faster R-CNN": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "Mask R-CNN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
 }
-_TRIPLET = [
-    *("MODEL.BACKBONE.NAME", "build_resnet_plugin_fpn_backbone"),
-    *("MODEL.RESNETS.TRIPLET_ATTENTION.STAGES", "('res2','res3','res4','res5')"),
-    *("MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START", "True"),
-]
+
+
+def _with_plugin(name: str, *stages: str) -> list[Any]:
+    plugin = {"NAME": name, "STAGES": list(stages), "WARM_START": True}
+    return [
+        *("MODEL.BACKBONE.NAME", "build_resnet_plugin_fpn_backbone"),
+        *("MODEL.RESNETS.PLUGINS", [plugin]),
+    ]
+
+
+_TRIPLET = _with_plugin("triplet_attention", "res2", "res3", "res4", "res5")
 PLUGINS = {
     PLAIN: [],
     TRIPLET: _TRIPLET,
     TEXTBOOK: _TRIPLET,
-    IDA: [
-        *("MODEL.BACKBONE.NAME", "build_resnet_plugin_fpn_backbone"),
-        *("MODEL.RESNETS.IDA.STAGES", "('res4','res5')"),
-    ],
+    IDA: _with_plugin("ida", "res4", "res5"),
 }
 _SMALL = [
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8"),

@@ -16,7 +16,6 @@ import torch
 from blocks import Shape
 from textbook import TextbookIDABlock
 from timing import Quantity, Row, Setting
-from torch import nn
 
 from plugin_core import IDABlock
 
@@ -55,7 +54,6 @@ def candidates(
     channels: int, setting: Setting, dtype: torch.dtype, what: str
 ) -> dict[str, Callable[..., Any]]:
     ours = IDABlock(channels)
-    nn.init.ones_(ours.gamma)  # at first it is 0, which a trained one is not
     modules = {OURS: ours, TEXTBOOK: TextbookIDABlock(channels)}
     blocks.prepare(modules, setting, dtype, what)
     return {name: blocks.candidate(module, what) for name, module in modules.items()}

@@ -57,4 +57,4 @@ class TextbookIDABlock(IDABlock):
             attended = self.out_proj(attended.flatten(1))
         attended = attended.reshape(samples.shape)
         gathered = torch.einsum("bnkp,bknd->bndp", scores.softmax(dim=2), attended)
-        return x + self.gamma * self.proj(gathered.reshape(x.shape))
+        return x + self.proj(gathered.reshape(x.shape))

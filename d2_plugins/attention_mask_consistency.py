@@ -35,6 +35,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
+from d2_plugins.config import naming
 from d2_plugins.roi_heads import BatchFormerOutputLayers
 from plugin_core import AttentionMaskConsistency, GradientHeatmap
 from plugin_core.inspection.recorder import Call, record_calls
@@ -289,11 +290,8 @@ def amc_losses(*, classes: int = 1, **settings: Any) -> AttentionMaskConsistency
         raise ValueError(
             f"MODEL.AMC.CLASSES: must be how many classes of an image, 0 for all, got {classes!r}"
         )
-    try:
+    with naming("MODEL.AMC"):
         return AttentionMaskConsistency(phrases=classes or None, **settings)
-    except ValueError as error:
-        argument = str(error).partition(" ")[0]
-        raise ValueError(f"MODEL.AMC.{argument.upper()}: {error}") from error
 
 
 def amc_regions(

@@ -1,4 +1,4 @@
-"""Detectron2's ResNet backbones with plugin modules in their blocks.
+"""Detectron2's ResNet backbones with block plugins.
 
 The builders call Detectron2's own and then insert the modules, so that every setting of
 ``MODEL.RESNETS`` and ``MODEL.FPN`` means what it means there.
@@ -23,18 +23,12 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 
-from d2_plugins.block_plugins import (
-    check_lazy_plugins,
-    check_resnet_plugins,
-    in_order,
-    insert_plugins,
-    plugins_of_stage,
-)
+from d2_plugins.block_plugins import insert_plugins, plugins_of, read_plugins
 
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_plugin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """``build_resnet_backbone`` with the plugins of ``MODEL.RESNETS``.
+    """``build_resnet_backbone`` with the block plugins of ``MODEL.RESNETS.PLUGINS``.
 
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.
@@ -44,7 +38,7 @@ def build_resnet_plugin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``build_resnet_fpn_backbone`` with the plugins of ``MODEL.RESNETS``.
+    """``build_resnet_fpn_backbone`` with the block plugins of ``MODEL.RESNETS.PLUGINS``.
 
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.
@@ -54,7 +48,7 @@ def build_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``build_retinanet_resnet_fpn_backbone`` with the plugins of ``MODEL.RESNETS``.
+    """``build_retinanet_resnet_fpn_backbone`` with the block plugins of ``MODEL.RESNETS.PLUGINS``.
 
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.
@@ -63,47 +57,33 @@ def build_retinanet_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
 
 
 def build_resnet_with_plugins(
-    *,
-    triplet_attention: Mapping[str, Any] | None = None,
-    ida: Mapping[str, Any] | None = None,
-    plugin_order: Sequence[str] = ("triplet_attention", "ida"),
-    **resnet: Any,
+    *, plugins: Sequence[Mapping[str, Any]] = (), **resnet: Any
 ) -> ResNet:
-    """Detectron2's ``ResNet`` with plugins, for a LazyConfig.
+    """Detectron2's ``ResNet`` with block plugins, for a LazyConfig.
 
     In a config whose backbone is an FPN, ``model.backbone.bottom_up`` takes it as ``_target_``.
 
     Args:
-        triplet_attention: ``stages``, a list of "res2" … "res5", and what
-            :class:`plugin_core.TripletAttention` takes.
-        ida: ``stages``, and what :class:`plugin_core.IDABlock` takes besides its channels.
-        plugin_order: in which a block that has both applies them; one not named comes last.
+        plugins: as ``MODEL.RESNETS.PLUGINS`` has them, in lower case, such as
+            ``[dict(name="triplet_attention", stages=["res4", "res5"], warm_start=True)]``.
         resnet: what ``ResNet`` takes.
 
     Raises:
-        ValueError: if a stage does not exist or an argument of a plugin is wrong.
-        TypeError: if a plugin has no such argument.
+        ValueError: if a plugin's setting is wrong; it names the setting.
     """
     model = ResNet(**resnet)
-    plugins = {"triplet_attention": triplet_attention, "ida": ida}
-    channels = {stage: getattr(model, stage)[0].out_channels for stage in model.stage_names}
-    check_lazy_plugins(plugins, plugin_order, channels)
+    insert = read_plugins(plugins, "model.backbone.bottom_up.plugins", model.stage_names)
     for stage in model.stage_names:
-        wanted = {}
-        for name in in_order(plugin_order):
-            arguments = dict(plugins[name] or {})
-            if stage in arguments.pop("stages", ()):
-                wanted[name] = arguments
-        insert_plugins(getattr(model, stage), stage, wanted)
+        insert_plugins(getattr(model, stage), stage, insert)
     return model
 
 
 def _build_with_plugins(
     build: Callable[[CfgNode, ShapeSpec], Backbone], cfg: CfgNode, input_shape: ShapeSpec
 ) -> Any:
-    check_resnet_plugins(cfg)
+    plugins = plugins_of(cfg)
     backbone = build(cfg, input_shape)
     resnet = backbone.bottom_up if isinstance(backbone, FPN) else backbone
     for stage in resnet.stage_names:
-        insert_plugins(getattr(resnet, stage), stage, plugins_of_stage(cfg, stage))
+        insert_plugins(getattr(resnet, stage), stage, plugins)
     return backbone

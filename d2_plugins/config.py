@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import posixpath
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import IO
 
 from detectron2 import model_zoo
@@ -16,6 +17,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from plugin_core.errors import ArgumentError, did_you_mean
+
 # What Detectron2 reads although its own configs do not set it
 _OPTIONAL_LAZY_KEYS = ("train.seed", "train.cudnn_benchmark", "train.float32_precision")
 
@@ -23,38 +26,17 @@ _OPTIONAL_LAZY_KEYS = ("train.seed", "train.cudnn_benchmark", "train.float32_pre
 def add_plugin_config(cfg: CN) -> None:
     """Add the plugins' nodes to ``cfg``, as ``get_cfg()`` made it, before a file is merged in."""
     # ---------------------------------------------------------------------------- #
-    # Triplet attention in a ResNet's blocks, after the last norm of the residual branch.
-    # Read by the build_*resnet_plugin*_backbone builders.
+    # Block plugins: modules in a ResNet's blocks, after the last norm of the residual branch.
+    # Read by the build_*resnet_plugin*_backbone builders, and of res5 by "Res5PluginROIHeads".
     # ---------------------------------------------------------------------------- #
-    cfg.MODEL.RESNETS.TRIPLET_ATTENTION = CN()
-    # Stages whose blocks get it, for example ("res2", "res3", "res4", "res5"); empty for none
-    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = ()
-    # Side of the gates' convolution, odd
-    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.KERNEL_SIZE = 7
-    # Whether to leave the gate over (H, W) out
-    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.NO_SPATIAL = False
-    # Whether to start as the identity, which keeps the features of a ResNet that was pretrained
-    # without attention. Published checkpoints load the same with and without it.
-    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = False
-    # Norm of the gates: "BN" as published, "SyncBN" for statistics over all processes, or
-    # "FrozenBN" to keep those of the checkpoint
-    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.NORM = "BN"
-
-    # ---------------------------------------------------------------------------- #
-    # IDA in a ResNet's blocks, at the same place. It starts as the identity.
-    # ---------------------------------------------------------------------------- #
-    cfg.MODEL.RESNETS.IDA = CN()
-    # Stages whose blocks get it, for example ("res4", "res5"); empty for none
-    cfg.MODEL.RESNETS.IDA.STAGES = ()
-    # How many queries are learned, in place of classes
-    cfg.MODEL.RESNETS.IDA.NUM_QUERIES = 80
-    # Heads, by which the stages' channels can be divided
-    cfg.MODEL.RESNETS.IDA.NUM_HEADS = 4
-    # Whether to attend over the heads with two transformer layers and a projection
-    cfg.MODEL.RESNETS.IDA.HEAVY = False
-
-    # In which order a block that has several plugins applies them; those not named come last
-    cfg.MODEL.RESNETS.PLUGIN_ORDER = ("TRIPLET_ATTENTION", "IDA")
+    # In the order in which a block applies them, each a mapping with
+    # NAME: "triplet_attention", "ida" or another registered one; "timm:eca" and whatever else
+    #     timm.layers.create_attn makes; "my_package.blocks:MyAttention", a class of your own
+    # STAGES: whose blocks get it, for example ["res3", "res4", "res5"]
+    # WARM_START: whether it starts as the identity, which keeps the features of a ResNet that was
+    #     pretrained without it; False. Published checkpoints load the same with and without it.
+    # and the arguments of its constructor, such as KERNEL_SIZE: 7
+    cfg.MODEL.RESNETS.PLUGINS = []
 
     # ---------------------------------------------------------------------------- #
     # IDA as the classifier of regions. Read where MODEL.ROI_BOX_HEAD.NAME is "IDABoxHead" and
@@ -128,6 +110,19 @@ def add_plugin_config(cfg: CN) -> None:
     # --cfg-options takes it. The command line replaces the whole list:
     # MODEL.MMDET.OVERRIDES "['model.bbox_head.num_classes=20']"
     cfg.MODEL.MMDET.OVERRIDES = []
+
+
+@contextmanager
+def naming(node: str) -> Iterator[None]:
+    """Say in a constructor's error which setting below ``node`` is wrong.
+
+    Raises:
+        ValueError: with the setting's full path.
+    """
+    try:
+        yield
+    except ArgumentError as error:
+        raise ValueError(f"{node}.{error.argument.upper()}: {error.reason}") from error
 
 
 def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) -> None:
@@ -231,8 +226,7 @@ def _check_lazy_key(cfg: DictConfig, key: str) -> None:
     while parents and isinstance(node, DictConfig) and "_target_" not in node:
         name = parents.pop(0)
         if name not in node and key not in _OPTIONAL_LAZY_KEYS:
-            likely = difflib.get_close_matches(name, map(str, node))
-            hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
+            hint = did_you_mean(name, map(str, node))
             raise ValueError(f"the command line: there is no config key {key}{hint}")
         node = node.get(name)
 

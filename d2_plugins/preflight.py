@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import mmap
 import os
 from typing import Any
 
-import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, get_cfg, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import (
     BACKBONE_REGISTRY,
@@ -21,14 +19,7 @@ from detectron2.modeling import (
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 
-from d2_plugins.attention_mask_consistency import amc_arguments, amc_losses, is_amc
-from d2_plugins.block_plugins import (
-    PLUGINS,
-    all_stages,
-    check_lazy_plugins,
-    check_resnet_plugins,
-    stage_channels,
-)
+from d2_plugins.attention_mask_consistency import is_amc
 from d2_plugins.config import add_plugin_config
 from d2_plugins.evaluation import check_evaluator
 from d2_plugins.mmdet_bridge import check_detector, is_bridge
@@ -37,12 +28,15 @@ from d2_plugins.roi_heads import (
     CascadePluginROIHeads,
     Res5PluginROIHeads,
     StandardPluginROIHeads,
-    batchformer_arguments,
-    check_batchformer,
 )
-from plugin_core import BatchFormer, IDAClassifier
-from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, check_resnet_names
+from plugin_core.checkpoints.resnet_names import (
+    RESNET_DEPTHS,
+    check_resnet_checkpoint,
+    check_resnet_names,
+)
+from plugin_core.errors import did_you_mean
 from plugin_core.evaluation.datasets import check_coco_json
+from plugin_core.inspection.building import build_once
 
 # Detectron2's builders of ResNets, and the same with plugins
 _WITH_PLUGINS = {
@@ -86,8 +80,6 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     if not is_bridge(cfg):
         _check_backbone(cfg)
         _check_roi_heads(cfg)
-    if is_amc(cfg):
-        _check_amc(cfg)
     _check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
@@ -97,6 +89,8 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     resumed = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if is_bridge(cfg):
         check_detector(cfg, eval_only=eval_only, resumed=resumed)
+    else:
+        _check_model(cfg)
     if not resumed:
         _check_weights(cfg, eval_only)
 
@@ -123,6 +117,7 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
     resumed = resume and os.path.isfile(os.path.join(cfg.train.output_dir, "last_checkpoint"))
     if eval_only and not weights:
         raise ValueError("train.init_checkpoint: --eval-only needs the checkpoint to evaluate")
+    build_once(lambda device: instantiate(cfg.model), "model")
     if not weights or resumed or "://" in weights:
         return
     depth_key = "model.backbone.bottom_up.stages.depth"
@@ -142,25 +137,20 @@ def _lazy_depth(cfg: DictConfig) -> int | None:
 
 def _check_lazy_plugins(cfg: DictConfig) -> None:
     bottom_up: Any = OmegaConf.select(cfg, "model.backbone.bottom_up")
-    plugins = {name: bottom_up.get(name) for name in PLUGINS} if bottom_up else {}
-    if not any(plugins.values()):
+    if not (bottom_up and bottom_up.get("plugins")):
         return
     target = bottom_up._target_
     if (locate(target) if isinstance(target, str) else target) is ResNet:
-        names = " and no ".join(name for name, node in plugins.items() if node)
         raise ValueError(
-            f"model.backbone.bottom_up._target_: Detectron2's ResNet takes no {names}; "
+            "model.backbone.bottom_up._target_: Detectron2's ResNet takes no plugins; "
             "use d2_plugins.backbones.build_resnet_with_plugins"
         )
-    depth = _lazy_depth(cfg)
-    if depth is None:
-        return  # the builder will know the channels
-    order = bottom_up.get("plugin_order", ())
-    channels = stage_channels(256 if depth >= 50 else 64)  # as ResNet.make_default_stages has it
-    try:
-        check_lazy_plugins(plugins, order, channels)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"model.backbone.bottom_up.{error}") from error
+
+
+def _default_config() -> Any:
+    cfg = get_cfg()
+    add_plugin_config(cfg)
+    return cfg
 
 
 def _check_meta_architecture(cfg: CfgNode) -> None:
@@ -168,8 +158,7 @@ def _check_meta_architecture(cfg: CfgNode) -> None:
     name = cfg.MODEL.META_ARCHITECTURE
     if name in META_ARCH_REGISTRY and _is_users_own(META_ARCH_REGISTRY.get(name)):
         return  # and may read all of them
-    default: Any = get_cfg()
-    add_plugin_config(default)
+    default = _default_config()
     if not is_amc(cfg) and cfg.MODEL.AMC != default.MODEL.AMC:
         hint = "use 'AMCRetinaNet'" if name == "RetinaNet" else "use 'AMCGeneralizedRCNN'"
         if is_bridge(cfg):
@@ -185,7 +174,7 @@ def _check_meta_architecture(cfg: CfgNode) -> None:
                 "it; use 'MMDetDetector'"
             )
         return
-    nodes = {"RESNETS": ("TRIPLET_ATTENTION", "IDA"), "ROI_BOX_HEAD": ("IDA", "BATCHFORMER")}
+    nodes = {"RESNETS": ("PLUGINS",), "ROI_BOX_HEAD": ("IDA", "BATCHFORMER")}
     for parent, plugins in nodes.items():
         for plugin in plugins:
             if cfg.MODEL[parent][plugin] != default.MODEL[parent][plugin]:
@@ -197,120 +186,73 @@ def _check_meta_architecture(cfg: CfgNode) -> None:
 
 
 def _check_backbone(cfg: CfgNode) -> None:
-    if cfg.MODEL.BACKBONE.NAME not in BACKBONE_REGISTRY:
-        known = [name for name, _ in BACKBONE_REGISTRY]
-        likely = difflib.get_close_matches(cfg.MODEL.BACKBONE.NAME, known)
-        hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
-        raise ValueError(
-            f"MODEL.BACKBONE.NAME: no backbone is registered as {cfg.MODEL.BACKBONE.NAME!r}{hint}"
-        )
+    name = cfg.MODEL.BACKBONE.NAME
+    if name not in BACKBONE_REGISTRY:
+        hint = did_you_mean(name, [known for known, _ in BACKBONE_REGISTRY])
+        raise ValueError(f"MODEL.BACKBONE.NAME: no backbone is registered as {name!r}{hint}")
     if not _has_resnet(cfg):
         return  # a builder of the user's own, which may know other depths
-    check_resnet_plugins(cfg)
-    with_plugins = _WITH_PLUGINS.get(cfg.MODEL.BACKBONE.NAME)
-    for setting, stages in all_stages(cfg).items() if with_plugins else ():
+    if cfg.MODEL.RESNETS.DEPTH not in RESNET_DEPTHS:
         raise ValueError(
-            f"MODEL.BACKBONE.NAME: {cfg.MODEL.BACKBONE.NAME!r} takes no plugins, but "
-            f"{setting} is {stages}; use {with_plugins!r}"
+            f"MODEL.RESNETS.DEPTH: no ResNet of depth {cfg.MODEL.RESNETS.DEPTH}; "
+            f"there are {', '.join(map(str, RESNET_DEPTHS))}"
+        )
+    if cfg.MODEL.RESNETS.PLUGINS and name in _WITH_PLUGINS:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME: {name!r} takes no plugins, but MODEL.RESNETS.PLUGINS is "
+            f"{cfg.MODEL.RESNETS.PLUGINS}; use {_WITH_PLUGINS[name]!r}"
         )
 
 
 def _check_roi_heads(cfg: CfgNode) -> None:
-    """Check what belongs to a box head that classifies by IDA, or that has a BatchFormer."""
-    box_head: Any = cfg.MODEL.ROI_BOX_HEAD
+    """Check that something reads the settings of a box head's IDA and BatchFormer."""
+    box_head, default = cfg.MODEL.ROI_BOX_HEAD, _default_config().MODEL.ROI_BOX_HEAD
     has_ida, has_batchformer = box_head.NAME == "IDABoxHead", box_head.BATCHFORMER.ENABLED
-    default: Any = get_cfg()
-    add_plugin_config(default)
-    if not has_ida and box_head.IDA != default.MODEL.ROI_BOX_HEAD.IDA:
+    if not has_ida and box_head.IDA != default.IDA:
         raise ValueError(
             f"MODEL.ROI_BOX_HEAD.IDA is set, but MODEL.ROI_BOX_HEAD.NAME is {box_head.NAME!r}, "
             "which does not read it; use 'IDABoxHead'"
         )
-    if not has_batchformer and box_head.BATCHFORMER != default.MODEL.ROI_BOX_HEAD.BATCHFORMER:
+    if not has_batchformer and box_head.BATCHFORMER != default.BATCHFORMER:
         raise ValueError(
             "MODEL.ROI_BOX_HEAD.BATCHFORMER is set, but its ENABLED is False; set it to True"
         )
-    check_batchformer(cfg)
     if has_ida:
-        _check_ida_head(cfg)
+        _check_kind_of_roi_heads(
+            cfg,
+            "MODEL.ROI_BOX_HEAD.NAME 'IDABoxHead'",
+            StandardPluginROIHeads,
+            CascadePluginROIHeads,
+        )
     if has_batchformer:
-        _check_batchformer_head(cfg)
-
-
-def _check_amc(cfg: CfgNode) -> None:
-    """Check what the detector would say of AMC's settings when it is built."""
-    arguments = amc_arguments(cfg)
-    amc_losses(**{k: v for k, v in arguments.items() if k not in ("activation", "levels")})
-    named = (
-        (META_ARCH_REGISTRY, cfg.MODEL.META_ARCHITECTURE),
-        (BACKBONE_REGISTRY, cfg.MODEL.BACKBONE.NAME),
-        (ROI_HEADS_REGISTRY, cfg.MODEL.ROI_HEADS.NAME),
-    )
-    if any(name in registry and _is_users_own(registry.get(name)) for registry, name in named):
-        return  # the detector will say it: what the user wrote may need numbers when it is built
-    without_numbers = cfg.clone()
-    without_numbers.defrost()
-    without_numbers.MODEL.DEVICE = "meta"
-    with torch.device("meta"):  # no memory and no random numbers
-        build_model(without_numbers)
-
-
-def _check_ida_head(cfg: CfgNode) -> None:
-    if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_ROI_HEADS:
-        raise ValueError(
-            f"MODEL.ROI_BOX_HEAD.NAME: 'IDABoxHead', but a {cfg.MODEL.META_ARCHITECTURE} has no "
-            "RoI heads; it takes IDA in MODEL.RESNETS.IDA.STAGES"
+        _check_kind_of_roi_heads(
+            cfg,
+            "MODEL.ROI_BOX_HEAD.BATCHFORMER",
+            StandardPluginROIHeads,
+            CascadePluginROIHeads,
+            Res5PluginROIHeads,
         )
-    _check_kind_of_roi_heads(
-        cfg,
-        "MODEL.ROI_BOX_HEAD.NAME 'IDABoxHead'",
-        StandardPluginROIHeads,
-        CascadePluginROIHeads,
-    )
-    box_head: Any = cfg.MODEL.ROI_BOX_HEAD
-    if box_head.NUM_CONV:
-        in_channels = box_head.CONV_DIM
-    elif _has_resnet(cfg) and "fpn" in cfg.MODEL.BACKBONE.NAME:
-        in_channels = cfg.MODEL.FPN.OUT_CHANNELS
-    else:
-        return  # the head will know
-    try:
-        with torch.device("meta"):
-            IDAClassifier(in_channels, 1, box_head.IDA.NUM_HEADS, heavy=box_head.IDA.HEAVY)
-    except ValueError as error:
-        raise ValueError(f"MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS: {error}") from error
 
 
-def _check_batchformer_head(cfg: CfgNode) -> None:
-    if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_ROI_HEADS:
-        raise ValueError(
-            f"MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED: True, but a {cfg.MODEL.META_ARCHITECTURE} "
-            "has no RoI heads"
-        )
-    _check_kind_of_roi_heads(
-        cfg,
-        "MODEL.ROI_BOX_HEAD.BATCHFORMER",
-        StandardPluginROIHeads,
-        CascadePluginROIHeads,
-        Res5PluginROIHeads,
-    )
-    box_head: Any = cfg.MODEL.ROI_BOX_HEAD
-    if cfg.MODEL.ROI_HEADS.NAME == "Res5PluginROIHeads":
-        embed_dims = stage_channels(cfg.MODEL.RESNETS.RES2_OUT_CHANNELS)["res5"]
-    elif box_head.NAME == "FastRCNNConvFCHead" and box_head.NUM_FC:
-        embed_dims = box_head.FC_DIM
-    else:
-        return  # the head will know
-    try:
-        with torch.device("meta"):
-            BatchFormer(embed_dims, **batchformer_arguments(cfg))
-    except ValueError as error:
-        argument = str(error).partition(" ")[0]
-        raise ValueError(f"MODEL.ROI_BOX_HEAD.BATCHFORMER.{argument.upper()}: {error}") from error
+def _check_model(cfg: CfgNode) -> None:
+    """Build the model once without memory, and say in one line what its parts raise."""
+
+    def build(device: str) -> None:
+        on_device = cfg.clone()
+        on_device.defrost()
+        on_device.MODEL.DEVICE = device
+        build_model(on_device)
+
+    build_once(build, "MODEL")
 
 
 def _check_kind_of_roi_heads(cfg: CfgNode, setting: str, *kinds: type) -> None:
-    """Check that the RoI heads are of the kinds that read a setting."""
+    """Check that there are RoI heads, of the kinds that read a setting."""
+    if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_ROI_HEADS:
+        raise ValueError(
+            f"{setting}: a {cfg.MODEL.META_ARCHITECTURE} has no RoI heads, which read it; it takes "
+            "block plugins, MODEL.RESNETS.PLUGINS"
+        )
     name = cfg.MODEL.ROI_HEADS.NAME
     if name not in ROI_HEADS_REGISTRY:
         return
@@ -335,10 +277,9 @@ def _has_resnet(cfg: CfgNode) -> bool:
 def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -> None:
     for name in names:
         if name not in DatasetCatalog:
-            likely = difflib.get_close_matches(name, DatasetCatalog.list())
-            hint = f"did you mean {' or '.join(likely)}? " if likely else ""
+            hint = did_you_mean(name, DatasetCatalog.list())
             raise ValueError(
-                f"{setting}: no dataset is registered as {name!r}; {hint}A COCO-format dataset is "
+                f"{setting}: no dataset is registered as {name!r}{hint}. A COCO-format dataset is "
                 f"registered by --register-coco {name} ANNOTATIONS.json IMAGES"
             )
         metadata = MetadataCatalog.get(name)

@@ -20,13 +20,14 @@ from detectron2.modeling.roi_heads import (
 from detectron2.structures import Instances
 from torch import Tensor, nn
 
-from d2_plugins.block_plugins import insert_plugins, plugins_of_stage
+from d2_plugins.block_plugins import insert_plugins, plugins_of
+from d2_plugins.config import naming
 from plugin_core import BatchFormer, IDAClassifier
 
 
 @ROI_HEADS_REGISTRY.register()
 class Res5PluginROIHeads(Res5ROIHeads):
-    """``Res5ROIHeads``, a C4 detector's, with the plugins that ``MODEL.RESNETS`` has for res5.
+    """``Res5ROIHeads``, a C4 detector's, with the plugins of ``MODEL.RESNETS`` for res5.
 
     Its predictor may have a BatchFormer.
     """
@@ -35,7 +36,7 @@ class Res5PluginROIHeads(Res5ROIHeads):
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         arguments = super().from_config(cfg, input_shape)
         res5, predictor = arguments["res5"], arguments["box_predictor"]
-        insert_plugins(res5, "res5", plugins_of_stage(cfg, "res5"))
+        insert_plugins(res5, "res5", plugins_of(cfg))
         arguments["box_predictor"] = _predictor_for(res5, predictor, cfg)
         return arguments
 
@@ -234,13 +235,15 @@ def _predictor_for(
     check_batchformer(cfg)
     transform = predictor.box2box_transform
     if isinstance(before, IDABoxHead):
-        return IDAOutputLayers(
-            cfg,
-            before.output_shape,
-            map_channels=before.map_channels,
-            box2box_transform=transform,
-        )
+        with naming("MODEL.ROI_BOX_HEAD.IDA"):
+            return IDAOutputLayers(
+                cfg,
+                before.output_shape,
+                map_channels=before.map_channels,
+                box2box_transform=transform,
+            )
     if cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED:
         shape = ShapeSpec(channels=predictor.cls_score.in_features)
-        return BatchFormerOutputLayers(cfg, shape, box2box_transform=transform)
+        with naming("MODEL.ROI_BOX_HEAD.BATCHFORMER"):
+            return BatchFormerOutputLayers(cfg, shape, box2box_transform=transform)
     return predictor

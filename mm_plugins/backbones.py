@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 from mmdet.models.backbones import MobileNetV2
@@ -11,6 +11,9 @@ from mmdet.models.layers import InvertedResidual
 from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from plugin_core.block_plugins import ApplyChildren
+from plugin_core.errors import ArgumentError
 
 
 class PluginBasicBlock(BasicBlock):
@@ -21,7 +24,7 @@ class PluginBasicBlock(BasicBlock):
         plugins: as :class:`Bottleneck` takes them, at the position ``after_conv2``.
 
     Raises:
-        ValueError: if a plugin's position is another one.
+        ArgumentError: if a plugin's position is another one.
     """
 
     make_block_plugins = Bottleneck.make_block_plugins
@@ -32,12 +35,7 @@ class PluginBasicBlock(BasicBlock):
     ) -> None:
         super().__init__(inplanes, planes, **kwargs)
         plugins = plugins or []
-        for plugin in plugins:
-            if plugin["position"] != "after_conv2":
-                raise ValueError(
-                    f"plugins: position must be 'after_conv2' in a ResNet-18 or ResNet-34, whose "
-                    f"blocks end in conv2, got {plugin['position']!r}"
-                )
+        _check_position(plugins, "after_conv2", "a ResNet-18 or ResNet-34, whose blocks end there")
         self.after_conv2_plugin_names = self.make_block_plugins(
             planes, [plugin["cfg"] for plugin in plugins]
         )
@@ -74,25 +72,23 @@ class PluginMobileNetV2(MobileNetV2):
         **kwargs: of ``MobileNetV2``.
 
     Raises:
-        ValueError: if a plugin's position is another one, or its stages are not seven.
+        ArgumentError: if a plugin's position is another one, or its stages are not seven.
     """
 
     def __init__(self, *, plugins: list[dict] | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        plugins = plugins or []
+        _check_position(plugins, "after_linear_conv", "a MobileNetV2, whose blocks end there")
         num_stages = len(self.arch_settings)
-        for plugin in plugins or []:
+        for plugin in plugins:
             stages = plugin.get("stages")
             if stages is None:
                 stages = (True,) * num_stages
-            if plugin["position"] != "after_linear_conv":
-                raise ValueError(
-                    "plugins: position must be 'after_linear_conv' in a MobileNetV2, whose blocks "
-                    f"end in linear_conv, got {plugin['position']!r}"
-                )
-            if len(stages) != num_stages:
-                raise ValueError(
-                    f"plugins: stages must be {num_stages} times True or False in a MobileNetV2, "
-                    f"got {stages!r}"
+            if not isinstance(stages, (list, tuple)) or len(stages) != num_stages:
+                raise ArgumentError(
+                    "plugins",
+                    f"must have {num_stages} times True or False as stages in a MobileNetV2, "
+                    f"got {stages!r}",
                 )
             for index, wanted in enumerate(stages, start=1):
                 for block in getattr(self, f"layer{index}") if wanted else ():
@@ -104,12 +100,19 @@ class PluginMobileNetV2(MobileNetV2):
 
 def _insert_after_linear_conv(block: InvertedResidual, cfg: dict) -> None:
     conv = block.linear_conv
-    (name,) = Bottleneck.make_block_plugins(block, conv.out_channels, [cfg])
-    # A hook, as the block has no method between this convolution and the sum.
-    conv.register_forward_hook(partial(_apply_plugin, block, name))
+    names = Bottleneck.make_block_plugins(block, conv.out_channels, [cfg])
+    # ConvModule applies `activate` after its norm. Before the shortcut it has none: so that is the
+    # place.
+    if not conv.with_activation:
+        conv.with_activation, conv.activate = True, ApplyChildren(block)
+    conv.activate.names += names
 
 
-def _apply_plugin(
-    block: InvertedResidual, name: str, conv: nn.Module, inputs: Any, out: Tensor
-) -> Tensor:
-    return getattr(block, name)(out)
+def _check_position(plugins: Sequence[dict], position: str, backbone: str) -> None:
+    for plugin in plugins:
+        if plugin.get("position") != position:
+            raise ArgumentError(
+                "plugins",
+                f"must have the position {position!r} in {backbone}, "
+                f"got {plugin.get('position')!r}",
+            )

@@ -1,94 +1,74 @@
-"""Plugin layers for ``ResNet(plugins=[dict(cfg=dict(type=…), position=…, stages=…)])``."""
+"""Block plugins as MMDetection's plugin layers.
+
+``ResNet(plugins=[dict(cfg=dict(type=…), stages=(…), position="after_conv3")])`` takes them. The
+``type`` is the class of a registered block plugin, such as "TripletAttention" or "IDABlock", or
+"BlockPlugin" with the ``name`` of any.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from mmdet.registry import MODELS
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import plugin_core
-
-_BN = MappingProxyType({"type": "BN"})
+from plugin_core.block_plugins import make_module, registered_block_plugins
 
 
 @MODELS.register_module()
-class TripletAttention(plugin_core.TripletAttention):
-    """:class:`plugin_core.TripletAttention` as a plugin layer.
+class BlockPlugin(plugin_core.BlockPlugin):
+    """:class:`plugin_core.BlockPlugin` as a plugin layer.
+
+    Its norms keep training where a backbone's ``norm_eval`` puts all norms below it into
+    evaluation mode. That is for pretrained norms; fresh ones would never gather statistics.
 
     Args:
-        in_channels: what the framework passes to every plugin; triplet attention needs none.
-        kernel_size: side of the gates' convolution, odd.
-        no_spatial: leave the gate over (H, W) out.
-        warm_start: start as the identity, for a backbone pretrained without attention.
-        norm_cfg: of the gates' norms: ``type`` "BN" or "SyncBN", and ``requires_grad``, which is
-            False for a scale and shift that do not train.
-        norm_eval: use the running statistics in training too. The backbone's ``norm_eval`` is for
-            its own, pretrained norms: fresh gates would never gather statistics. To freeze the
-            gates' norms set this one: ``eval()`` on a norm alone does not last.
+        in_channels: which the backbone passes to every plugin layer.
+        name: "timm:eca", "my_package.blocks:MyAttention" or a registered name.
+        warm_start: start as the identity.
+        **arguments: of the module's constructor.
 
     Raises:
-        ValueError: if ``kernel_size`` or ``norm_cfg`` is wrong.
+        ArgumentError: names the argument that is unknown or wrong.
     """
 
-    _abbr_ = "triplet_attention"
+    _abbr_ = "block_plugin"
 
     def __init__(
-        self,
-        in_channels: int | None = None,
-        kernel_size: int = 7,
-        no_spatial: bool = False,
-        warm_start: bool = False,
-        norm_cfg: Mapping[str, Any] = _BN,
-        norm_eval: bool = False,
+        self, in_channels: int, name: str, warm_start: bool = False, **arguments: Any
     ) -> None:
-        _check_norm_cfg(norm_cfg)
-        super().__init__(kernel_size, no_spatial, warm_start, norm=norm_cfg["type"])
-        self.norm_eval = norm_eval
-        for norm in self._norms():
-            norm.requires_grad_(norm_cfg.get("requires_grad", True))
+        super().__init__(make_module(name, in_channels, arguments), name, warm_start)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Here and not in train(): after it, a backbone with norm_eval puts all norms that are
-        # below it into evaluation mode.
-        training = self.training and not self.norm_eval
-        for norm in self._norms():
-            if norm.training != training:
-                norm.training = training
+        # Here and not in train(), as the backbone's train() goes over its norms afterwards.
+        for module in self.modules():
+            if isinstance(module, _BatchNorm) and module.training != self.training:
+                module.training = self.training
         return super().forward(x)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, norm_eval={self.norm_eval}"
 
-    def _norms(self) -> list[_BatchNorm]:
-        return [module for module in self.modules() if isinstance(module, _BatchNorm)]
+class _Registered(BlockPlugin):
+    """A plugin layer that is of one registered name."""
 
+    registered_name: ClassVar[str]
 
-@MODELS.register_module()
-class IDABlock(plugin_core.IDABlock):
-    """:class:`plugin_core.IDABlock` as a plugin layer; its arguments are the same.
-
-    No initialization of MMDetection's touches its ``gamma``: whatever a backbone does to its
-    convolutions, the block is the identity at first.
-    """
-
-    _abbr_ = "ida"
+    def __init__(self, in_channels: int, warm_start: bool = False, **arguments: Any) -> None:
+        super().__init__(in_channels, self.registered_name, warm_start, **arguments)
 
 
-def _check_norm_cfg(norm_cfg: Any) -> None:
-    if not isinstance(norm_cfg, Mapping):
-        raise ValueError(f"norm_cfg must be dict(type='BN') or the like, got {norm_cfg!r}")
-    if norm_cfg.get("type") not in ("BN", "SyncBN"):
-        raise ValueError(f"norm_cfg: type must be 'BN' or 'SyncBN', got {norm_cfg.get('type')!r}")
-    if not isinstance(norm_cfg.get("requires_grad", True), bool):
-        raise ValueError(
-            f"norm_cfg: requires_grad must be True or False, got {norm_cfg['requires_grad']!r}"
+# A type for each registered name: a new method is its own file and nothing here.
+for _name, _kind in registered_block_plugins().items():
+    globals()[_kind.__name__] = MODELS.register_module(
+        module=type(
+            _kind.__name__,
+            (_Registered,),
+            {
+                "__module__": __name__,
+                "__doc__": f":class:`{_kind.__module__}.{_kind.__name__}` as a plugin layer.",
+                "_abbr_": _name,
+                "registered_name": _name,
+            },
         )
-    unknown = set(norm_cfg) - {"type", "requires_grad"}
-    if unknown:
-        raise ValueError(
-            f"norm_cfg: unknown key {', '.join(sorted(unknown))}; there are type and requires_grad"
-        )
+    )

@@ -1,5 +1,12 @@
-"""The methods themselves: PyTorch only, one file a method, no framework import."""
+"""Published methods for detectors, each written once; PyTorch only, no framework import."""
 
+from plugin_core.block_plugins import (
+    BlockPlugin,
+    build_block_plugin,
+    register_block_plugin,
+    registered_block_plugins,
+)
+from plugin_core.errors import ArgumentError
 from plugin_core.methods.attention_mask_consistency import (
     AttentionMaskConsistency,
     GradientHeatmap,
@@ -16,15 +23,20 @@ from plugin_core.methods.ida import IDABlock, IDAClassifier
 from plugin_core.methods.triplet_attention import TripletAttention
 
 __all__ = [
+    "ArgumentError",
     "AttentionMaskConsistency",
     "BatchFormer",
+    "BlockPlugin",
     "FunctionalEntropyRegularizer",
     "GradientHeatmap",
     "IDABlock",
     "IDAClassifier",
     "TripletAttention",
     "attention_mask_consistency_loss",
+    "build_block_plugin",
     "functional_entropy_penalty",
     "functional_information",
     "gradient_heatmap",
+    "register_block_plugin",
+    "registered_block_plugins",
 ]

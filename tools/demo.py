@@ -148,7 +148,7 @@ def measure_detectron2() -> list[Row]:
 
     for dataset in SPLITS:
         register_coco(*dataset)
-    plain = ("MODEL.RESNETS.TRIPLET_ATTENTION.STAGES", ())
+    plain = ("MODEL.RESNETS.PLUGINS", [])
     fixed = ("MODEL.RPN.POST_NMS_TOPK_TEST", PROPOSALS)
     batch = next(iter(ResumableTrainLoader(detectron2_config(get_cfg()))))
     steps, rows = [], []

@@ -1,12 +1,13 @@
 """Backbones in state dicts: which one it is, whatever its spelling, and its tensors for another.
 
 Every spelling is translated into one, torchvision's for a ResNet and MMDetection's for a
-MobileNetV2, with our names of the attention. What two state dicts then spell alike is the same.
+MobileNetV2, with our names of block plugins' parameters. Names that are then alike are the same.
 """
 
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plugin_core.block_plugins import registered_block_plugins, rename_published
 from plugin_core.checkpoints.resnet_names import RESNET_DEPTHS, resnet_depth
-from plugin_core.methods.triplet_attention import PUBLISHED_SPELLING
 
-_ATTENTION = ".triplet_attention."
-_IDA = ".ida."
 _NAME = re.compile(r"(conv[12]|bn1|fc|layer\d\.\d+)\.")
 _BLOCK = re.compile(r"layer\d\.\d+\.")
+_PLUGIN = re.compile(  # a child of a block that is no part of a ResNet or MobileNetV2
+    r"(layer(\d)\.\d+)\."
+    r"((?!(?:conv\d|bn\d|downsample|expand_conv|depthwise_conv|linear_conv)\.)[^.]+)\.(.+)"
+)
 _BLOCK_CONVOLUTION = re.compile(r"layer([1-4])\.(\d+)\.conv([123])\.weight")
 # A C4 detector has its last stage in its RoI head: Detectron2's, MMDetection's.
 _STAGE_OF_ROI_HEAD = re.compile(r"(?:roi_heads|roi_head\.shared_head)\.((?:res5|layer4)\..+)")
@@ -69,13 +72,44 @@ class Backbone:
         return "MobileNetV2" if self.depth is None else f"ResNet-{self.depth}"
 
     def __str__(self) -> str:
-        attention = ""
-        for module, what in ((_ATTENTION, "triplet attention"), (_IDA, "IDA")):
-            blocks = len({n.partition(module)[0] for n in self.names if module in n})
-            if blocks:
-                attention += f"{' and' if attention else ' with'} {what} in {blocks} blocks"
+        plugins = [
+            f"{child.replace('_', ' ')} in {len(blocks)} blocks"
+            for child, blocks in self.plugins().items()
+        ]
+        has = f" with {' and '.join(plugins)}" if plugins else ""
         below = f" below {self.prefix!r}" if self.prefix else ""
-        return f"{self.architecture}{attention}, {self.spelling}'s names{below}"
+        return f"{self.architecture}{has}, {self.spelling}'s names{below}"
+
+    def plugins(self) -> dict[str, dict[str, dict[str, str]]]:
+        """The block plugins by the names of their blocks' children.
+
+        Returns:
+            Of each child the blocks that have it, and of each block the state dict's names by
+            those that the plugin itself has for its parameters.
+        """
+        found: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+        for common, name in self.names.items():
+            if match := _PLUGIN.fullmatch(common):
+                block, _, child, parameter = match.groups()
+                found[child][block][parameter] = name
+        return found
+
+
+@dataclass(frozen=True)
+class FoundPlugin:
+    """A block plugin that was found in a state dict.
+
+    Attributes:
+        name: as configs name it.
+        stages: from 1 on, whose blocks have it.
+        warm_start: whether it was trained with a warm start.
+        arguments: of its constructor, as far as its tensors tell them.
+    """
+
+    name: str
+    stages: tuple[int, ...]
+    warm_start: bool
+    arguments: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -134,26 +168,46 @@ def find_backbone(names: Iterable[str]) -> Backbone:
         if elsewhere or name.startswith(prefix):
             relative = elsewhere[1] if elsewhere else name.removeprefix(prefix)
             common = spelling.translate(relative)
-            for published, ours in PUBLISHED_SPELLING.items():
-                common = common.replace(f"{_ATTENTION}{published}", f"{_ATTENTION}{ours}")
             if _NAME.match(common):
-                common_names.setdefault(common, name)
+                common_names.setdefault(_ours(common), name)
     is_mobilenet = "conv1.conv.weight" in common_names
     depth = None if is_mobilenet else _resnet_depth(common_names)
     return Backbone(depth, spelling.owner, prefix, common_names)
 
 
-def attention_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What :class:`plugin_core.TripletAttention` was built with; empty where there is none."""
-    names = find_backbone(state_dict).names
-    gates = [n for n in names if n.endswith(f"{_ATTENTION}cw.conv.conv.weight")]
-    if not gates:
-        return {}
-    return {
-        "kernel_size": state_dict[names[gates[0]]].shape[-1],
-        "no_spatial": not any(f"{_ATTENTION}hw." in n for n in names),
-        "warm_start": any(n.endswith(f"{_ATTENTION}alpha") for n in names),
-    }
+def _ours(common: str) -> str:
+    """A name with our spelling of the block plugin's parameter in it."""
+    match = _PLUGIN.fullmatch(common)
+    kind = registered_block_plugins().get(match[3]) if match else None
+    if match is None or kind is None:
+        return common
+    renamed = {match[4]: None}
+    rename_published(renamed, "", getattr(kind, "published_names", {}))
+    return f"{match[1]}.{match[3]}.{next(iter(renamed))}"
+
+
+def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
+    """The block plugins of the backbone in a state dict, as a config would ask for them.
+
+    Raises:
+        ValueError: if there is no backbone, or a block has a child that no plugin's name tells.
+    """
+    found = []
+    for child, blocks in find_backbone(state_dict).plugins().items():
+        kind = registered_block_plugins().get(child)
+        name = f"timm:{child[5:]}" if child.startswith("timm_") else child
+        if kind is None and name == child:
+            raise ValueError(
+                f"its blocks have {child!r}, which is no block plugin's name; say by --config "
+                "which module that is"
+            )
+        names = next(iter(blocks.values()))
+        tensors = {parameter: state_dict[name_] for parameter, name_ in names.items()}
+        reads = getattr(kind, "arguments_in", None)
+        stages = tuple(sorted({int(block[len("layer")]) for block in blocks}))
+        arguments = {} if reads is None else reads(tensors)
+        found.append(FoundPlugin(name, stages, "alpha" in names, arguments))
+    return found
 
 
 def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Conversion:
@@ -173,17 +227,16 @@ def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Conve
             f"these are weights of a {from_backbone.architecture}, "
             f"but the model has a {to_backbone.architecture}"
         )
-    values = {common: source[name] for common, name in from_backbone.names.items()}
-    for common in values:
-        block, attention, parameter = common.partition(_ATTENTION)
-        has_gates = f"{block}{_ATTENTION}cw.conv.conv.weight" in to_backbone.names
-        if attention and parameter == "alpha" and has_gates and common not in to_backbone.names:
-            raise ValueError(
-                "these weights' triplet attention was trained with warm_start=True (it has alpha); "
-                "the model's needs warm_start=True too, "
-                "MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START in Detectron2"
-            )
-    _check_same_function(from_backbone, to_backbone)
+    from_names = _renamed_plugins(from_backbone, to_backbone, source, target)
+    values = {common: source[name] for common, name in from_names.items()}
+    for child, blocks in to_backbone.plugins().items():
+        for block, parameters in blocks.items():
+            if "alpha" not in parameters and f"{block}.{child}.alpha" in values:
+                raise ValueError(
+                    f"these weights' {child} was trained with warm_start=True (it has alpha); the "
+                    "model's needs warm_start=True too (WARM_START in Detectron2)"
+                )
+    _check_same_function(from_backbone, from_names, to_backbone)
     conversion = Conversion({}, [], [], [], [])
     misfits = []
     for common, name in to_backbone.names.items():
@@ -204,35 +257,69 @@ def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Conve
     if misfits:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
         raise ValueError(f"shapes that do not fit the model: {'; '.join(misfits[:3])}{more}")
-    used = {name for common, name in from_backbone.names.items() if common in to_backbone.names}
+    used = {name for common, name in from_names.items() if common in to_backbone.names}
     conversion.unused.extend(
         name for name in source if name not in used and not name.endswith("num_batches_tracked")
     )
     return conversion
 
 
-def _check_same_function(source: Backbone, target: Backbone) -> None:
+def _renamed_plugins(
+    source: Backbone,
+    target: Backbone,
+    source_tensors: Mapping[str, Tensor],
+    target_tensors: Mapping[str, Tensor],
+) -> dict[str, str]:
+    """The source's names, a block plugin's as the target names the plugin that has such tensors.
+
+    A framework or a user may name the same plugin differently.
+    """
+
+    def shapes(plugin: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {p: tensors[name].shape for p, name in plugin.items() if p != "alpha"}
+
+    theirs, ours = source.plugins(), target.plugins()
+    names = dict(source.names)
+    for child in [child for child in theirs if child not in ours]:
+        for other in [other for other in ours if other not in theirs]:
+            if theirs[child].keys() == ours[other].keys() and all(
+                shapes(theirs[child][block], source_tensors)
+                == shapes(ours[other][block], target_tensors)
+                for block in theirs[child]
+            ):
+                for block, plugin in theirs[child].items():
+                    for parameter in plugin:
+                        moved = names.pop(f"{block}.{child}.{parameter}")
+                        names[f"{block}.{other}.{parameter}"] = moved
+                theirs[other] = theirs.pop(child)
+                break
+    return names
+
+
+def _check_same_function(source: Backbone, names: Mapping[str, str], target: Backbone) -> None:
     """Check that the source's blocks have nothing that the target's do without."""
     blocks = {match[0] for match in map(_BLOCK.match, target.names) if match}
-    for common, name in source.names.items():
+    for common, name in names.items():
         block = _BLOCK.match(common)
         if (
             block
             and block[0] in blocks
             and common not in target.names
             and not common.endswith(("num_batches_tracked", "momentum"))
-            and _ATTENTION not in common  # a config that leaves it out has decided so
         ):
+            plugin = _PLUGIN.fullmatch(common)
             hint = "they are another network's"
-            if _IDA in common:
-                hint = "take a config with IDA in the same stages"
+            if plugin and (
+                plugin[3] in registered_block_plugins() or plugin[3].startswith("timm_")
+            ):
+                hint = f"take a config with {plugin[3]} in the same stages"
             raise ValueError(
                 f"these weights' blocks have {name}, which the model's have no place for: {hint}"
             )
     for common in target.names:
         module, _, parameter = common.rpartition(".")
-        scale = source.names.get(f"{module}.weight")
-        if parameter != "running_var" or scale is None or common in source.names:
+        scale = names.get(f"{module}.weight")
+        if parameter != "running_var" or scale is None or common in names:
             continue
         if not (source.spelling == "Caffe2" and scale.endswith("_bn_s")):
             raise ValueError(
@@ -250,8 +337,8 @@ def _implied(name: str, values: Mapping[str, Tensor]) -> Tensor | None:
         return torch.zeros_like(scale)
     if scale is not None and parameter == "running_var":
         return torch.ones_like(scale) - 1e-5  # the norms' eps
-    if parameter == "alpha" and f"{module}.cw.conv.conv.weight" in values:
-        return torch.ones(())  # gates without alpha are the published function
+    if parameter == "alpha" and any(other.startswith(f"{module}.") for other in values):
+        return torch.ones(())  # a plugin without alpha is the module alone
     return None
 
 

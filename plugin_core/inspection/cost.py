@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from plugin_core.block_plugins import BlockPlugin
 from plugin_core.methods.batchformer import BatchFormer
-from plugin_core.methods.ida import IDABlock, IDAClassifier
-from plugin_core.methods.triplet_attention import TripletAttention
+from plugin_core.methods.ida import IDAClassifier
 
-_ATTENTION = (TripletAttention, IDABlock, IDAClassifier, BatchFormer)
+_ATTENTION = (BlockPlugin, IDAClassifier, BatchFormer)
 # Where Detectron2's pyramids keep the network that they are built on
 _PYRAMID_BASES = ("bottom_up", "net")
 _STEM = {"stem", "conv1", "bn1", "gn1", "norm1", "patch_embed"}

@@ -15,17 +15,24 @@ one has two transformer layers and a projection of all samples.
 In the middle of a network nothing is decided. There the classes are K learned queries, and what
 they gathered is handed back to the positions that asked for it:
 
-    y_n(p) = sum_k softmax_k(s_nk(p)) Ê_nk,   out = x + gamma * conv1x1(y),   gamma = 0 at first
+    y_n(p) = sum_k softmax_k(s_nk(p)) Ê_nk,   out = x + conv1x1(y)
 
-The authors' detection code is not public: this second form is ours.
+With the warm start of :class:`plugin_core.BlockPlugin` the sum is x + alpha * conv1x1(y), alpha = 0
+at first. The authors' detection code is not public: this second form is ours.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugin_core.block_plugins import register_block_plugin
+from plugin_core.errors import ArgumentError
 from plugin_core.kernels import has_hooks
 from plugin_core.kernels.precision import in_float32
 
@@ -42,12 +49,13 @@ class _DualAttention(nn.Module):
         super().__init__()
         for name, value in (("in_channels", in_channels), ("num_heads", num_heads)):
             _check_positive(name, value)
-        if not beta > 0:
-            raise ValueError(f"beta must be positive, got {beta!r}")
+        if not isinstance(beta, (int, float)) or not beta > 0:
+            raise ArgumentError("beta", f"must be positive, got {beta!r}")
+        if not isinstance(heavy, bool):
+            raise ArgumentError("heavy", f"must be True or False, got {heavy!r}")
         if in_channels % num_heads:
-            raise ValueError(
-                f"num_heads must divide in_channels, got num_heads={num_heads} and "
-                f"in_channels={in_channels}"
+            raise ArgumentError(
+                "num_heads", f"must divide the {in_channels} channels, got {num_heads}"
             )
         channels = in_channels // num_heads
         self.in_channels = in_channels
@@ -107,8 +115,9 @@ class IDAClassifier(_DualAttention):
     B·K·N·2048 if heavy: with many regions and classes that is what counts.
 
     Raises:
-        ValueError: if an argument is not positive, ``num_heads`` does not divide ``in_channels``,
-            or the input is of another shape.
+        ArgumentError: if an argument is not positive, or ``num_heads`` does not divide
+            ``in_channels``.
+        ValueError: if the input is of another shape.
     """
 
     def __init__(
@@ -132,13 +141,12 @@ class IDAClassifier(_DualAttention):
         return logits
 
 
+@register_block_plugin("ida")
 class IDABlock(_DualAttention):
     """Adds to each position what the learned queries that it resembles have gathered.
 
-    At first it is the identity, so that it can be put into a pretrained network.
-
     Args:
-        in_channels: C.
+        channels: C.
         num_queries: K.
         num_heads: N, by which C can be divided.
         beta: added to the norm of a query, > 0.
@@ -147,34 +155,54 @@ class IDABlock(_DualAttention):
     Shape: (B, C, H, W) → (B, C, H, W), same dtype; B may be 0. Memory grows with N·K·H·W.
 
     Raises:
-        ValueError: if an argument is not positive, ``num_heads`` does not divide ``in_channels``,
-            or the input is of another shape.
+        ArgumentError: if an argument is not positive, or ``num_heads`` does not divide C.
+        ValueError: if the input is of another shape.
     """
+
+    # The learnable scalar had its own name before it became every block plugin's.
+    published_names: Mapping[str, str] = MappingProxyType({"gamma": "alpha"})
 
     def __init__(
         self,
-        in_channels: int,
+        channels: int,
         num_queries: int = 80,
         num_heads: int = 4,
         beta: float = 1 / 32,
         heavy: bool = False,
     ) -> None:
         _check_positive("num_queries", num_queries)
-        super().__init__(in_channels, num_queries, num_heads, beta, heavy)
-        self.proj = nn.Conv2d(in_channels, in_channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(()))
+        super().__init__(channels, num_queries, num_heads, beta, heavy)
+        self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """The features, and where it is asked for the spatial attention (B, N, K, H, W)."""
-        scores, attention, attended = self._attend(x, self._class_weights())
+    def forward(self, x: Tensor, warm_start: Tensor | None = None) -> Tensor:
+        """Add conv1x1(y) to x, or with a scalar alpha alpha * conv1x1(y)."""
+        scores, _, attended = self._attend(x, self._class_weights())
         share = in_float32(scores).softmax(dim=2).to(attended.dtype)
-        out = x + self._hand_back(attended, share, x).to(x.dtype)
-        if return_attention:
-            return out, attention.unflatten(3, x.shape[2:])
-        return out
+        return x + self._hand_back(attended, share, x, warm_start).to(x.dtype)
 
-    def _hand_back(self, attended: Tensor, share: Tensor, x: Tensor) -> Tensor:
-        """Give gamma * conv1x1(y), in the shape of x.
+    @staticmethod
+    def arguments_in(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The constructor's arguments that a state dict tells."""
+        return {
+            "num_queries": len(state_dict["head.0.weight"]),
+            "num_heads": sum(name.startswith("head.") for name in state_dict),
+            "heavy": "out_proj.weight" in state_dict,
+        }
+
+    def spatial_attention(self, x: Tensor) -> Tensor:
+        """Where the queries of each head attend in x (B, C, H, W): (B, N, K, H, W)."""
+        _, attention, _ = self._attend(x, self._class_weights())
+        return attention.unflatten(3, x.shape[2:])
+
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """The spatial attention of each query, mean over the heads: (B, H, W)."""
+        attention = self.spatial_attention(x).mean(1)
+        return {f"query {k}": attention[:, k] for k in range(self.num_classes)}
+
+    def _hand_back(
+        self, attended: Tensor, share: Tensor, x: Tensor, alpha: Tensor | None
+    ) -> Tensor:
+        """Give alpha * conv1x1(y), in the shape of x.
 
         The convolution is linear, so instead of the H·W positions it can be applied to the samples
         Ê, before they are handed back: that is less to do where there are many more positions than
@@ -189,9 +217,11 @@ class IDABlock(_DualAttention):
         is_hooked = has_hooks(self.proj) and not torch.jit.is_tracing()
         if of_samples >= of_positions or type(self.proj) is not nn.Conv2d or is_hooked:
             gathered = attended.mT @ share
-            return self.gamma * self.proj(gathered.reshape(x.shape))
-        # Gamma meets what is smallest.
-        attended, bias = self.gamma * attended, self.gamma * self.proj.get_parameter("bias")
+            handed = self.proj(gathered.reshape(x.shape))
+            return handed if alpha is None else alpha * handed
+        bias = self.proj.get_parameter("bias")
+        if alpha is not None:  # the samples are the smallest tensor on the way
+            attended, bias = alpha * attended, alpha * bias
         weight = self.proj.weight.flatten(1).unflatten(1, (heads, channels)).transpose(0, 1)
         samples = weight.to(attended.dtype) @ attended.transpose(0, 1).flatten(1, 2).mT
         samples = samples.unflatten(2, (batch, queries)).permute(2, 1, 0, 3).flatten(2)
@@ -261,4 +291,4 @@ class _SelfAttention(nn.Module):
 
 def _check_positive(name: str, value: int) -> None:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        raise ArgumentError(name, f"must be a positive integer, got {value!r}")

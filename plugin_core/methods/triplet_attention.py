@@ -17,24 +17,22 @@ three small maps along the axes of x and to let them broadcast.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from plugin_core.block_plugins import register_block_plugin, rename_published
+from plugin_core.errors import ArgumentError
 from plugin_core.kernels import has_hooks, triplet
 
-# Checkpoints of the paper exist in two spellings. Ours is the first one, so that what is saved
-# here loads there; the second one, used by the published detectors, is renamed on loading.
-PUBLISHED_SPELLING = {
-    "ChannelGateH.spatial.": "cw.conv.",
-    "ChannelGateW.spatial.": "hc.conv.",
-    "SpatialGate.spatial.": "hw.conv.",
-}
 _NORMS = ("BN", "SyncBN", "FrozenBN")
 
 
+@register_block_plugin("triplet_attention")
 class TripletAttention(nn.Module):
     """Scales its input by the mean of three cross-dimension gates (paper, eq. 4).
 
@@ -42,16 +40,13 @@ class TripletAttention(nn.Module):
     ``3 * (2 * kernel_size**2 + 2)`` parameters, whatever the number of channels.
 
     A fresh gate is about 1/2 everywhere, so it halves the features of a network that was trained
-    without it. With ``warm_start`` the output is ``x * (1 + alpha * (g - 1))`` with a learnable
-    scalar ``alpha`` that starts at 0: a pretrained network is unchanged at first and lets the gates
-    in as it learns. ``alpha = 1`` is the published function; a state dict with gates but without
-    ``alpha`` therefore loads with ``alpha = 1``. The other way round, what was trained with
-    ``warm_start`` needs it to load.
+    without it. A pretrained one needs the warm start of :class:`plugin_core.BlockPlugin`, which
+    makes the output x * (1 + alpha * (g - 1)).
 
     Args:
+        channels: C, which every block plugin is built from; triplet attention needs none.
         kernel_size: side of the gates' convolution, odd; 7 in the paper, 3 in its ablation.
         no_spatial: leave ``g_hw`` out.
-        warm_start: start as the exact identity.
         norm: of the gates, "BN" as published; "SyncBN", whose statistics are those of the batches
             of all processes of a distributed training, on CPUs too; or "FrozenBN", which always
             uses the running statistics and learns no scale and shift. State dicts are the same.
@@ -60,34 +55,45 @@ class TripletAttention(nn.Module):
     Shape: (B, C, H, W) → (B, C, H, W), same dtype and memory format; B may be 0.
 
     Raises:
-        ValueError: if ``kernel_size`` is not a positive odd number, ``norm`` is unknown, or the
-            input is not 4-D.
-        RuntimeError: if a state dict with ``alpha`` is loaded without ``warm_start``.
+        ArgumentError: if ``kernel_size`` is not a positive odd number, or ``norm`` is unknown.
+        ValueError: if the input is not 4-D.
     """
+
+    # Checkpoints of the paper exist in two spellings. Ours is the first one, so that a checkpoint
+    # saved here loads there. The second one, of the published detectors, is renamed on loading.
+    published_names: Mapping[str, str] = MappingProxyType(
+        {
+            "ChannelGateH.spatial.": "cw.conv.",
+            "ChannelGateW.spatial.": "hc.conv.",
+            "SpatialGate.spatial.": "hw.conv.",
+        }
+    )
 
     def __init__(
         self,
+        channels: int | None = None,
         kernel_size: int = 7,
         no_spatial: bool = False,
-        warm_start: bool = False,
         norm: str = "BN",
     ) -> None:
         super().__init__()
         if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
-            raise ValueError(
-                f"kernel_size must be a positive odd number (3 or 7 in the paper), "
-                f"got {kernel_size!r}"
+            raise ArgumentError(
+                "kernel_size",
+                f"must be a positive odd number (3 or 7 in the paper), got {kernel_size!r}",
             )
+        if not isinstance(no_spatial, bool):
+            raise ArgumentError("no_spatial", f"must be True or False, got {no_spatial!r}")
         if norm not in _NORMS:
-            raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
+            raise ArgumentError("norm", f"must be one of {', '.join(_NORMS)}, got {norm!r}")
         self.kernel_size = kernel_size
         self.norm = norm
         self.cw = _Gate(kernel_size, norm)
         self.hc = _Gate(kernel_size, norm)
         self.hw = None if no_spatial else _Gate(kernel_size, norm)
-        self.alpha = nn.Parameter(torch.zeros(())) if warm_start else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, warm_start: Tensor | None = None) -> Tensor:
+        """Scale x by the gates' mean g, or with a scalar alpha by 1 + alpha * (g - 1)."""
         if x.dim() != 4:
             raise ValueError(
                 f"TripletAttention takes a 4-D input (B, C, H, W), got {x.dim()}-D of shape "
@@ -95,24 +101,26 @@ class TripletAttention(nn.Module):
             )
         passes = triplet.passes_for(x)
         if passes is not None:
-            return self._forward_in_few_passes(x, passes)
+            return self._forward_in_few_passes(x, warm_start, passes)
         g_cw, g_hc, g_hw = self.gates(x)
         g = (g_cw + g_hc) / 2 if g_hw is None else (g_hw + g_cw + g_hc) / 3
-        if self.alpha is not None:
-            g = 1 + self.alpha * (g - 1)
+        if warm_start is not None:
+            g = 1 + warm_start * (g - 1)
         return x * g
 
-    def _forward_in_few_passes(self, x: Tensor, passes: triplet.Passes) -> Tensor:
+    def _forward_in_few_passes(
+        self, x: Tensor, alpha: Tensor | None, passes: triplet.Passes
+    ) -> Tensor:
         maps, links, exchanged = triplet.z_pool(x, passes)
         modules = [gate for gate in (self.cw, self.hc, self.hw) if gate is not None]
         gates = [
             gate(pooled, passes, is_exchanged)
             for gate, pooled, is_exchanged in zip(modules, maps, exchanged, strict=False)
         ]
-        weight = 1 / len(gates) if self.alpha is None else self.alpha / len(gates)
+        weight = 1 / len(gates) if alpha is None else alpha / len(gates)
         gates = [gate * weight for gate in gates]
-        if self.alpha is not None:
-            gates[0] = gates[0] + (1 - self.alpha)
+        if alpha is not None:
+            gates[0] = gates[0] + (1 - alpha)
         if self.hw is None:
             gates.append(torch.zeros_like(maps[2][:, :1]))
         return triplet.scale(x, gates, links, passes)
@@ -124,28 +132,29 @@ class TripletAttention(nn.Module):
         g_hw = None if self.hw is None else self.hw(_z_pool(x, 1))
         return g_cw, g_hc, g_hw
 
+    @staticmethod
+    def arguments_in(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The constructor's arguments that a state dict tells."""
+        return {
+            "kernel_size": state_dict["cw.conv.conv.weight"].shape[-1],
+            "no_spatial": "hw.conv.conv.weight" not in state_dict,
+        }
+
+    def maps(self, x: Tensor) -> dict[str, Tensor]:
+        """The gates over x, (B, H, W) each; g_cw and g_hc are the mean over the channels."""
+        g_cw, g_hc, g_hw = self.gates(x)
+        maps = {"gate hw": g_hw[:, 0]} if g_hw is not None else {}
+        for name, gate in (("gate cw, mean over C", g_cw), ("gate hc, mean over C", g_hc)):
+            maps[name] = gate.mean(1).expand(len(x), *x.shape[2:])
+        return maps
+
     def extra_repr(self) -> str:
-        return (
-            f"kernel_size={self.kernel_size}, no_spatial={self.hw is None}, "
-            f"warm_start={self.alpha is not None}, norm={self.norm}"
-        )
+        return f"kernel_size={self.kernel_size}, no_spatial={self.hw is None}, norm={self.norm}"
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        for published, ours in PUBLISHED_SPELLING.items():
-            for key in [k for k in state_dict if k.startswith(prefix + published)]:
-                renamed = prefix + ours + key.removeprefix(prefix + published)
-                state_dict[renamed] = state_dict.pop(key)
-        has_gates = f"{prefix}cw.conv.conv.weight" in state_dict
-        # Frameworks load what fits and log the rest: without alpha the result would be wrong.
-        if self.alpha is None and f"{prefix}alpha" in state_dict:
-            raise RuntimeError(
-                f"{prefix}alpha: this state dict was trained with warm_start=True, and the module "
-                "was built with warm_start=False; build it with warm_start=True"
-            )
-        if self.alpha is not None and has_gates:
-            state_dict.setdefault(f"{prefix}alpha", torch.ones(()))
+        rename_published(state_dict, prefix, self.published_names)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -8,7 +8,8 @@ optimizer, lr_multiplier = _base.optimizer, _base.lr_multiplier
 
 _bottom_up = model.backbone.bottom_up
 _bottom_up._target_ = build_resnet_with_plugins
-_bottom_up.triplet_attention = dict(stages=["res2", "res3", "res4", "res5"], warm_start=True)
+_stages = ["res2", "res3", "res4", "res5"]
+_bottom_up.plugins = [dict(name="triplet_attention", stages=_stages, warm_start=True)]
 _bottom_up.freeze_at = 1  # res2 trains: the weights hold no attention
 
 # What torchvision's weights and the published detectors want: RGB, divided by the standard

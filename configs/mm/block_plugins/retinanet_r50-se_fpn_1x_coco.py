@@ -1,0 +1,3 @@
+_base_ = "../triplet_attention/retinanet_r50-triplet_fpn_1x_coco.py"
+layer = dict(type="BlockPlugin", name="timm:se", warm_start=True)
+model = dict(backbone=dict(plugins=[dict(cfg=layer, position="after_conv3")]))

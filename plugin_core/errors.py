@@ -1,0 +1,69 @@
+"""Errors that say which argument is wrong."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+
+class ArgumentError(ValueError):
+    """The value of an argument is wrong.
+
+    Whoever passes a setting on as an argument can say in the setting's own words where it stands.
+
+    Args:
+        argument: its name.
+        reason: what would be right and what was given, such as "must be odd, got 4".
+    """
+
+    def __init__(self, argument: str, reason: str = "") -> None:
+        super().__init__(argument, reason)
+        self.argument = argument
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.argument} {self.reason}".rstrip()
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint such as "; did you mean 'eca'?" for a name with a typo; empty if none is similar."""
+    likely = difflib.get_close_matches(str(name), [*known])
+    return f"; did you mean {' or '.join(map(repr, likely))}?" if likely else ""
+
+
+def check_arguments(
+    function: Callable[..., Any], arguments: Mapping[str, Any], reserved: Collection[str] = ()
+) -> None:
+    """Check that a function, or a class, takes arguments of these names.
+
+    Where a constructor hands ``**kwargs`` on, those of the next base class count too.
+
+    Args:
+        function: that will be called with them.
+        arguments: by name.
+        reserved: names that are passed already.
+
+    Raises:
+        ArgumentError: names the first one that is unknown, and the likely one.
+    """
+    functions: list[Any] = [function]
+    if inspect.isclass(function):
+        functions = [base.__init__ for base in function.__mro__]  # type: ignore[misc]
+    known: dict[str, None] = {}
+    for one in functions:
+        parameters = inspect.signature(one).parameters.values()
+        named = (p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL))
+        known |= dict.fromkeys(p.name for p in named)
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    else:
+        return  # it takes any
+    names = [name for name in known if name != "self" and name not in reserved]
+    for argument in arguments:
+        if argument not in names:
+            there_are = f"there are {', '.join(names)}" if names else "it takes none"
+            raise ArgumentError(
+                argument, f"is no argument; {there_are}{did_you_mean(argument, names)}"
+            )
