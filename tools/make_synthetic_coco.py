@@ -37,8 +37,6 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # when imported as tools.…
-
 from synthetic_coco import THINGS, ArgumentError, Summary, make_dataset
 
 __all__ = ["ArgumentError", "Summary", "main", "make_dataset"]

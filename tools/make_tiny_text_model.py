@@ -33,9 +33,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # when imported as tools.…
-
-from whole_folder import unwritable_parent, whole_folder
+from plugin_core.files import unwritable_parent, whole_folder
 
 MARKER = "tiny_text_model.json"
 _OWN_FILES = {

@@ -16,8 +16,9 @@ the sheet are files of their own too:
 
     gradcam, gradcam++  what the detection's score depends on in the backbone's last stage
     triplet             the three gates of the last triplet attention
-    ida-regions         where IDA's classifier looks in the region of the detection, for its class
     ida-queries         of the last IDA block, the queries that attend most to the detection's box
+    …                   likewise any other block plugin that offers maps, by its name
+    ida-regions         where IDA's classifier looks in the region of the detection, for its class
 
 Of a detector of MMDetection that reads a text (GLIP, Grounding DINO) phrases are explained, each in
 a row of the sheet:
@@ -33,39 +34,23 @@ Colours go from a map's least value to its greatest.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import torch
-import torch.nn.functional as F
-from attention_sheet import Panel, Row, overlay, with_box, write
-from config_kinds import common_side
-from phrase_heatmap import check_reads_no_text, choose_caption, choose_grounder, phrase_rows
 from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
-from plugin_core import IDABlock, IDAClassifier, TripletAttention
-from plugin_core.inspection.attention_maps import (
-    Detections,
-    Detector,
-    Picture,
-    Run,
-    check_depends_on,
-    region_attention,
-    run,
-    spatial_attention,
-)
+from plugin_core.inspection.attention_maps import Caption, Detector
+from plugin_core.inspection.choices import choose_baseline_layer, choose_layers, find_class
+from plugin_core.inspection.config_kinds import FRAMEWORKS, common_side
+from plugin_core.inspection.phrases import choose_grounder, phrase_rows
+from plugin_core.inspection.pictures import explain
+from plugin_core.inspection.sheets import Row, write
 
-CAMS = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus"}  # classes of pytorch_grad_cam
-ATTENTION = {"triplet": TripletAttention, "ida-regions": IDAClassifier, "ida-queries": IDABlock}
 DETECTORS = {"d2_plugins": "Detectron2Detector", "mm_plugins": "MMDetDetector"}
-QUERIES = 4  # that are shown of an IDA block
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -107,8 +92,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=[*CAMS, *ATTENTION],
-        help="what to draw (default: Grad-CAMs and what attention the model has)",
+        metavar="METHOD",
+        help="what to draw: gradcam, triplet, … (default: Grad-CAMs and what attention there is)",
     )
     parser.add_argument(
         "--layer",
@@ -164,14 +149,45 @@ def prepare(args: argparse.Namespace) -> Callable[[str], list[Row]]:
     if caption is not None:
         ground = choose_grounder(detector, caption, args.layer[0] if args.layer else None)
         return partial(phrase_rows, detector, ground, caption)
-    check_reads_no_text(detector)
+    if detector.reads_text:
+        kind = type(detector.model).__name__
+        raise ValueError(f"{kind} reads a text; name what to look for by --phrase")
     layers = choose_layers(detector, args.methods, args.layer)
     class_id = find_class(args.class_, detector.class_names)
     baseline = load(side, *args.baseline, args.trust) if args.baseline else None
     baseline_layer = None
     if baseline is not None:
         baseline_layer = choose_baseline_layer(detector, baseline, layers, args.layer)
-    return lambda path: explain(detector, path, class_id, layers, baseline, baseline_layer)
+    return lambda path: explain(
+        detector, path, class_id, layers, baseline, baseline_layer, warn=warn
+    )
+
+
+def choose_caption(args: argparse.Namespace, side: str) -> Caption | None:
+    """Make what a detector is to read; None where no phrase is asked for.
+
+    Raises ValueError if an argument is wrong, or is not for phrases.
+    """
+    if not args.phrase:
+        if args.text is not None:
+            raise ValueError("--text: the text that phrases stand in; name one by --phrase")
+        return None
+    if side != "mm_plugins":
+        raise ValueError(
+            f"--phrase: {args.config} is a config of {FRAMEWORKS[side]}, whose detectors read no "
+            "text; choose by --class"
+        )
+    others = {"--class": args.class_, "--methods": args.methods, "--baseline": args.baseline}
+    for option, value in others.items():
+        if value is not None:
+            raise ValueError(f"{option}: of detectors with classes; it does not go with --phrase")
+    if len(args.layer) > 1:
+        raise ValueError(f"--layer {args.layer[1]}: the heatmap of a phrase is made of one layer")
+    try:
+        # MMDetection takes these from the ends of phrases too.
+        return Caption(tuple(phrase.strip(". ") for phrase in args.phrase), args.text)
+    except ValueError as error:
+        raise ValueError(f"--phrase: {error}") from error
 
 
 def check_images(paths: Sequence[str]) -> None:
@@ -208,301 +224,6 @@ def load(side: str, config: str, weights: str, trust: bool) -> Detector:
         raise ValueError(f"{config}: {error}") from error
     except Exception as error:  # of a config's own code
         raise ValueError(f"{config}: {error!r}") from error
-
-
-def find_class(text: str | None, names: Sequence[str]) -> int | None:
-    if text is None:
-        return None
-    if text in names:
-        return names.index(text)
-    if text.isdecimal():
-        if int(text) < len(names):
-            return int(text)
-        raise ValueError(
-            f"--class {text}: the model has {len(names)} classes, 0 … {len(names) - 1}"
-        )
-    if names[0] == "0":
-        raise ValueError(
-            f"--class {text}: the classes' names are not known, give an id from 0 to "
-            f"{len(names) - 1}; in Detectron2, --register-coco makes a config's dataset known"
-        )
-    likely = difflib.get_close_matches(text, names, cutoff=0.4) or names[:10]
-    raise ValueError(f"--class {text}: there is no such class; such as {', '.join(likely)}")
-
-
-def choose_layers(
-    detector: Detector, methods: Sequence[str] | None, layers: Sequence[str]
-) -> dict[str, str]:
-    """What to draw, and the names of the modules that it is drawn of."""
-    modules = dict(detector.model.named_modules())
-    found = {method: attention_names(detector, method) for method in ATTENTION}
-    chosen = {method: names[-1] for method, names in found.items() if names}
-    cam_layer = None
-    for name in layers:
-        if name not in modules:
-            known = [n for names in found.values() for n in names]
-            likely = difflib.get_close_matches(name, modules, n=3, cutoff=0.4)
-            raise ValueError(
-                f"--layer {name}: the model has no such module; its attention: "
-                f"{', '.join(known) or 'none'}; similar names: {', '.join(likely) or 'none'}"
-            )
-        methods_of = [m for m, kind in ATTENTION.items() if isinstance(modules[name], kind)]
-        if not methods_of and cam_layer is not None:
-            raise ValueError(f"--layer {name}: Grad-CAMs are made of one layer, and of {cam_layer}")
-        if not methods_of:
-            cam_layer = name
-        elif name not in found[methods_of[0]]:
-            raise ValueError(f"--layer {name}: it works on regions, not on the image")
-        else:
-            chosen[methods_of[0]] = name
-    if methods is None:
-        methods = [*CAMS, *chosen]
-    for method in methods:
-        if method not in CAMS and method not in chosen:
-            raise ValueError(
-                f"--methods {method}: the model has no {ATTENTION[method].__name__} for it; "
-                f"there are {', '.join([*CAMS, *chosen])}"
-            )
-    if cam_layer is not None and not set(methods) & set(CAMS):
-        raise ValueError(f"--layer {cam_layer}: no attention, and --methods leaves Grad-CAMs out")
-    if set(methods) & set(CAMS):
-        grad_cam("gradcam")
-        if cam_layer is None:
-            try:
-                cam_layer = detector.last_stage()
-            except ValueError as error:
-                raise ValueError(f"{error}; name a --layer whose feature map to explain") from error
-        chosen |= dict.fromkeys(CAMS, cam_layer)
-    return {method: chosen[method] for method in [*CAMS, *ATTENTION] if method in methods}
-
-
-def attention_names(detector: Detector, method: str) -> list[str]:
-    """Modules of a kind; of those that work on a map, the ones that see the whole image."""
-    return [
-        name
-        for name, module in detector.model.named_modules()
-        if isinstance(module, ATTENTION[method])
-        and (method == "ida-regions" or name.startswith("backbone."))
-    ]
-
-
-def choose_baseline_layer(
-    detector: Detector, baseline: Detector, layers: dict[str, str], names: Sequence[str]
-) -> str:
-    """The feature map that the baseline's Grad-CAMs are made of."""
-    if baseline.reads_text:
-        raise ValueError(
-            f"--baseline: {type(baseline.model).__name__} reads a text, the model none"
-        )
-    first, second = detector.class_names, baseline.class_names
-    if len(first) != len(second):
-        raise ValueError(f"--baseline: it has {len(second)} classes, the model has {len(first)}")
-    for mine, other in zip(first, second, strict=True):
-        if mine != other and not (mine.isdecimal() or other.isdecimal()):
-            raise ValueError(f"--baseline: it calls {other!r} what the model calls {mine!r}")
-    layer = next((layers[method] for method in CAMS if method in layers), None)
-    if layer is None:
-        raise ValueError(f"--baseline: only for {' and '.join(CAMS)}, which --methods leaves out")
-    if layer not in names:
-        return baseline.last_stage()
-    if layer not in dict(baseline.model.named_modules()):
-        raise ValueError(f"--layer {layer}: the baseline has no such module")
-    return layer
-
-
-def grad_cam(method: str) -> Callable[..., Any]:
-    try:
-        library = importlib.import_module("pytorch_grad_cam")
-    except ImportError as error:
-        raise ValueError(
-            f"Grad-CAMs need the package grad-cam: pip install -e .[visualization], or leave them "
-            f"out by --methods ({error})"
-        ) from error
-    return getattr(library, CAMS[method])
-
-
-# --- what is drawn ---------------------------------------------------------------------------- #
-
-
-def explain(
-    detector: Detector,
-    path: str,
-    class_id: int | None,
-    layers: dict[str, str],
-    baseline: Detector | None,
-    baseline_layer: str | None,
-) -> list[Row]:
-    """All rows of an image's sheet that can be drawn; raises ValueError if nothing can."""
-    failures: list[str] = []
-
-    def attempt(make: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return make(*arguments)
-        except ValueError as error:
-            failures.append(str(error))
-            return []
-
-    modules = {method: detector.model.get_submodule(name) for method, name in layers.items()}
-    done = run(detector, detector.read(path), modules.values())
-    index = done.detections.best(class_id)
-    if index is None:
-        raise ValueError(no_detection(detector, done, class_id))
-    class_id = int(done.detections.classes[index])
-    cams = [method for method in layers if method in CAMS]
-    rows = [detection_row("detector", detector, done, index)]
-    if cams:
-        rows[0].panels += attempt(cam_panels, detector, done, index, layers[cams[0]], cams)
-    if baseline is not None and baseline_layer is not None:
-        plain = run(baseline, baseline.read(path), [baseline.model.get_submodule(baseline_layer)])
-        best = plain.detections.best(class_id)
-        if best is None:
-            warn(f"{path}: baseline: {no_detection(baseline, plain, class_id)}")
-        else:
-            rows.append(detection_row("baseline", baseline, plain, best))
-            panels = attempt(cam_panels, baseline, plain, best, baseline_layer, cams)
-            rows[-1].panels += [
-                Panel(p.title, p.picture, file=f"baseline_{p.file}") for p in panels
-            ]
-    draw = {
-        "triplet": triplet_row,
-        "ida-regions": partial(regions_row, detector),
-        "ida-queries": queries_row,
-    }
-    for method in layers:
-        if method in draw:
-            row = attempt(draw[method], done, index, modules[method], layers[method])
-            rows += [row] if row else []
-    if len(rows) == len(rows[0].panels) == 1:
-        raise ValueError("; ".join(failures))
-    for failure in failures:
-        warn(f"{path}: {failure}")
-    return rows
-
-
-def no_detection(detector: Detector, done: Run, class_id: int | None) -> str:
-    what = "no detection" if class_id is None else f"no {label(detector, class_id)}"
-    best = [(k, done.detections.best(k)) for k in range(len(detector.class_names))]
-    scores = done.detections.scores
-    others = [f"{label(detector, k)} {scores[i].item():.2f}" for k, i in best if i is not None]
-    hint = f"found are {', '.join(others[:8])}; choose by --class" if others else "nothing is found"
-    return f"{what} above the score threshold of the config's test; {hint}"
-
-
-def detection_row(what: str, detector: Detector, done: Run, index: int) -> Row:
-    found = done.detections
-    title = f"{label(detector, int(found.classes[index]))}, score {found.scores[index].item():.2f}"
-    return Row(what, [Panel(title, with_box(done.picture.image, found.boxes[index]))])
-
-
-def label(detector: Detector, class_id: int) -> str:
-    name = detector.class_names[class_id]
-    return f"class {name}" if name.isdecimal() else name
-
-
-def cam_panels(
-    detector: Detector, done: Run, index: int, layer: str, methods: Sequence[str]
-) -> list[Panel]:
-    module = detector.model.get_submodule(layer)
-    try:
-        check_depends_on(done, module, index)
-    except ValueError as error:
-        raise ValueError(f"layer {layer}: {error}") from error
-    panels = []
-    for method in methods:
-        heat = make_cam(method, detector, done, index, module)
-        title = method.replace("gradcam", "Grad-CAM") + ("" if heat.any() else ", nowhere above 0")
-        picture = overlay(done, heat, index)
-        panels.append(Panel(f"{title}\n{layer}", picture, None, method))
-    return panels
-
-
-class _DetectorOfPadded(nn.Module):
-    """A detector as grad-cam calls it: a padded image in, the detections of each image out."""
-
-    def __init__(self, detector: Detector, picture: Picture) -> None:
-        super().__init__()
-        self.detector = detector.model
-        self.detect = partial(detector.detect, picture)
-        self.size = picture.pixels.shape[2:]
-
-    def forward(self, padded: Tensor) -> list[Detections]:
-        return [self.detect(padded[..., : self.size[0], : self.size[1]])]
-
-
-def make_cam(method: str, detector: Detector, done: Run, index: int, layer: nn.Module) -> Tensor:
-    """(H, W) over the image, 0 … 1: the class activation map of a detection's score."""
-    # grad-cam stretches the map over what the model is given, so that is the padded image.
-    pixels = done.picture.pixels
-    (height, width), (rows, columns) = pixels.shape[2:], done.frame.padded_size
-    padded = F.pad(pixels, (0, columns - width, 0, rows - height)).requires_grad_()
-    class_id = int(done.detections.classes[index])
-
-    def score(detections: Detections) -> Tensor:
-        return detections.scores[detections.best(class_id)]
-
-    # A copy, as the layers that follow may change the map in place.
-    model = _DetectorOfPadded(detector, done.picture)
-    cam = grad_cam(method)(model, [layer], reshape_transform=torch.clone)
-    try:
-        return done.frame.over_image(torch.from_numpy(cam(padded, [score]))[0])
-    finally:
-        cam.activations_and_grads.release()
-
-
-def triplet_row(done: Run, index: int, module: TripletAttention, name: str) -> Row:
-    x = done.call_of(module).args[0]
-    with torch.no_grad():
-        g_cw, g_hc, g_hw = module.gates(x)
-    alpha = "" if module.alpha is None else f", alpha {float(module.alpha):.2f}"
-    row = Row(f"triplet attention{alpha}\n{name}")
-    spatial = [("hw", "", g_hw)]
-    spatial += [("cw", ", mean over C", g_cw.mean(1, keepdim=True))]
-    spatial += [("hc", ", mean over C", g_hc.mean(1, keepdim=True))]
-    for gate, note, values in spatial:
-        if values is not None:
-            map_ = values[0, 0].expand(x.shape[2:])
-            picture = overlay(done, done.frame.over_image(map_), index)
-            file = "triplet-hw" if gate == "hw" else None
-            row.panels.append(Panel(f"gate {gate}{note}\n{extent(map_)}", picture, None, file))
-    for gate, axes, values in (
-        ("cw", ("C", "W"), g_cw[0, :, 0]),
-        ("hc", ("H", "C"), g_hc[0, :, :, 0].T),
-    ):
-        row.panels.append(Panel(f"gate {gate}\n{extent(values)}", values.cpu().numpy(), axes))
-    return row
-
-
-def regions_row(detector: Detector, done: Run, index: int, module: IDAClassifier, name: str) -> Row:
-    try:
-        maps, region = region_attention(detector, done, module, index)
-    except ValueError as error:
-        raise ValueError(f"layer {name}: {error}") from error
-    row = Row(f"IDA in the region\n{name}")
-    pasted = done.frame.paste(torch.cat((maps.mean(0, keepdim=True), maps)), region)
-    for head, (map_, values) in enumerate(zip(pasted, (maps.mean(0), *maps), strict=True)):
-        title = f"head {head}" if head else "mean over heads"
-        file = None if head else "ida-regions"
-        panel = Panel(f"{title}\n{extent(values)}", overlay(done, map_, index), None, file)
-        row.panels.append(panel)
-    return row
-
-
-def queries_row(done: Run, index: int, module: IDABlock, name: str) -> Row:
-    maps = spatial_attention(module, done.call_of(module).args[0]).mean(0)
-    box = done.detections.boxes[index]
-    shares = done.frame.share_in_box(maps, box)
-    even = float(done.frame.share_in_box(torch.ones_like(maps[0]), box))
-    about = f"IDA's queries, mean over heads, gamma {float(module.gamma):.2g}"
-    row = Row(f"{about}\n{name}\nthe box is {even:.1%} of the input")
-    for rank, query in enumerate(shares.argsort(descending=True)[:QUERIES].tolist()):
-        picture = overlay(done, done.frame.over_image(maps[query]), index)
-        title = f"query {query}\n{shares[query]:.1%} of it in the box"
-        row.panels.append(Panel(title, picture, None, None if rank else "ida-queries"))
-    return row
-
-
-def extent(values: Tensor) -> str:
-    return f"{float(values.min()):.3g} … {float(values.max()):.3g}"
 
 
 def warn(text: str) -> None:

@@ -1,10 +1,10 @@
-"""What a detector attended to when it made a detection, as maps over the image.
+"""Maps over an image of what a detector attended to when it made a detection.
 
-A framework's side says how its detectors are run (:class:`Detector`). What they compute is recorded
-by hooks that are gone afterwards, and laid over the image here (:class:`Frame`).
+A framework's side says how its detectors are run (:class:`Detector`). Hooks record what they
+compute, and are gone afterwards (:func:`run`). :class:`Frame` lays it over the image.
 
-Sizes are (height, width), boxes (x1, y1, x2, y2), both in pixels of the image file where nothing
-else is said. Each cell of a map (..., H', W') of features covers an equal part of the padded input.
+Sizes are (height, width) and boxes (x1, y1, x2, y2), in pixels of the image file unless another
+unit is given. The cells of a map (..., H', W') of features divide the padded input evenly.
 """
 
 from __future__ import annotations
@@ -24,25 +24,24 @@ from torch import Tensor, nn
 
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.inspection.recorder import Call, record_calls
-from plugin_core.methods.ida import IDABlock, IDAClassifier
+from plugin_core.methods.ida import IDAClassifier
 
 logger = logging.getLogger(__name__)
 
 Size = tuple[int, int]
-# What a checkpoint may have or lack: constants of Detectron2's older ones, a counter of norms'
+# A checkpoint may have or lack these: constants of older Detectron2, and the norms' counter.
 _OPTIONAL = {"pixel_mean", "pixel_std", "cell_anchors", "num_batches_tracked"}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, and what a detector is given of it.
+    """An image, and the input that a detector makes of it.
 
     Args:
         image: (H, W, 3), RGB, 0 … 255.
-        pixels: (1, 3, h, w), float, as the detector takes them: 0 … 255, resized, its order of
-            channels.
-        input_size: of ``pixels``, as far as the image fills them.
-        meta: whatever else the framework wants.
+        pixels: (1, 3, h, w), float, 0 … 255: the resized image, in the detector's channel order.
+        input_size: the part of ``pixels`` that the image fills.
+        meta: what else the framework needs to run.
     """
 
     image: np.ndarray
@@ -53,12 +52,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a detector found in one image.
+    """The D objects that a detector found in one image.
 
     Args:
         boxes: (D, 4).
-        scores: (D,), which gradients flow through.
-        classes: (D,), from 0 on.
+        scores: (D,), with gradients.
+        classes: (D,), counted from 0.
     """
 
     boxes: Tensor
@@ -66,7 +65,7 @@ class Detections:
     classes: Tensor
 
     def best(self, class_id: int | None = None) -> int | None:
-        """Index of the detection with the highest score, of one class or of all; None without."""
+        """Find the highest score's index, in one class or all; None if there is no detection."""
         wanted = torch.ones_like(self.classes, dtype=torch.bool)
         if class_id is not None:
             wanted = self.classes == class_id
@@ -77,14 +76,14 @@ class Detections:
 
 @dataclass(frozen=True)
 class Caption:
-    """Phrases that a detector which reads a text is to look for.
+    """The text that a detector reads, and the phrases in it that it looks for.
 
     Args:
-        phrases: each without spaces and full stops around it.
-        text: that they stand in, in any case; None where the phrases are all that is read.
+        phrases: without spaces and full stops at their ends.
+        text: holds each phrase, in upper or lower case; None to read just the phrases.
 
     Raises:
-        ValueError: if there is no phrase, one is empty, or one does not occur in the text.
+        ValueError: if there is no phrase, a phrase is empty, or the text does not hold it.
     """
 
     phrases: tuple[str, ...]
@@ -97,11 +96,11 @@ class Caption:
             self.spans()
 
     def spans(self) -> list[tuple[int, int]]:
-        """Of each phrase, from and to which character of the text it is first seen, as words."""
+        """Find the characters (start, end) of each phrase in the text, as whole words first."""
         spans = []
         for phrase in self.phrases:
             same = re.escape(phrase)
-            patterns = (rf"(?<!\w){same}(?!\w)", same)  # whole words rather than parts of others
+            patterns = (rf"(?<!\w){same}(?!\w)", same)
             found = (re.search(pattern, self.text or "", re.IGNORECASE) for pattern in patterns)
             match = next(filter(None, found), None)
             if match is None:
@@ -112,12 +111,12 @@ class Caption:
 
 @dataclass(frozen=True)
 class Grounding:
-    """Where a detector sees the phrases of a caption in one image.
+    """The phrases of a caption, found in one image.
 
     Args:
-        detections: whose classes are the numbers of the phrases.
-        heatmaps: (phrases, H, W) over the image, 0 … 1.
-        layer: whose activation the heatmaps are of.
+        detections: the class of a detection is the number of its phrase.
+        heatmaps: (phrases, H, W), 0 … 1, over the image.
+        layer: name of the module whose activation the heatmaps explain.
     """
 
     detections: Detections
@@ -125,7 +124,7 @@ class Grounding:
     layer: str
 
 
-# Raises ValueError where there is no heatmap.
+# Finds a caption's phrases in a picture; raises ValueError if there is no heatmap.
 Grounder = Callable[[Picture], Grounding]
 
 
@@ -133,9 +132,9 @@ class Detector(ABC):
     """A trained detector of either framework, in evaluation mode.
 
     Attributes:
-        model: with a child ``backbone``; its parameters need no gradient.
-        class_names: of the classes from 0 on; the numbers themselves where there are no names.
-            None of a detector that reads a text.
+        model: has a child ``backbone``, and no parameter that needs a gradient.
+        class_names: names of the classes, or "0", "1", … where they have none; empty if the
+            detector reads a text.
         reads_text: whether it looks for the phrases of a text.
     """
 
@@ -152,38 +151,38 @@ class Detector(ABC):
         """Detect in ``pixels``, those of the picture or others of their shape."""
 
     def grounder(self, caption: Caption, layer: str | None = None) -> Grounder:
-        """Make what looks for the phrases of a caption.
+        """Make a function that finds a caption's phrases in a picture.
 
         Args:
-            caption: that the detector reads.
-            layer: name of the module of whose activation the heatmaps are; None for the default.
+            caption: the text to read.
+            layer: name of the module whose activation the heatmaps explain; None for the default.
 
         Raises:
-            ValueError: if the detector reads no text, or none as long, or there is no such layer.
+            ValueError: if the detector reads no text or a shorter one, or has no such layer.
         """
         raise ValueError(f"{type(self.model).__name__} reads no text")
 
     @abstractmethod
     def last_stage(self) -> str:
-        """Name of the backbone's last stage; raises ValueError if the backbone has no stages."""
+        """Name the backbone's last stage; raises ValueError if the backbone has no stages."""
 
     @abstractmethod
     def region_extractors(self) -> list[nn.Module]:
-        """The modules that cut the features of regions out."""
+        """List the modules that cut out the features of regions."""
 
     @abstractmethod
     def regions(self, call: Call) -> Tensor:
-        """(R, 4): boxes in pixels of the input that a region extractor was called with."""
+        """Read the boxes (R, 4), in pixels of the input, off a region extractor's call."""
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where an image is in what a network computes of it.
+    """The place of an image in the maps that a network computes.
 
     Args:
-        image_size: of the file.
-        input_size: that the image was resized to.
-        padded_size: of the network's input, which is filled up on the right and at the bottom.
+        image_size: size of the file.
+        input_size: size that the image was resized to.
+        padded_size: size of the network's input, which is padded on the right and at the bottom.
     """
 
     image_size: Size
@@ -191,17 +190,17 @@ class Frame:
     padded_size: Size
 
     def over_image(self, maps: Tensor) -> Tensor:
-        """(..., H', W') of features → (..., H, W), by bilinear interpolation between the cells."""
+        """Lay maps (..., H', W') of features over the image, bilinearly: (..., H, W)."""
         padded = _resize(maps, self.padded_size)
         height, width = self.input_size
         return _resize(padded[..., :height, :width], self.image_size)
 
     def paste(self, maps: Tensor, region: Tensor) -> Tensor:
-        """(..., h, w) of a region of the input → (..., H, W), NaN outside of the region.
+        """Lay maps (..., h, w) of a region over the image: (..., H, W), NaN outside the region.
 
         Args:
-            maps: whose cells divide the region evenly.
-            region: its box in pixels of the input.
+            maps: their cells divide the region evenly.
+            region: box of the region, in pixels of the input.
         """
         scale = torch.tensor([i / n for i, n in zip(self.image_size, self.input_size, strict=True)])
         y1, x1, y2, x2 = (region.detach().cpu()[[1, 0, 3, 2]] * scale.repeat(2)).tolist()
@@ -217,7 +216,7 @@ class Frame:
         return pasted.reshape(*maps.shape[:-2], height, width)
 
     def share_in_box(self, maps: Tensor, box: Tensor) -> Tensor:
-        """Which part of the sum of (..., H', W') is inside a box of the image, 0 … 1: (...)."""
+        """Measure how much of maps (..., H', W') is in a box of the image: (...), 0 … 1."""
         maps, covered = maps.detach().float().cpu(), []
         for axis, (first, last) in enumerate(((1, 3), (0, 2))):
             cells = maps.shape[axis - 2]
@@ -230,7 +229,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Run:
-    """What a detector found in a picture, and the calls that were recorded on the way."""
+    """What a detector found in a picture, and the recorded calls of its modules."""
 
     picture: Picture
     frame: Frame
@@ -238,7 +237,7 @@ class Run:
     calls: list[Call]
 
     def call_of(self, module: nn.Module) -> Call:
-        """The last call of a module; raises ValueError if there was none."""
+        """Find the last call of a module; raises ValueError if there was none."""
         for call in reversed(self.calls):
             if call.module is module:
                 return call
@@ -249,9 +248,9 @@ def run(detector: Detector, picture: Picture, modules: Iterable[nn.Module]) -> R
     """Run a detector, with gradients, and record the calls of some of its modules.
 
     Args:
-        detector: to run.
-        picture: of :meth:`Detector.read`.
-        modules: of the detector; its region extractors are recorded too.
+        detector: runs on the picture.
+        picture: comes from :meth:`Detector.read`.
+        modules: to record besides the detector's backbone and region extractors.
     """
     backbone = detector.model.get_submodule("backbone")
     recorded = [backbone, *detector.region_extractors(), *modules]
@@ -267,16 +266,16 @@ def run(detector: Detector, picture: Picture, modules: Iterable[nn.Module]) -> R
 def region_attention(
     detector: Detector, run: Run, classifier: IDAClassifier, detection: int
 ) -> tuple[Tensor, Tensor]:
-    """IDA's spatial attention for a detection's class in the region that it was made from.
+    """Compute IDA's attention for a detection's class, in the region that the detection came from.
 
     Args:
-        detector: that made it.
-        run: that recorded the calls of ``classifier``.
-        classifier: of the regions; in a cascade that of the last stage.
-        detection: its index.
+        detector: made the detection.
+        run: recorded the calls of ``classifier``.
+        classifier: classifies the regions; in a cascade, the last stage's.
+        detection: index of the detection.
 
     Returns:
-        The attention of each head (N, h, w), and the region's box in pixels of the input.
+        The spatial attention of each head (N, h, w), and the region's box in pixels of the input.
 
     Raises:
         ValueError: if the classifier works on no regions, or the score depends on none of them.
@@ -294,9 +293,9 @@ def region_attention(
 
 
 @torch.no_grad()
-def spatial_attention(module: IDABlock | IDAClassifier, x: Tensor) -> Tensor:
-    """Where each head's classes or queries attend in x (1, C, H, W): (N, K, H, W)."""
-    _, attention = module(x, return_attention=True)
+def spatial_attention(classifier: IDAClassifier, x: Tensor) -> Tensor:
+    """Compute where each head attends in x (1, C, H, W) for each class: (N, K, H, W)."""
+    _, attention = classifier(x, return_attention=True)
     return attention[0]
 
 
@@ -304,7 +303,7 @@ def check_depends_on(run: Run, layer: nn.Module, detection: int) -> None:
     """Check that a layer puts out one feature map that a detection's score depends on.
 
     Raises:
-        ValueError: if not.
+        ValueError: if it puts out anything else, or the score has no gradient there.
     """
     outputs = [call.output for call in run.calls if call.module is layer]
     if len(outputs) != 1:
@@ -317,7 +316,7 @@ def check_depends_on(run: Run, layer: nn.Module, detection: int) -> None:
 
 
 def _gradient_of_score(run: Run, detection: int, x: Tensor) -> Tensor:
-    """Gradient of a detection's score with respect to x; raises ValueError if it is 0."""
+    """Differentiate a detection's score with respect to x; raises ValueError if that gives 0."""
     score = run.detections.scores[detection]
     gradient = None
     if score.requires_grad and x.requires_grad:
@@ -331,14 +330,14 @@ def _gradient_of_score(run: Run, detection: int, x: Tensor) -> Tensor:
 
 
 def load_weights(model: nn.Module, path: str, *, trust: bool = False) -> Mapping[str, Any]:
-    """Load a whole detector's checkpoint; an attention that was not trained is not worth a look.
+    """Load a whole detector's checkpoint, which must hold every tensor of the model.
 
     Tensors that the model has no place for are logged.
 
     Args:
-        model: to load it into.
-        path: of the checkpoint.
-        trust: whether what the file asks to run may be run.
+        model: gets the tensors.
+        path: path of the checkpoint.
+        trust: let the file run what it asks to run.
 
     Returns:
         The content of the checkpoint.

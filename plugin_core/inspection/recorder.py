@@ -1,4 +1,4 @@
-"""Records what modules are called with and give."""
+"""Recording the calls of modules: what they are given, and what they give."""
 
 from __future__ import annotations
 

@@ -7,16 +7,13 @@ import os
 import sys
 from pathlib import Path
 
+import analyze_model
 import pytest
 
+from plugin_core.inspection import config_kinds
+from plugin_core.inspection.cost import Cost, Report
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import analyze_model  # noqa: E402
-import config_kinds  # noqa: E402
-
-from plugin_core.inspection.cost import Cost, Report  # noqa: E402
-
 D2_CONFIG = "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"
 MM_CONFIG = "configs/mm/synthetic/faster-rcnn_r18-triplet_fpn_synthetic.py"
 REPORT = Report(

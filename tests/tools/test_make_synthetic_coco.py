@@ -10,18 +10,14 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import make_synthetic_coco
 import numpy as np
 import pytest
+import synthetic_coco.dataset
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import make_synthetic_coco  # noqa: E402
-import synthetic_coco.dataset  # noqa: E402
-from synthetic_coco import (  # noqa: E402
+from synthetic_coco import (
     ArgumentError,
     Settings,
     companions,
@@ -30,9 +26,10 @@ from synthetic_coco import (  # noqa: E402
     render,
     sample_scene,
 )
-from synthetic_coco.annotations import instance_records, keypoint_records  # noqa: E402
-from synthetic_coco.scene import MIN_VISIBLE, class_frequencies, sample_categories  # noqa: E402
+from synthetic_coco.annotations import instance_records, keypoint_records
+from synthetic_coco.scene import MIN_VISIBLE, class_frequencies, sample_categories
 
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SIZE = 96
 COUNTS = {"train": 24, "val": 12}
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+import make_tiny_text_model
 import pytest
 import torch
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
+from make_tiny_text_model import ArgumentError, make_text_model, words_of
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-
-import make_tiny_text_model  # noqa: E402
-from make_tiny_text_model import ArgumentError, make_text_model, words_of  # noqa: E402
 
 CAPTION = "the small red disk left of the square, two stars."
 SPANS = [[[0, 37]], [[39, 48]]]

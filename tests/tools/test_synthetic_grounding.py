@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import synthetic_coco.annotations  # noqa: E402
-from synthetic_coco import Scene, Settings, Thing, image_generator, sample_scene  # noqa: E402
-from synthetic_coco.annotations import grounding_records, image_record  # noqa: E402
-from synthetic_coco.dataset import make_dataset  # noqa: E402
-from synthetic_coco.phrases import caption, caption_phrases, expressions  # noqa: E402
-from synthetic_coco.vocabulary import OBJECT_COLORS, TEXTURES, THINGS  # noqa: E402
+import synthetic_coco.annotations
+from synthetic_coco import Scene, Settings, Thing, image_generator, sample_scene
+from synthetic_coco.annotations import grounding_records, image_record
+from synthetic_coco.dataset import make_dataset
+from synthetic_coco.phrases import caption, caption_phrases, expressions
+from synthetic_coco.vocabulary import OBJECT_COLORS, TEXTURES, THINGS
 
 SEED, SIZE = 11, 96
 COUNTS: dict[str, Any] = {"train": 48, "val": 16}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -12,17 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import visualize_attention
 from PIL import Image
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import attention_sheet  # noqa: E402
-import visualize_attention  # noqa: E402
-
-from plugin_core import IDABlock, IDAClassifier, TripletAttention  # noqa: E402
-from plugin_core.inspection.attention_maps import (  # noqa: E402
+from plugin_core import BlockPlugin, IDAClassifier, build_block_plugin
+from plugin_core.inspection import sheets
+from plugin_core.inspection.attention_maps import (
     Call,
     Detections,
     Detector,
@@ -32,11 +29,24 @@ from plugin_core.inspection.attention_maps import (  # noqa: E402
     region_attention,
     run,
 )
+from plugin_core.inspection.choices import (
+    attention_names,
+    choose_baseline_layer,
+    choose_layers,
+    find_class,
+)
+from plugin_core.inspection.grad_cam import make_cam
+from plugin_core.inspection.pictures import explain, plugin_row
+
+ROOT = Path(__file__).resolve().parents[2]
 
 D2_CONFIG = """
 _BASE_: {root}/configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml
 MODEL:
-  RESNETS: {{IDA: {{STAGES: [res5], NUM_QUERIES: 6}}}}
+  RESNETS:
+    PLUGINS:
+      - {{NAME: triplet_attention, STAGES: [res2, res3, res4, res5]}}
+      - {{NAME: ida, STAGES: [res5], NUM_QUERIES: 6, WARM_START: True}}
   RPN: {{POST_NMS_TOPK_TEST: 20}}
   ROI_HEADS: {{NAME: StandardPluginROIHeads, SCORE_THRESH_TEST: 0.0, NUM_CLASSES: {classes}}}
   ROI_BOX_HEAD: {{NAME: IDABoxHead, FC_DIM: 16}}
@@ -47,7 +57,7 @@ MM_CONFIG = """
 _base_ = "{root}/configs/mm/synthetic/faster-rcnn_r18-triplet_fpn_synthetic.py"
 triplet = dict(cfg=dict(type="TripletAttention"), position="after_conv2")
 ida = dict(
-    cfg=dict(type="IDABlock", num_queries=6),
+    cfg=dict(type="IDABlock", num_queries=6, warm_start=True),
     stages=(False, False, False, True),
     position="after_conv2",
 )
@@ -167,8 +177,14 @@ def trained(request: pytest.FixtureRequest) -> Trained:
     return request.getfixturevalue(request.param)
 
 
-def load(trained: Trained) -> Detector:
-    return visualize_attention.load(trained.side, trained.config, trained.weights, False)
+load = functools.cache(visualize_attention.load)
+
+
+@pytest.fixture
+def detector(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Detector:
+    """The trained detector, which the tool too is given, so that it is loaded once."""
+    monkeypatch.setattr(visualize_attention, "load", load)
+    return load(trained.side, trained.config, trained.weights, False)
 
 
 def error_of(*argv: str) -> str:
@@ -192,26 +208,24 @@ def test_sheet_and_pictures_of_everything_are_written(trained, images, tmp_path,
     assert f"1 of 1 images: {out}/*_attention.png" in capsys.readouterr().out
 
 
-def test_every_row_is_of_the_last_layer_and_the_class_is_named(trained, images, class_names):
-    detector = load(trained)
-    layers = visualize_attention.choose_layers(detector, None, [])
-    rows = visualize_attention.explain(detector, images[0], None, layers, None, None)
+def test_every_row_is_of_the_last_layer_and_the_class_is_named(detector, images, class_names):
+    layers = choose_layers(detector, None, [])
+    rows = explain(detector, images[0], None, layers, warn=pytest.fail)
     assert rows[0].panels[0].title.split(",")[0] in class_names
     last = detector.last_stage()
     assert rows[0].panels[1].title == f"Grad-CAM\n{last}"
     names = [row.title.splitlines()[1] for row in rows[1:]]
-    assert names[0].startswith(f"{last}.1.") and names[2].startswith(f"{last}.1.")
-    kinds = [type(detector.model.get_submodule(name)).__mro__ for name in names]
-    for kind, expected in zip(kinds, (TripletAttention, IDAClassifier, IDABlock), strict=True):
-        assert expected in kind
-    assert [len(row.panels) for row in rows] == [3, 5, 5, 4]
+    assert names[0].startswith(f"{last}.1.") and names[1].startswith(f"{last}.1.")
+    triplet, ida, regions = map(detector.model.get_submodule, names)
+    assert (triplet.plugin_name, ida.plugin_name) == ("triplet_attention", "ida")
+    assert isinstance(regions, IDAClassifier)
+    assert [len(row.panels) for row in rows] == [3, 3, 4, 5]
     hooks = [h for m in detector.model.modules() for h in m._forward_hooks.values()]
     assert hooks == []
 
 
-def test_region_is_the_one_that_the_detection_was_made_from(trained, images):
-    detector = load(trained)
-    (name,) = visualize_attention.attention_names(detector, "ida-regions")
+def test_region_is_the_one_that_the_detection_was_made_from(detector, images):
+    (name,) = attention_names(detector)["ida-regions"]
     classifier = detector.model.get_submodule(name)
     done = run(detector, detector.read(images[0]), [classifier])
     index = done.detections.best()
@@ -225,6 +239,7 @@ def test_region_is_the_one_that_the_detection_was_made_from(trained, images):
     assert torch.equal(region, regions[nearest])
 
 
+@pytest.mark.usefixtures("detector")
 def test_layer_of_grad_cam_can_be_chosen(trained, images, tmp_path, monkeypatch):
     rows: list[Any] = []
     monkeypatch.setattr(visualize_attention, "write", lambda r, *_: rows.extend(r))
@@ -233,6 +248,7 @@ def test_layer_of_grad_cam_can_be_chosen(trained, images, tmp_path, monkeypatch)
     assert [p.title for p in rows[0].panels[1:]] == [f"Grad-CAM\n{trained.stage}"]
 
 
+@pytest.mark.usefixtures("detector")
 def test_baseline_has_the_same_grad_cams_in_a_row_of_its_own(trained, images, tmp_path):
     # Of the same detector, so that both are equal
     argv = [*trained.argv(images[0], out=tmp_path), "--methods", "gradcam"]
@@ -245,9 +261,9 @@ def test_baseline_has_the_same_grad_cams_in_a_row_of_its_own(trained, images, tm
 
 
 def test_image_without_the_class_is_a_warning_and_none_with_it_an_error(
-    trained, images, tmp_path, capsys, monkeypatch
+    trained, detector, images, tmp_path, capsys, monkeypatch
 ):
-    kind = type(load(trained))
+    kind = type(detector)
     read, detect = kind.read, kind.detect
     first = Path(images[0]).stem
 
@@ -285,6 +301,7 @@ def test_missing_weights_are_an_error(trained, images, tmp_path):
     assert "there is no checkpoint 'nowhere.pth'" in error_of(*argv)
 
 
+@pytest.mark.usefixtures("detector")
 def test_unknown_class_is_an_error_with_the_likely_ones(trained, images, tmp_path, class_names):
     argv = trained.argv(images[0], out=tmp_path)
     assert class_names[0] in error_of(*argv, "--class", class_names[0][:-1])
@@ -292,12 +309,14 @@ def test_unknown_class_is_an_error_with_the_likely_ones(trained, images, tmp_pat
     assert f"has {last + 1} classes, 0 … {last}" in error_of(*argv, "--class", str(last + 1))
 
 
+@pytest.mark.usefixtures("detector")
 def test_unknown_layer_is_an_error_that_lists_the_attention(trained, images, tmp_path):
     message = error_of(*trained.argv(images[0], out=tmp_path), "--layer", "ida")
     assert "--layer ida: the model has no such module" in message
     assert f"{trained.backbone}." in message and "triplet_attention" in message
 
 
+@pytest.mark.usefixtures("detector")
 def test_layer_that_puts_out_no_map_of_the_image_is_reported(trained, images, tmp_path, capsys):
     name = "roi_heads.box_head" if trained.side == "d2_plugins" else "roi_head.bbox_head"
     argv = [*trained.argv(images[0], out=tmp_path), "--methods", "gradcam", "--layer", name]
@@ -354,7 +373,7 @@ def test_grad_cam_is_its_formula_laid_over_the_image():
     pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
     detector = TinyDetector()
     done = run(detector, detector.read(""), [detector.model["backbone"]])
-    heat = visualize_attention.make_cam("gradcam", detector, done, 0, detector.model["backbone"])
+    heat = make_cam("gradcam", detector, done, 0, detector.model["backbone"])
     activation = done.calls[0].output
     (gradient,) = torch.autograd.grad(done.detections.scores[0], activation)
     cam = (gradient.mean((2, 3), keepdim=True) * activation).sum(1)[0].relu()
@@ -365,35 +384,75 @@ def test_grad_cam_is_its_formula_laid_over_the_image():
     torch.testing.assert_close(heat, expected, atol=1e-4, rtol=0, check_dtype=False)
 
 
-def test_queries_are_ranked_by_their_share_in_the_box(monkeypatch):
-    # Of a map of 1x2 cells the box covers the first; the shares are what is there.
-    shares = torch.tensor([0.1, 0.9, 0.3, 0.7, 0.5, 0.2])
-    maps = torch.stack((shares, 1 - shares), dim=1)[None, :, None].expand(2, 6, 1, 2)
-    monkeypatch.setattr(visualize_attention, "spatial_attention", lambda *_: maps)
+class Shown(nn.Module):
+    """A module of no attention that has maps."""
+
+    def __init__(self, maps: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.maps = lambda _: maps
+
+
+def row_of(plugin: BlockPlugin) -> sheets.Row:
+    """The plugin's row of an image of two cells, of which a box covers the first."""
     picture = Picture(np.zeros((4, 8, 3), np.uint8), torch.zeros(1, 3, 4, 8), (4, 8))
     found = Detections(torch.tensor([[0.0, 0, 4, 4]]), torch.ones(1), torch.zeros(1))
-    block = IDABlock(4, 6, 2)
-    calls = [Call(block, (torch.zeros(1, 4, 1, 2),), None)]
+    calls = [Call(plugin, (torch.rand(1, 4, 1, 2),), None)]
     done = Run(picture, Frame((4, 8), (4, 8), (4, 8)), found, calls)
-    row = visualize_attention.queries_row(done, 0, block, "name")
-    titles = [panel.title for panel in row.panels]
+    detector = TinyDetector()
+    detector.model["plugin"] = plugin.eval()
+    return plugin_row(detector, done, 0, "plugin")
+
+
+def test_many_maps_are_ranked_by_their_share_in_the_box():
+    shares = torch.tensor([0.1, 0.9, 0.3, 0.7, 0.5, 0.2])
+    maps = torch.stack((shares, 1 - shares), dim=1)[:, None, None]
+    plugin = BlockPlugin(Shown({f"query {k}": map_ for k, map_ in enumerate(maps)}), "ida", True)
+    row = row_of(plugin)
     expected = [(1, 90), (3, 70), (4, 50), (2, 30)]
-    assert titles == [f"query {k}\n{share}.0% of it in the box" for k, share in expected]
-    assert "the box is 50.0% of the input" in row.title
+    titles = [f"query {k}\n{share}.0% of it in the box" for k, share in expected]
+    assert [panel.title for panel in row.panels] == titles
+    assert row.title == "ida, alpha 0\nplugin\nthe box is 50.0% of the input"
+    assert [panel.file for panel in row.panels] == ["ida-queries", None, None, None]
+
+
+def test_block_plugin_has_a_row_of_the_maps_that_it_offers():
+    row = row_of(build_block_plugin("triplet_attention", 4))
+    assert row.title == "triplet attention\nplugin"
+    titles = [panel.title.partition("\n")[0] for panel in row.panels]
+    assert titles == ["gate hw", "gate cw, mean over C", "gate hc, mean over C"]
+    assert [panel.file for panel in row.panels] == ["triplet-hw", None, None]
+    assert {panel.picture.shape for panel in row.panels} == {(4, 8, 3)}
+    row = row_of(BlockPlugin(Shown({"space": torch.tensor([[[0.25, 0.5]]])}), "a.b:MyGate"))
+    assert [(p.title, p.file) for p in row.panels] == [("space\n0.25 … 0.5", "my_gate-space")]
+
+
+def test_block_plugin_is_drawn_where_it_offers_maps_and_sees_the_image():
+    detector = TinyDetector()
+    detector.model["backbone"] = nn.Sequential(
+        BlockPlugin(Shown({}), "a.b:MyGate"), BlockPlugin(nn.Identity(), "timm:eca")
+    )
+    detector.model["roi_heads"] = build_block_plugin("ida", 4)
+    chosen = {"my_gate": "backbone.0"}
+    assert choose_layers(detector, ["my_gate"], []) == chosen
+    assert attention_names(detector) == {"my_gate": ["backbone.0"]}
+    with pytest.raises(ValueError, match="no IDABlock for it; there are gradcam, gradcam.., my_g"):
+        choose_layers(detector, ["ida-queries"], [])
+    with pytest.raises(ValueError, match="--layer roi_heads: it works on regions"):
+        choose_layers(detector, None, ["roi_heads"])
+    with pytest.raises(ValueError, match="layer plugin: it offers no maps"):
+        row_of(detector.model["backbone"][0])
 
 
 def test_map_is_coloured_where_it_is_known_only():
-    picture = Picture(np.full((4, 8, 3), 10, np.uint8), torch.zeros(1, 3, 4, 8), (4, 8))
-    found = Detections(torch.tensor([[7.0, 3, 7, 3]]), torch.ones(1), torch.zeros(1))
-    done = Run(picture, Frame((4, 8), (4, 8), (4, 8)), found, [])
+    image, box = np.full((4, 8, 3), 10, np.uint8), torch.tensor([7.0, 3, 7, 3])
     heat = torch.full((4, 8), torch.nan)
     heat[1, 2], heat[1, 3] = 0.5, 0.7
-    drawn = attention_sheet.overlay(done, heat, 0).astype(int)
+    drawn = sheets.overlay(image, heat, box).astype(int)
     changed = (drawn != 10).any(2).nonzero()
     assert list(zip(*changed, strict=True)) == [(1, 2), (1, 3), (3, 7)]
     assert drawn[1, 3, 0] > drawn[1, 2, 0]  # the greater is redder
-    assert (picture.image == 10).all()
-    assert (attention_sheet.overlay(done, heat * torch.nan, 0)[:3] == 10).all()
+    assert (image == 10).all()
+    assert (sheets.overlay(image, heat * torch.nan, box)[:3] == 10).all()
 
 
 # ------------------------------------------------------------------------------------------- errors
@@ -441,13 +500,13 @@ def test_config_that_runs_a_detector_of_mmdetection_is_an_error_that_names_its_o
 def test_missing_grad_cam_is_an_error_that_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     with pytest.raises(ValueError, match=r"pip install -e .\[visualization\], or leave them out"):
-        visualize_attention.choose_layers(TinyDetector(), None, [])
+        choose_layers(TinyDetector(), None, [])
 
 
 def test_class_without_names_is_asked_for_by_its_id():
-    assert visualize_attention.find_class("1", ("0", "1", "2")) == 1
+    assert find_class("1", ("0", "1", "2")) == 1
     with pytest.raises(ValueError, match="names are not known, give an id from 0 to 2"):
-        visualize_attention.find_class("dog", ("0", "1", "2"))
+        find_class("dog", ("0", "1", "2"))
 
 
 def test_baseline_with_other_classes_is_an_error():
@@ -455,6 +514,6 @@ def test_baseline_with_other_classes_is_an_error():
     other.class_names = ("0", "1")
     layers = {"gradcam": "backbone"}
     with pytest.raises(ValueError, match="has 2 classes, the model has 1"):
-        visualize_attention.choose_baseline_layer(TinyDetector(), other, layers, [])
+        choose_baseline_layer(TinyDetector(), other, layers, [])
     with pytest.raises(ValueError, match="only for gradcam"):
-        visualize_attention.choose_baseline_layer(TinyDetector(), TinyDetector(), {}, [])
+        choose_baseline_layer(TinyDetector(), TinyDetector(), {}, [])

@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import visualize_attention
 from PIL import Image
 from torch import Tensor
 
+from plugin_core.inspection import phrases as phrase_pictures
+from plugin_core.inspection import sheets
+from plugin_core.inspection.attention_maps import Caption, Detector
+
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
 sys.path.insert(0, str(ROOT / "tests" / "mm"))
-
-import attention_sheet  # noqa: E402
-import phrase_heatmap  # noqa: E402
-import visualize_attention  # noqa: E402
-
-from plugin_core.inspection.attention_maps import Caption, Detector  # noqa: E402
 
 GROUNDING = ("grounding-dino", "glip")
 PHRASES = ("the red disk", "the small square")
@@ -94,13 +92,13 @@ def image(drawn_coco: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 def heats(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     """The heatmaps that are drawn."""
     found: list[Tensor] = []
-    draw = attention_sheet.with_colours
+    draw = sheets.with_colours
 
     def note(picture: np.ndarray, heat: Tensor) -> np.ndarray:
         found.append(heat)
         return draw(picture, heat)
 
-    monkeypatch.setattr(phrase_heatmap, "with_colours", note)
+    monkeypatch.setattr(phrase_pictures, "with_colours", note)
     yield found
 
 
@@ -187,7 +185,7 @@ def test_the_row_has_the_best_detection_and_marks_the_maximum(grounding_dino, im
     caption = Caption(PHRASES)
     ground = detector.grounder(caption)
     found = ground(detector.read(image))
-    rows = phrase_heatmap.phrase_rows(detector, ground, caption, image)
+    rows = phrase_pictures.phrase_rows(detector, ground, caption, image)
     assert [row.title for row in rows] == list(PHRASES)
     layer = "encoder.fusion_layers.1.attn"
     for number, row in enumerate(rows):
@@ -208,7 +206,7 @@ def test_phrase_without_a_detection_is_drawn_all_the_same(trained, image):
     detector = load(trained("glip"))
     detector.model.bbox_head.test_cfg["score_thr"] = 1.0
     caption = Caption(PHRASES[:1])
-    rows = phrase_heatmap.phrase_rows(detector, detector.grounder(caption), caption, image)
+    rows = phrase_pictures.phrase_rows(detector, detector.grounder(caption), caption, image)
     assert rows[0].panels[0].title == "no detection"
     assert np.array_equal(rows[0].panels[0].picture, np.asarray(Image.open(image)))
 
@@ -225,7 +223,7 @@ def test_layer_names_another_activation(trained, image, tmp_path, monkeypatch, h
 
 
 def test_cross_is_white_in_black_and_at_its_pixel():
-    drawn = attention_sheet.with_cross(np.full((20, 24, 3), 100, np.uint8), 8, 10)
+    drawn = sheets.with_cross(np.full((20, 24, 3), 100, np.uint8), 8, 10)
     assert {tuple(colour) for row in drawn.tolist() for colour in row} == {
         (100,) * 3,
         (0,) * 3,
@@ -233,13 +231,13 @@ def test_cross_is_white_in_black_and_at_its_pixel():
     }
     white = (drawn == 255).all(2)
     assert white.sum() == 17 and white[8, 6:15].all() and white[4:13, 10].all()
-    assert attention_sheet.with_cross(drawn, 0, 23).shape == drawn.shape
+    assert sheets.with_cross(drawn, 0, 23).shape == drawn.shape
 
 
 def test_dollars_in_a_phrase_are_no_formula(tmp_path):
     image = np.zeros((8, 8, 3), np.uint8)
-    rows = [attention_sheet.Row("from $5_ to ^$6", [attention_sheet.Panel("$_$", image)])]
-    attention_sheet.write(rows, "a.jpg", tmp_path)
+    rows = [sheets.Row("from $5_ to ^$6", [sheets.Panel("$_$", image)])]
+    sheets.write(rows, "a.jpg", tmp_path)
     assert (tmp_path / "a_attention.png").exists()
 
 
@@ -314,9 +312,9 @@ def test_detector_that_reads_a_text_asks_for_a_phrase(trained, image, tmp_path):
 def test_what_the_detector_cannot_do_is_an_error(argv, text, grounding_dino, image, tmp_path):
     argv = argv_of("mmdet::x.py", image, tmp_path, "--phrase", "red", *argv)
     args = visualize_attention.parse_args(argv)
-    caption = phrase_heatmap.choose_caption(args, "mm_plugins")
+    caption = visualize_attention.choose_caption(args, "mm_plugins")
     with pytest.raises(ValueError) as error:
-        phrase_heatmap.choose_grounder(
+        phrase_pictures.choose_grounder(
             grounding_dino, caption, args.layer[0] if args.layer else None
         )
     assert text in str(error.value)

@@ -1,21 +1,21 @@
-"""Pictures of attention over an image, and the sheet that they are panels of."""
+"""Drawing maps over an image, and the sheet of panels that an image gets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from plugin_core.files import replacing
-from plugin_core.inspection.attention_maps import Run
 
-COLORMAP = matplotlib.colormaps["turbo"]
+if TYPE_CHECKING:  # drawing alone needs matplotlib
+    from matplotlib.figure import Figure
+
 PANEL_INCHES = 3.2
 
 
@@ -25,42 +25,45 @@ class Panel:
 
     Args:
         title: above it.
-        picture: (H, W, 3), RGB; or a map (rows, columns) that is no image.
-        axes: what the rows and the columns of a map are.
+        picture: (H, W, 3), RGB.
         file: by which name it is written as a file of its own too.
     """
 
     title: str
     picture: np.ndarray
-    axes: tuple[str, str] | None = None
     file: str | None = None
 
 
 @dataclass
 class Row:
+    """A row of the sheet, with its title at the left."""
+
     title: str
     panels: list[Panel] = field(default_factory=list)
 
 
-def overlay(done: Run, heat: Tensor, index: int) -> np.ndarray:
-    """A map (H, W) in colours over the image, where it is not NaN, and the detection's box."""
-    return with_box(with_colours(done.picture.image, heat), done.detections.boxes[index])
+def overlay(image: np.ndarray, heat: Tensor, box: Tensor) -> np.ndarray:
+    """Lay a map (H, W) in colours over an image, where it is not NaN, and a box on top."""
+    return with_box(with_colours(image, heat), box)
 
 
 def with_colours(image: np.ndarray, heat: Tensor) -> np.ndarray:
-    """A map (H, W) in colours over an image, where it is not NaN."""
+    """Lay a map (H, W) in colours over an image, where it is not NaN."""
+    from matplotlib import colormaps
+
     values = heat.numpy()
     known = ~np.isnan(values)
     image = image.copy()
     if known.any():
         low, high = values[known].min(), values[known].max()
-        colours = 255 * COLORMAP((values[known] - low) / max(high - low, 1e-12))[:, :3]
+        colours = 255 * colormaps["turbo"]((values[known] - low) / max(high - low, 1e-12))[:, :3]
         grey = image[known].mean(1, keepdims=True)  # whose own colours do not mix with the map's
         image[known] = (grey / 2 + colours / 2).round()
     return image
 
 
 def with_box(image: np.ndarray, box: Tensor) -> np.ndarray:
+    """Draw a box, in pixels of the image, with a white line."""
     picture = Image.fromarray(image)
     width = max(1, round(max(picture.size) / 300))
     ImageDraw.Draw(picture).rectangle(box.round().int().tolist(), outline="white", width=width)
@@ -68,7 +71,7 @@ def with_box(image: np.ndarray, box: Tensor) -> np.ndarray:
 
 
 def with_cross(image: np.ndarray, row: int, column: int) -> np.ndarray:
-    """A small white cross, with a black rim, at a pixel."""
+    """Draw a small white cross with a black rim at a pixel."""
     picture = Image.fromarray(image)
     draw, width = ImageDraw.Draw(picture), max(1, round(max(picture.size) / 300))
     arm, half = 4 * width, width // 2
@@ -79,6 +82,13 @@ def with_cross(image: np.ndarray, row: int, column: int) -> np.ndarray:
 
 
 def write(rows: Sequence[Row], path: str, out: Path) -> None:
+    """Write an image's sheet, ``<image>_attention.png``, and the panels that are files too.
+
+    Args:
+        rows: of the sheet.
+        path: of the image.
+        out: folder that exists.
+    """
     stem = Path(path).stem
     for row in rows:
         for panel in row.panels:
@@ -90,6 +100,9 @@ def write(rows: Sequence[Row], path: str, out: Path) -> None:
 
 
 def sheet(rows: Sequence[Row], title: str) -> Figure:
+    """Arrange rows of panels on one figure."""
+    from matplotlib.figure import Figure
+
     columns = max(len(row.panels) for row in rows)
     height, width = rows[0].panels[0].picture.shape[:2]
     # Panels as high as the image wants them, within reason
@@ -100,12 +113,7 @@ def sheet(rows: Sequence[Row], title: str) -> Figure:
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for row, axes in zip(rows, grid, strict=True):
         for panel, ax in zip(row.panels, axes, strict=False):
-            if panel.axes is None:
-                ax.imshow(panel.picture)
-            else:
-                ax.imshow(panel.picture, cmap=COLORMAP, aspect="auto", interpolation="nearest")
-                ax.set_ylabel(panel.axes[0])
-                ax.set_xlabel(panel.axes[1])
+            ax.imshow(panel.picture)
             ax.set_title(_no_formula(panel.title), fontsize=9)
             ax.set_xticks([])
             ax.set_yticks([])
@@ -116,5 +124,5 @@ def sheet(rows: Sequence[Row], title: str) -> Figure:
 
 
 def _no_formula(text: str) -> str:
-    """As Matplotlib shows it as it is; it takes what is between two dollars for TeX."""
+    """Escape dollars: Matplotlib takes what is between two of them for TeX."""
     return text.replace("$", r"\$")

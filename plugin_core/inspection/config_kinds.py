@@ -1,4 +1,4 @@
-"""Which framework a config is of. Neither is imported for it."""
+"""Telling which framework a config is of, without importing either."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ FRAMEWORKS = {"d2_plugins": "Detectron2", "mm_plugins": "MMDetection"}
 
 
 def common_side(config: str, baseline: str | None) -> str:
-    """The package that knows what to do with a config and what it is compared with.
+    """Name the package for a config and what it is compared with.
 
-    Raises ValueError if there is no such file, or the two are of different frameworks.
+    Raises:
+        ValueError: if there is no such file, or the two are of different frameworks.
     """
     sides = [side_of(name) for name in (config, baseline) if name]
     if len(set(sides)) > 1:
@@ -25,7 +26,7 @@ def common_side(config: str, baseline: str | None) -> str:
 
 
 def side_of(config: str) -> str:
-    """The package that knows what to do with a config."""
+    """Name the package for a config; raises ValueError if it is a config of neither framework."""
     if config.startswith("model_zoo://"):
         return "d2_plugins"
     if config.startswith("mmdet::"):
@@ -40,7 +41,7 @@ def side_of(config: str) -> str:
 
 
 def is_lazy_config(path: str) -> bool:
-    """Whether a .py config is in Detectron2's style, which imports Detectron2 or other configs.
+    """Tell whether a .py config is in Detectron2's style, which imports it or other configs.
 
     MMDetection's new style imports other configs too, but below ``with read_base():``.
     """
