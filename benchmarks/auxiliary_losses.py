@@ -36,7 +36,7 @@ MINUTES = 6
 AMC, AMC_ALL, AMC_SELDOM = "AMC of 1 phrase", "AMC of all 4 phrases", "AMC in every 4th step"
 ENTROPY, AMC_CLASS = "functional entropy", "AMC of 1 class"
 GROUNDING, CLASSES = "Detectors that read a text", "Detectors of classes"
-# Arguments of RegularizedDetector
+# Arguments of PluginGroundingDINO
 GROUNDING_LOSSES: dict[str, dict[str, Any]] = {
     PLAIN: {},
     AMC: {"attention_mask_consistency": {"phrases": 1}},

@@ -63,7 +63,7 @@ def build(
     """A detector on the CPU.
 
     Args:
-        losses: arguments of RegularizedDetector; none for the plain detector.
+        losses: arguments of PluginGroundingDINO; none for the plain detector.
         queries: of its decoder.
         text_model: folder of a BERT.
         small: few layers, channels and queries.
@@ -84,8 +84,7 @@ def build(
             node = node[part]
         node[key] = value
     if losses:
-        detector = {"type": "RegularizedDetector", "detector": model.type, **losses}
-        model = ConfigDict({**model, **detector})
+        model = ConfigDict({**model, "type": "PluginGroundingDINO", **losses})
     logging.getLogger("transformers").setLevel(logging.ERROR)  # that a pooler is of no use here
     torch.manual_seed(0)
     detector = MODELS.build(model)

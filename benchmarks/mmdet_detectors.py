@@ -43,7 +43,7 @@ def build(kind: str, device: torch.device, small: bool = False) -> nn.Module:
         model.encoder.num_layers = model.decoder.num_layers = 2
         model.num_queries = 10
     if kind != PLAIN:
-        model = ConfigDict({**model, "type": "BatchFormerDetector", "detector": model.type})
+        model = ConfigDict({**model, "type": f"Plugin{model.type}", "batchformer": {}})
     torch.manual_seed(0)
     detector = MODELS.build(model)
     for name, norm in detector.named_parameters():

@@ -11,21 +11,23 @@ except ImportError as error:
         "`pip install -e .[mmdet]` in a checkout of this project"
     ) from error
 
-from mm_plugins import dense_heads, resume  # noqa: F401  # only for registration
+from mm_plugins import dense_heads, detectors, resume  # noqa: F401  # only for registration
+from mm_plugins.attention_mask_consistency import AMCMixin
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
-from mm_plugins.batchformer import build_batchformer_detector
-from mm_plugins.block_plugins import IDABlock, TripletAttention
+from mm_plugins.batchformer import BatchFormerMixin, PixelDecoderBatchFormerMixin
+from mm_plugins.block_plugins import BlockPlugin
 from mm_plugins.grounding import pointing_game, transforms  # noqa: F401
-from mm_plugins.regularized import build_regularized_detector
+from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
 from mm_plugins.roi_heads import BatchFormerBBoxHead, IDABBoxHead
 
 __all__ = [
+    "AMCMixin",
     "BatchFormerBBoxHead",
+    "BatchFormerMixin",
+    "FunctionalEntropyMixin",
     "IDABBoxHead",
-    "IDABlock",
+    "BlockPlugin",
+    "PixelDecoderBatchFormerMixin",
     "PluginMobileNetV2",
     "PluginResNet",
-    "TripletAttention",
-    "build_batchformer_detector",
-    "build_regularized_detector",
 ]

@@ -1,4 +1,4 @@
-"""Where a detector of MMDetection looks: an activation, recorded to be differentiated."""
+"""Records an activation of a detector, so that scores can be differentiated with respect to it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from mmdet.models.detectors import BaseDetector
-from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
+from mmdet.models.utils.vlfuse_helper import MAX_CLAMP_VALUE, BiMultiHeadAttention
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from mm_plugins.stand_ins import acting_as
 from plugin_core import GradientHeatmap
 from plugin_core.inspection.recorder import record_calls
 
@@ -21,8 +21,8 @@ from plugin_core.inspection.recorder import record_calls
 class Activation:
     """An image–text cross-attention, or a feature map, of a detector.
 
-    Of a fusion layer it is the attention of the text's tokens over the positions of all feature
-    levels, as AMC has it.
+    A fusion layer's activation is the attention of the text's tokens over the positions of all
+    feature levels, as AMC has it.
 
     Args:
         detector: with a ``neck``, where the activation is an attention.
@@ -48,12 +48,12 @@ class Activation:
                 f"heatmap.activation: the detector has no module {self.name!r}; similar names: "
                 f"{', '.join(likely) or 'none'}"
             )
-        attentions = [m for m in self.module.modules() if isinstance(m, BiMultiHeadAttention)]
-        self.is_attention = len(attentions) == 1
+        attentions = [m for m in self.module.modules() if type(m) is BiMultiHeadAttention]
         if len(attentions) > 1:
             raise ValueError(
                 f"heatmap.activation: {self.name!r} has {len(attentions)} fusion layers, name one"
             )
+        self.attention = attentions[0] if attentions else None
         if levels is not None and (
             not isinstance(levels, Sequence)
             or isinstance(levels, str)
@@ -74,70 +74,103 @@ class Activation:
     def record(self, images: int) -> Iterator[Recorded]:
         """Record it in a forward pass of so many images inside the context."""
         recorded = Recorded(self, images)
-        if not self.is_attention:
-            handle = self.module.register_forward_hook(lambda m, args, y: _in_a_graph(y))
-            try:
-                with record_calls([self.module]) as recorded.calls:
-                    yield recorded
-            finally:
-                handle.remove()
+        if self.attention is not None:
+            with (
+                record_calls([self.detector.get_submodule("neck")]) as recorded.calls,
+                acting_as(_NotingAttention, self.attention, noted=recorded.attentions),
+            ):
+                yield recorded
             return
-        attention = next(m for m in self.module.modules() if isinstance(m, BiMultiHeadAttention))
-        softmax = _SoftmaxRecorder(recorded.softmax)
-
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            softmax.__enter__()
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            softmax.__exit__(None, None, None)
-
-        handles = [
-            attention.register_forward_pre_hook(enter, with_kwargs=True),
-            attention.register_forward_hook(leave, always_call=True),
-        ]
+        handle = self.module.register_forward_hook(lambda m, args, y: _in_a_graph(y))
         try:
-            with record_calls([self.detector.get_submodule("neck")]) as recorded.calls:
+            with record_calls([self.module]) as recorded.calls:
                 yield recorded
         finally:
-            for handle in handles:
-                handle.remove()
+            handle.remove()
 
 
-class _SoftmaxRecorder(TorchFunctionMode):
-    """Notes what softmax gives: an attention that its module does not return."""
+class _NotingAttention(BiMultiHeadAttention):
+    """MMDetection's attention of image and text to each other, which notes the text's.
 
-    def __init__(self, found: list[Tensor]) -> None:
-        super().__init__()
-        self.found = found
+    With queries q of V positions of the image and keys k of T tokens, in each head::
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        if func in (F.softmax, torch.softmax, Tensor.softmax):
-            _in_a_graph(output)
-            self.found.append(output)
-        return output
+        s = clamp(q·kᵀ · scale)                              (V, T)
+        image gets softmax over tokens of s · text values
+        text  gets softmax over positions of sᵀ · image values    the attention that is noted
+
+    Attributes:
+        noted: gets each call's attention (B, heads, T, V).
+    """
+
+    noted: list[Tensor]
+
+    def forward(
+        self,
+        vision: Tensor,
+        lang: Tensor,
+        attention_mask_v: Tensor | None = None,
+        attention_mask_l: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        query = self._heads(self.v_proj(vision) * self.scale)
+        key = self._heads(self.l_proj(lang))
+        logits = query @ key.transpose(2, 3)
+        if self.stable_softmax_2d:
+            logits = logits - logits.max()
+        logits = self._clamp(logits)
+
+        of_text = logits.transpose(2, 3)
+        of_text = self._clamp(of_text - of_text.amax(3, keepdim=True))
+        if attention_mask_v is not None:  # True for padding
+            of_text = of_text.masked_fill(attention_mask_v[:, None, None], -torch.inf)
+        of_text = of_text.softmax(3)
+        _in_a_graph(of_text)
+        self.noted.append(of_text)
+
+        # MMDetection's masks of booleans have no effect, those of numbers are 0 for padding.
+        if attention_mask_l is not None and attention_mask_l.dtype != torch.bool:
+            logits = logits.masked_fill(attention_mask_l[:, None, None] == 0, -9e15)
+        of_image = logits.softmax(3)
+
+        to_image = self._dropped(of_image) @ self._heads(self.values_l_proj(lang))
+        to_text = self._dropped(of_text) @ self._heads(self.values_v_proj(vision))
+        return (
+            self.out_v_proj(to_image.transpose(1, 2).flatten(2)),
+            self.out_l_proj(to_text.transpose(1, 2).flatten(2)),
+        )
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, N, heads · D) → (B, heads, N, D)."""
+        return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _clamp(self, logits: Tensor) -> Tensor:
+        low = -MAX_CLAMP_VALUE if self.clamp_min_for_underflow else None
+        high = MAX_CLAMP_VALUE if self.clamp_max_for_overflow else None
+        return logits if low is high is None else logits.clamp(low, high)
+
+    def _dropped(self, attention: Tensor) -> Tensor:
+        return F.dropout(attention, self.dropout, self.training)
 
 
 def _in_a_graph(output: Any) -> None:
-    """Let gradients be taken of an activation also where all that it is made of is frozen."""
+    """Let gradients be taken of an activation that is made of frozen parameters only."""
     for x in [output] if isinstance(output, Tensor) else output:
         if isinstance(x, Tensor) and torch.is_grad_enabled() and not x.requires_grad:
             x.requires_grad_()
 
 
 class Recorded:
-    """What was recorded of a forward pass."""
+    """An activation in a forward pass."""
 
     def __init__(self, activation: Activation, images: int) -> None:
         self.of = activation
         self.images = images
-        self.calls: list[Any] = []
-        self.softmax: list[Tensor] = []
+        self.calls: list[Any] = []  # of the module that gives the feature maps
+        self.attentions: list[Tensor] = []
         self.differentiate = GradientHeatmap()
 
     def __bool__(self) -> bool:
         """Whether the activation has been reached."""
-        return bool(self.softmax if self.of.is_attention else self.calls)
+        return bool(self.calls if self.of.attention is None else self.attentions)
 
     def heatmaps(self, score: Tensor) -> Tensor:
         """Heatmaps (B, 1, H, W) of a sum of scores, one at most of each image.
@@ -146,7 +179,7 @@ class Recorded:
             ValueError: if the score does not depend on the activation, or there are other levels.
         """
         try:
-            if self.of.is_attention:
+            if self.of.attention is not None:
                 attention = self._attention()
                 return self.differentiate(score, attention, layout=self._in_space)
             return self.differentiate(score, self._chosen(self._features()))
@@ -167,21 +200,18 @@ class Recorded:
         return maps
 
     def _attention(self) -> Tensor:
-        """The attention (B · heads, tokens, positions of all levels)."""
+        """The attention (B, heads, tokens, positions of all levels); of two streams 2B."""
         positions = sum(map_.shape[2:].numel() for map_ in self._features())
-        for attention in self.softmax:
-            if attention.shape[-1] == positions:
+        for attention in self.attentions:
+            if attention.shape[3] == positions:
                 return attention
         raise ValueError(f"it does not attend to the {positions} positions of the feature levels")
 
     def _in_space(self, attention: Tensor) -> list[Tensor]:
-        """(B · heads, tokens, positions) → (B, heads, tokens, H, W) of each chosen level."""
-        maps = self._features()
-        of_images = attention.unflatten(0, (len(maps[0]), -1))
-        levels = of_images.split([map_.shape[2:].numel() for map_ in maps], dim=3)
-        return self._chosen(
-            [x.unflatten(3, map_.shape[2:]) for x, map_ in zip(levels, maps, strict=True)]
-        )
+        """(B, heads, tokens, positions) → (B, heads, tokens, H, W) of each chosen level."""
+        sizes = [map_.shape[2:] for map_ in self._features()]
+        levels = attention[: self.images].split([size.numel() for size in sizes], dim=3)
+        return self._chosen([x.unflatten(3, size) for x, size in zip(levels, sizes, strict=True)])
 
     def _chosen(self, maps: list[Tensor]) -> list[Tensor]:
         levels = range(len(maps)) if self.of.levels is None else self.of.levels
@@ -191,7 +221,7 @@ class Recorded:
 
 
 def _last_fusion_layer(detector: BaseDetector) -> str:
-    fusion = [n for n, m in detector.named_modules() if isinstance(m, BiMultiHeadAttention)]
+    fusion = [n for n, m in detector.named_modules() if type(m) is BiMultiHeadAttention]
     if fusion:
         return fusion[-1]
     try:

@@ -1,183 +1,167 @@
-"""BatchFormerV2 (arXiv:2204.01254) in the encoder of any DETR, and where else such an encoder is.
+"""BatchFormerV2 (arXiv:2204.01254) in the encoder of a DETR, of MMDetection's or of one's own.
 
-In a config, on any of MMDetection's own::
+In a config::
 
     custom_imports = dict(imports=['mm_plugins'])
-    model = dict(type='BatchFormerDetector', detector='DeformableDETR',
-                 batchformer=dict(insert_after=(0,)))
+    model = dict(type='PluginDeformableDETR', batchformer=dict(insert_after=(0,)))
 
-In training the batch of B images is two streams after the first insertion: the untouched images,
-and behind them their versions in which the images of the batch have seen each other. All that
-follows, the encoder's further layers, decoder and heads, serves both, and the targets are repeated.
+In training the batch of B images is two streams after the first insertion: the untouched images
+first, and after them their versions in which the images of the batch have seen each other. The
+encoder's further layers, the decoder and the head see 2B images, and each target twice. In
+evaluation the detector is the plain one.
 
-The framework's own code does so because it is given 2 B images, each twice, from the start. What
-comes before the first insertion is wrapped by hooks that run it once, on the first B, and repeat
-what it gives. So neither an encoder nor a detector is written anew here.
+A step doubles once, where ``DetectionTransformer.forward_transformer`` can be opened::
+
+    loss             hands on the samples as a list of its own kind, Streams
+    pre_transformer  has seen B images; repeats the decoder's inputs and the list of samples
+    forward_encoder  runs the layers up to the first insertion on B images, the others on 2B
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from mmdet.models.detectors import BaseDetector
 from mmdet.models.layers import DetrTransformerEncoder
-from mmdet.registry import MODELS
 from torch import Tensor, nn
 
-from mm_plugins.overlay import Overlay, detector_class, lay_over
+from mm_plugins.settings import build_from
+from mm_plugins.stand_ins import view
 from plugin_core import BatchFormer
+from plugin_core.errors import ArgumentError
 
-# What an encoder passes to its layers that has another first dimension than the batch
+# Inputs of encoders and decoders whose first dimension is not the batch
 _WITHOUT_BATCH = frozenset({"spatial_shapes", "level_start_index"})
+# The encoder's input that says that a batch is doubled: (H, W) of the last feature map
+MAP_SIZE = "map_size"
 
 
-@MODELS.register_module(name="BatchFormerDetector")
-def build_batchformer_detector(
-    detector: str | type[BaseDetector],
-    batchformer: dict[str, Any] | None = None,
-    **kwargs: Any,
-) -> BaseDetector:
-    """A detector with BatchFormerV2 in its encoder; parameters of its own keep their names.
+class Streams(list):
+    """The samples of a training step: B of them, and 2B from ``pre_transformer`` on."""
 
-    Losses are means over both streams, as the authors normalize them, since a head divides by the
-    number of targets, which are repeated: their values compare with the plain detector's. In
-    evaluation it is the plain detector.
+
+class BatchFormerMixin(BaseDetector):
+    """Puts BatchFormerV2 into a DETR: ``class MyDETR2(BatchFormerMixin, MyDETR)``.
+
+    Parameters of the detector keep their names; BatchFormer's are ``encoder.batchformer.…``. Losses
+    are means over both streams, as heads divide by the number of targets.
 
     Args:
-        detector: the type of the detector, as it stands in the config without BatchFormerV2.
-        batchformer: arguments of :func:`insert_batchformer` but for the encoder.
-        **kwargs: of the detector.
+        batchformer: arguments of :class:`BatchFormers`; None for the plain detector.
 
     Raises:
-        ValueError: if there is no such detector, it has no encoder, or an argument of
-            ``batchformer`` is wrong.
+        ValueError: if the detector has no encoder of MMDetection's, or an argument is wrong.
     """
-    made = lay_over(detector_class(detector), _BatchFormerDetector)
-    return made(batchformer=batchformer or {}, **kwargs)
+
+    def __init__(self, *args: Any, batchformer: dict[str, Any] | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if batchformer is None:
+            return
+        encoder = self._detr_encoder()
+        if not isinstance(encoder, DetrTransformerEncoder):
+            raise ValueError(
+                f"batchformer: {type(self).__name__} has no DETR encoder, which BatchFormerV2 goes "
+                "into; take a DETR, MaskFormer or Mask2Former, or leave it out"
+            )
+        encoder.batchformer = build_from(
+            "batchformer",
+            BatchFormers,
+            batchformer,
+            embed_dims=encoder.embed_dims,
+            depth=len(encoder.layers),
+        )
+
+    def _detr_encoder(self) -> Any:
+        return getattr(self, "encoder", None)
+
+    @property
+    def batchformers(self) -> BatchFormers | None:
+        """The BatchFormers of the encoder; None of the plain detector."""
+        return getattr(self._detr_encoder(), "batchformer", None)
+
+    def _is_doubled(self) -> bool:
+        return self.training and self.batchformers is not None
+
+    def _is_related(self) -> bool:
+        """Whether images see each other without another stream: the authors' batch inference."""
+        modules = self.batchformers
+        return modules is not None and modules.in_evaluation and not self.training
+
+    def loss(self, batch_inputs: Tensor, batch_data_samples: list) -> dict | list:
+        if self._is_doubled():
+            batch_data_samples = Streams(batch_data_samples)
+        return super().loss(batch_inputs, batch_data_samples)
+
+    def pre_transformer(
+        self, img_feats: Sequence[Tensor], batch_data_samples: Any = None
+    ) -> tuple[dict, dict]:
+        encoder_inputs, decoder_inputs = super().pre_transformer(img_feats, batch_data_samples)
+        if isinstance(batch_data_samples, Streams):
+            # In place: the caller passes the same list on to pre_decoder and to the head.
+            batch_data_samples.extend(list(batch_data_samples))
+            decoder_inputs = repeat(decoder_inputs)
+            encoder_inputs[MAP_SIZE] = tuple(img_feats[-1].shape[-2:])
+        return encoder_inputs, decoder_inputs
+
+    def forward_encoder(self, **inputs: Any) -> dict[str, Any]:
+        map_size = inputs.pop(MAP_SIZE, None)
+        if map_size is None and not self._is_related():
+            return super().forward_encoder(**inputs)
+        encoder = TwoStreamEncoder(self.encoder, map_size)
+        if map_size is not None:
+            inputs = repeat(inputs)
+        return super(BatchFormerMixin, view(self, encoder=encoder)).forward_encoder(**inputs)
 
 
-class TwoStreams(nn.ModuleDict):
+class PixelDecoderBatchFormerMixin(BatchFormerMixin):
+    """Puts BatchFormerV2 into the encoder of a MaskFormer's or Mask2Former's pixel decoder.
+
+    These cannot be opened around the encoder: images are repeated after the backbone.
+
+    Args:
+        batchformer: as of :class:`BatchFormerMixin`.
+    """
+
+    def _detr_encoder(self) -> Any:
+        return getattr(self.panoptic_head.pixel_decoder, "encoder", None)
+
+    def _with_batchformers(self, map_size: tuple[int, int] | None = None) -> Any:
+        pixel_decoder = self.panoptic_head.pixel_decoder
+        encoder = TwoStreamEncoder(pixel_decoder.encoder, map_size)
+        head = view(self.panoptic_head, pixel_decoder=view(pixel_decoder, encoder=encoder))
+        return view(self, panoptic_head=head)
+
+    def loss(self, batch_inputs: Tensor, batch_data_samples: list) -> dict | list:
+        if not self._is_doubled():
+            return super().loss(batch_inputs, batch_data_samples)
+        features = self.extract_feat(batch_inputs)
+        detector = self._with_batchformers(tuple(features[-1].shape[-2:]))
+        return detector.panoptic_head.loss(repeat(features), list(batch_data_samples) * 2)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        detector = self._with_batchformers() if self._is_related() else self
+        return super(PixelDecoderBatchFormerMixin, detector).predict(*args, **kwargs)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        detector = self._with_batchformers() if self._is_related() else self
+        return super(PixelDecoderBatchFormerMixin, detector)._forward(*args, **kwargs)
+
+
+class BatchFormers(nn.ModuleDict):
     """The BatchFormers of an encoder, each under the index of the layer that it comes after.
 
-    A shared one stands under the first index. :func:`insert_batchformer` makes it a part of an
-    encoder.
+    A shared one stands under the first index.
 
     Args:
         embed_dims: channels C of the encoder.
-        insert_after: indices of layers, counted from 0, ascending.
-        share: the same weights at all insertions.
-        mask_padding: padded positions of an image are not seen by the other images.
-        eval: the BatchFormers work in evaluation, too.
-        **batchformer: other arguments of each :class:`plugin_core.BatchFormer`.
-
-    Raises:
-        ValueError: if BatchFormer does not take an argument's value.
-    """
-
-    def __init__(
-        self,
-        embed_dims: int,
-        insert_after: Sequence[int],
-        share: bool,
-        mask_padding: bool,
-        eval: bool,
-        **batchformer: Any,
-    ) -> None:
-        super().__init__(
-            {
-                str(index): BatchFormer(embed_dims, **batchformer)
-                for index in (insert_after[:1] if share else insert_after)
-            }
-        )
-        self.share = share
-        self.mask_padding = mask_padding
-        self.in_evaluation = eval
-        self.first = insert_after[0]
-        # Whether batches hold every image twice. It stays so after a training's forward, as a
-        # checkpointed encoder runs again in the backward.
-        self.is_doubled = False
-        # (H, W) of the feature map, where the encoder does not tell its layers
-        self.map_size: tuple[int, int] | None = None
-
-    def run_once(self, module: nn.Module, repeat: bool = True) -> None:
-        """Let a module see each image of a doubled batch once.
-
-        Args:
-            module: takes and gives tensors or lists whose first dimension is the batch.
-            repeat: give what it returns twice, as its input was.
-        """
-        module.register_forward_pre_hook(self._halve_inputs, with_kwargs=True)
-        if repeat:
-            module.register_forward_hook(self._repeat_output)
-
-    def insert_after(self, index: int, layer: nn.Module) -> None:
-        """Let what an encoder's layer gives go through the BatchFormer of its index."""
-        hook = functools.partial(self._insert, index)
-        layer.register_forward_hook(hook, with_kwargs=True)
-
-    def _halve_inputs(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not self.is_doubled:
-            return None
-        halved = {k: v if k in _WITHOUT_BATCH else first_half(v) for k, v in kwargs.items()}
-        return tuple(first_half(arg) for arg in args), halved
-
-    def _repeat_output(self, module: nn.Module, args: Any, output: Any) -> Any:
-        return repeat(output) if self.is_doubled else output
-
-    def _insert(
-        self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], x: Tensor
-    ) -> Tensor:
-        if not (self.is_doubled or (self.in_evaluation and not self.training)):
-            return x
-        padding = None
-        if self.mask_padding:
-            # Encoders pass it by its name, or as the third argument.
-            padding = args[2] if len(args) > 2 else kwargs["key_padding_mask"]
-        module = self[str(self.first if self.share else index)]
-        shapes = None
-        if module.gather and self.training:
-            known = kwargs.get("spatial_shapes")
-            shapes = [self.map_size] if known is None else [tuple(hw) for hw in known.tolist()]
-        if not self.is_doubled:
-            return module(x, padding)
-        if index == self.first:
-            return torch.cat([x, module(x, padding, shapes)])
-        untouched, related = x.chunk(2)
-        return torch.cat([untouched, module(related, first_half(padding), shapes)])
-
-    def extra_repr(self) -> str:
-        return (
-            f"share={self.share}, mask_padding={self.mask_padding}, "
-            f"in_evaluation={self.in_evaluation}"
-        )
-
-
-def insert_batchformer(
-    encoder: DetrTransformerEncoder,
-    insert_after: Sequence[int] = (0,),
-    share: bool = False,
-    num_layers: int = 1,
-    num_heads: int = 4,
-    feedforward_channels: int | None = None,
-    dropout: float = 0.5,
-    mask_padding: bool = False,
-    gather: bool = False,
-    eval: bool = False,
-) -> TwoStreams:
-    """Put BatchFormers into an encoder of MMDetection's, as its submodule ``batchformer``.
-
-    Args:
-        encoder: with ``layers`` and ``embed_dims``.
+        depth: number of the encoder's layers.
         insert_after: indices of layers, counted from 0; the first, in the paper.
         share: the same weights at all insertions.
-        num_layers: of each BatchFormer.
-        num_heads: by which the encoder's channels can be divided.
-        feedforward_channels: None for as many as the encoder has.
+        num_layers: of each BatchFormer, at least 1.
+        num_heads: by which C can be divided.
+        feedforward_channels: None for C.
         dropout: rate in [0, 1).
         mask_padding: padded positions of an image are not seen by the other images. The authors
             let them be seen.
@@ -190,121 +174,125 @@ def insert_batchformer(
         ValueError: if ``insert_after`` names no layer of the encoder, or BatchFormer does not take
             an argument's value.
     """
-    indices = _check_insertions(insert_after, len(encoder.layers))
-    try:
-        streams = TwoStreams(
-            encoder.embed_dims,
-            indices,
-            share,
-            mask_padding,
-            eval,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            feedforward_channels=feedforward_channels,
-            dropout=dropout,
-            gather=gather,
+
+    def __init__(
+        self,
+        embed_dims: int,
+        depth: int,
+        insert_after: Sequence[int] = (0,),
+        share: bool = False,
+        num_layers: int = 1,
+        num_heads: int = 4,
+        feedforward_channels: int | None = None,
+        dropout: float = 0.5,
+        mask_padding: bool = False,
+        gather: bool = False,
+        eval: bool = False,
+    ) -> None:
+        indices = _check_insertions(insert_after, depth)
+        super().__init__(
+            {
+                str(index): BatchFormer(
+                    embed_dims, num_heads, feedforward_channels, dropout, num_layers, gather
+                )
+                for index in (indices[:1] if share else indices)
+            }
         )
-    except ValueError as error:
-        raise ValueError(f"batchformer: {error}") from error
-    for layer_list in encoder.children():
-        if isinstance(layer_list, nn.ModuleList) and len(layer_list) == len(encoder.layers):
-            # Grounding DINO has lists of layers for text and for fusion, too.
-            for i, layer in enumerate(layer_list[: streams.first + 1]):
-                is_insertion = layer_list is encoder.layers and i == streams.first
-                streams.run_once(layer, repeat=not is_insertion)
-    for i in indices:
-        streams.insert_after(i, encoder.layers[i])
-    encoder.batchformer = streams
-    return streams
+        self.insert_after = indices
+        self.share = share
+        self.mask_padding = mask_padding
+        self.gather = gather
+        self.in_evaluation = eval
+
+    def after(self, index: int) -> BatchFormer:
+        """The BatchFormer after the encoder's layer of this index."""
+        return self[str(self.insert_after[0] if self.share else index)]
+
+    def extra_repr(self) -> str:
+        return (
+            f"share={self.share}, mask_padding={self.mask_padding}, "
+            f"in_evaluation={self.in_evaluation}"
+        )
 
 
-class _BatchFormerDetector(Overlay):
-    prefix = "BatchFormer"
+class TwoStreamEncoder(nn.Module):
+    """Stands in for an encoder in a step: runs its layers, with its BatchFormers between them.
 
-    def __init__(self, *args: Any, batchformer: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        encoders = [n for n, m in self.named_modules() if isinstance(m, DetrTransformerEncoder)]
-        if len(encoders) != 1:
-            raise ValueError(
-                f"detector: {type(self).__bases__[1].__name__} has {len(encoders)} DETR encoders "
-                "where BatchFormerV2 needs one; take a DETR, MaskFormer or Mask2Former with one"
-            )
-        streams = insert_batchformer(self.get_submodule(encoders[0]), **batchformer)
-        self._streams_name = f"{encoders[0]}.batchformer"
-        self._holds_images_twice = False
-        for module in _before_the_encoder(self):
-            streams.run_once(module)
+    Args:
+        encoder: of MMDetection's, with :class:`BatchFormers` as its child ``batchformer``.
+        map_size: (H, W) of the feature map, where the encoder is given no ``spatial_shapes``. None
+            where the batch is not doubled: every image goes through the BatchFormers.
+    """
 
-    def loss(self, batch_inputs: Tensor, batch_data_samples: list) -> dict | list:
-        self._streams.is_doubled = self.training
-        if not self.training:
-            return super().loss(batch_inputs, batch_data_samples)
-        self._holds_images_twice = True
-        try:
-            return super().loss(repeat(batch_inputs), repeat(list(batch_data_samples)))
-        finally:
-            self._holds_images_twice = False
+    def __init__(self, encoder: nn.Module, map_size: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.encoder: Any = encoder
+        self.map_size = map_size
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        self._streams.is_doubled = False
-        return super().predict(*args, **kwargs)
+    def forward(self, **inputs: Any) -> Any:
+        """What the encoder gives, of its inputs by name; of a doubled batch each image twice."""
+        streams, doubled = self.encoder.batchformer, self.map_size is not None
+        once = first_half(inputs) if doubled else inputs
+        batch = len(once["query"])
+        padding = once["key_padding_mask"] if streams.mask_padding else None
+        shapes = self._shapes(inputs) if streams.gather and doubled else None
+        now, start = once, 0
+        for index in streams.insert_after:
+            outputs = self._part(start, index + 1)(**now)
+            x, *text = outputs if isinstance(outputs, tuple) else (outputs,)
+            related = streams.after(index)(x[-batch:], padding, shapes)
+            now = {**inputs, "query": torch.cat([x[:batch], related]) if doubled else related}
+            if text:
+                now["memory_text"] = repeat(text[0]) if doubled and start == 0 else text[0]
+            start = index + 1
+        return self._part(start, len(self.encoder.layers))(**now)
 
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._streams.is_doubled = False
-        return super()._forward(*args, **kwargs)
+    def _part(self, start: int, stop: int) -> nn.Module:
+        """The encoder with some of its layers only."""
+        # Grounding DINO has lists of layers for text and for fusion, too.
+        lists = {
+            name: child[start:stop]
+            for name, child in self.encoder.named_children()
+            if isinstance(child, nn.ModuleList) and len(child) == len(self.encoder.layers)
+        }
+        part: nn.Module = view(self.encoder, **lists)
+        return part
 
-    def extract_feat(self, batch_inputs: Tensor) -> Any:
-        if not self._holds_images_twice:
-            return super().extract_feat(batch_inputs)
-        features = super().extract_feat(first_half(batch_inputs))
-        self._streams.map_size = tuple(features[-1].shape[-2:])
-        return repeat(features)
-
-    @property
-    def _streams(self) -> TwoStreams:
-        return self.get_submodule(self._streams_name)
-
-
-def _before_the_encoder(detector: BaseDetector) -> Iterator[nn.Module]:
-    """What else sees images or texts, and gives the same for both streams."""
-    if hasattr(detector, "language_model"):
-        yield detector.language_model
-    if hasattr(detector, "panoptic_head"):
-        pixel_decoder = detector.panoptic_head.pixel_decoder
-        for name in ("input_convs", "lateral_convs"):
-            yield from getattr(pixel_decoder, name, ())
-        if hasattr(pixel_decoder, "encoder_in_proj"):
-            yield pixel_decoder.encoder_in_proj
-
-
-def first_half(batch: Any) -> Any:
-    """Each image once, of a batch that holds each twice; what is no batch stays as it is."""
-    return batch[: len(batch) // 2] if isinstance(batch, (Tensor, list)) else batch
+    def _shapes(self, inputs: dict[str, Any]) -> list[tuple[int, ...]]:
+        shapes = inputs.get("spatial_shapes")
+        return [self.map_size] if shapes is None else [tuple(hw) for hw in shapes.tolist()]
 
 
 def repeat(batch: Any) -> Any:
-    """Give the batch twice; also each of a tuple or dict of batches."""
+    """Give a batch twice; also each of a tuple, or a dict, of batches."""
     if isinstance(batch, Tensor):
         return torch.cat([batch, batch])
     if isinstance(batch, tuple):
         return tuple(repeat(part) for part in batch)
     if isinstance(batch, dict):
-        return {key: repeat(value) for key, value in batch.items()}
-    return batch * 2 if isinstance(batch, list) else batch
+        return {key: x if key in _WITHOUT_BATCH else repeat(x) for key, x in batch.items()}
+    return batch
 
 
-def _check_insertions(insert_after: Any, num_layers: int) -> list[int]:
+def first_half(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Each image once, of inputs that hold each twice."""
+    return {
+        name: x[: len(x) // 2] if isinstance(x, Tensor) and name not in _WITHOUT_BATCH else x
+        for name, x in inputs.items()
+    }
+
+
+def _check_insertions(insert_after: Any, depth: int) -> list[int]:
+    name = "insert_after"
     if not isinstance(insert_after, Sequence) or isinstance(insert_after, str) or not insert_after:
-        raise ValueError(
-            f"batchformer.insert_after: expected a tuple of encoder layers such as (0,), "
-            f"got {insert_after!r}"
+        raise ArgumentError(
+            name, f"must be a tuple of encoder layers such as (0,), got {insert_after!r}"
         )
     for index in insert_after:
-        if type(index) is not int or not 0 <= index < num_layers:
-            raise ValueError(
-                f"batchformer.insert_after: there is no layer {index!r}; the encoder has layers "
-                f"0 to {num_layers - 1}"
+        if type(index) is not int or not 0 <= index < depth:
+            raise ArgumentError(
+                name, f"names layer {index!r}; the encoder has layers 0 to {depth - 1}"
             )
     if len(set(insert_after)) < len(insert_after):
-        raise ValueError(f"batchformer.insert_after: a layer is named twice in {insert_after!r}")
+        raise ArgumentError(name, f"names a layer twice: {insert_after!r}")
     return sorted(insert_after)

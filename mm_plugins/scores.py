@@ -1,4 +1,4 @@
-"""What a detector's head makes of phrases or classes: their scores, and where an image has them."""
+"""Reads a head's scores of phrases or classes, and where an image is annotated with them."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Scores:
         self.detector: Any = detector
         if not (hasattr(detector, "bbox_head") or hasattr(detector, "roi_head")):
             raise ValueError(
-                f"detector: {type(detector).__name__} has neither bbox_head nor roi_head, whose "
-                "scores could be explained"
+                f"{type(detector).__name__} has neither bbox_head nor roi_head, whose scores "
+                "attention mask consistency or a heatmap could explain"
             )
 
     @property
@@ -59,7 +59,7 @@ class Scores:
         return hasattr(self.detector, "language_model")
 
     def _modules(self) -> tuple[nn.Module, nn.Module | None]:
-        """The head, and what cuts out the regions that it sees; of a cascade those of the end."""
+        """The head, and what cuts out the regions that it sees; the last ones of a cascade."""
         roi_head = getattr(self.detector, "roi_head", None)
         if roi_head is None:
             return self.detector.bbox_head, None
@@ -70,9 +70,10 @@ class Scores:
 
     @contextmanager
     def record(self) -> Iterator[Callable[[int], list[Tensor]]]:
-        """Record a forward pass; gives what then reads the logits of each image.
+        """Record a forward pass; gives a function that reads the logits afterwards.
 
-        That takes the number of images, and gives (candidates, columns) of each.
+        The function takes the number of images, and gives (candidates, columns) of each. Where
+        BatchFormerV2 makes two streams of the images, they are the first stream's.
         """
         head, extractor = self._modules()
         modules = [head] if extractor is None else [head, extractor]
@@ -86,18 +87,18 @@ class Scores:
                     regions = [call.args[1] for call in calls if call.module is extractor][-1]
                     of_classes = outputs[-1][0]
                     if isinstance(head, BatchFormerBBoxHead):
-                        # Of the regions' own stream: the other one cannot be differentiated twice.
+                        # Read the regions' own stream: the other cannot be differentiated twice.
                         (x,) = [call.args for call in calls if call.module is head][-1]
                         of_classes, _ = super(BatchFormerBBoxHead, head).forward(x)
                     return [of_classes[regions[:, 0] == i] for i in range(images)]
-                return list(self._dense_logits(head, outputs[-1][0]))
+                return list(self._dense_logits(head, outputs[-1][0])[:images])
 
             yield logits
 
     def _dense_logits(self, head: Any, output: Any) -> Tensor:
-        """(B, candidates, columns) of what a head without regions gives."""
+        """(B, candidates, columns) from the output of a head without regions."""
         if isinstance(output, Tensor) and output.dim() == 4:
-            # Of a DETR's decoder layers, denoising queries first
+            # A DETR's, from each decoder layer; denoising queries come first
             return output[-1][:, -self.detector.num_queries :]
         if isinstance(head, ATSSVLFusionHead):
             return torch.cat(output, dim=1)
@@ -107,7 +108,7 @@ class Scores:
             for x in output
         ):
             raise ValueError(
-                f"detector: {type(head).__name__} gives no class scores as the heads of R-CNNs, "
+                f"{type(head).__name__} gives no class scores as the heads of R-CNNs, "
                 "RetinaNet and other dense detectors, DETRs and grounding detectors do"
             )
         levels = [
@@ -119,10 +120,10 @@ class Scores:
     # --- where an image has what ---------------------------------------------------------------- #
 
     def phrases(self, sample: DetDataSample, logits: Tensor) -> list[Phrase]:
-        """What an image is annotated with, after a forward pass in which the head has seen it.
+        """The phrases that an image is annotated with, after a forward pass of the detector.
 
-        A phrase has no columns where the text model has not read it, since it lets in a limited
-        number of tokens, or where there are no logits.
+        A phrase has no columns if there are no logits, or if it is behind the last token that the
+        text model reads.
 
         Args:
             sample: of the image.
@@ -161,7 +162,7 @@ class Scores:
 
 
 def annotated_phrases(sample: dict[str, Any]) -> list[int]:
-    """Of each annotated box of a test image, the number of its phrase, or class.
+    """The number of the phrase, or class, of each annotated box of a test image.
 
     Flickr30k's images say it, an image with one expression such as RefCOCO's has one, and COCO's
     annotations have classes.

@@ -1,20 +1,18 @@
-"""Detectors of MMDetection whose gradients can be differentiated again.
+"""Lets the gradients of a detector of MMDetection be differentiated again.
 
 mmcv's deformable operators and RoIAlign have first derivatives only, and so has PyTorch's hard
-sigmoid, which GLIP's head has. For a loss on a gradient their results are replaced, meanwhile, by
-the same numbers computed in a way that has second derivatives too
+sigmoid, which GLIP's head has. For the time of a step modules of these classes act as subclasses
+that compute the same numbers from parts with second derivatives
 (:mod:`plugin_core.kernels.sampling`).
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from mmcv.ops import (
     DeformConv2d,
     DeformRoIPool,
@@ -25,15 +23,24 @@ from mmcv.ops import (
 )
 from mmengine.dist import get_world_size
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mm_plugins.stand_ins import acting_as
 from plugin_core.kernels.sampling import (
     deformable_attention,
     deformable_convolution,
     linear_operator,
 )
 
-# What has first derivatives only: also RoIAlign of maxima, and what makes its offsets itself
-_ONCE = (DeformConv2d, ModulatedDeformConv2d, RoIAlign, RoIPool, DeformRoIPool)
+# Classes with first derivatives only; their subclasses may compute something else.
+_ONCE = (
+    MultiScaleDeformableAttention,
+    DeformConv2d,
+    ModulatedDeformConv2d,
+    RoIAlign,
+    RoIPool,
+    DeformRoIPool,
+)
 
 
 @contextmanager
@@ -42,150 +49,153 @@ def second_derivatives(
 ) -> Iterator[None]:
     """Let the model's forward passes have second derivatives; first ones stay as they are.
 
+    Attention takes PyTorch's mathematical path, as the fused ones have first derivatives only.
+
     Args:
         model: of MMDetection.
-        wanted: asked before each operator, as those that a gradient does not pass can stay.
+        wanted: asked before each operator, as an operator that no gradient passes can stay.
 
     Raises:
         ValueError: in the forward pass, by a wanted module that cannot be differentiated twice.
     """
-    with ExitStack() as handles:
-
-        def on(handle: Any) -> None:
-            handles.callback(handle.remove)
-
-        # Processes differ in how many phrases they have, and would wait for one another.
-        refused = (*_ONCE, nn.SyncBatchNorm) if get_world_size() > 1 else _ONCE
+    # Processes differ in how many phrases they have, and would wait for one another.
+    refused = (*_ONCE, nn.SyncBatchNorm) if get_world_size() > 1 else _ONCE
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for name, module in model.named_modules():
-            if isinstance(module, MultiScaleDeformableAttention):
-                _Attention(module, wanted, on)
-            elif type(module) in (DeformConv2d, ModulatedDeformConv2d):
-                on(module.register_forward_hook(_convolve(wanted), with_kwargs=True))
-            elif isinstance(module, nn.Hardsigmoid):
-                _Hardsigmoid(module, wanted, on)
-            elif isinstance(module, RoIAlign) and module.pool_mode == "avg":
-                on(module.register_forward_hook(_extract(wanted)))
+            twice = _TWICE.get(type(module))
+            if twice is not None and getattr(module, "pool_mode", "avg") == "avg":
+                stack.enter_context(acting_as(twice, module, wanted=wanted))
             elif isinstance(module, refused):
-                on(module.register_forward_pre_hook(_refuse(name, wanted)))
+                stack.callback(module.register_forward_pre_hook(_refuse(name, wanted)).remove)
         yield
 
 
-class _Attention:
-    """Replaces what a deformable attention projects by the same from twice differentiable parts."""
+class _Attention(MultiScaleDeformableAttention):
+    wanted: Callable[[], bool]
 
-    def __init__(
+    def forward(
         self,
-        module: MultiScaleDeformableAttention,
-        wanted: Callable[[], bool],
-        on: Callable[[Any], None],
-    ) -> None:
-        self.wanted = wanted
-        self.settings: dict[str, Any] = {}
-        self.projected: dict[str, Tensor] = {}
-        on(module.register_forward_pre_hook(self._note_call, with_kwargs=True))
-        for name in ("value_proj", "sampling_offsets", "attention_weights"):
-            on(getattr(module, name).register_forward_hook(self._note(name)))
-        on(module.output_proj.register_forward_pre_hook(self._replace))
-        self.module = module
-
-    def _note_call(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.settings = kwargs  # detectors name what is after the query
-
-    def _note(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.projected[name] = output
-
-        return hook
-
-    def _replace(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        reference_points: Any = None,
+        spatial_shapes: Any = None,
+        level_start_index: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         if not self.wanted():
-            return None
-        of = self.module
-        value = self.projected["value_proj"]
-        padding = self.settings.get("key_padding_mask")
-        if padding is not None:
-            value = value.masked_fill(padding[..., None], 0.0)
-        shapes = self.settings["spatial_shapes"]
-        reference = self.settings["reference_points"][:, :, None, :, None, :]
-        points = (of.num_heads, of.num_levels, of.num_points)
-        offsets = self.projected["sampling_offsets"].unflatten(2, (*points, 2))
-        weights = self.projected["attention_weights"].unflatten(2, (of.num_heads, -1)).softmax(3)
+            return super().forward(
+                query,
+                key,
+                value,
+                identity,
+                query_pos,
+                key_padding_mask,
+                reference_points,
+                spatial_shapes,
+                level_start_index,
+                **kwargs,
+            )
+        value = query if value is None else value
+        identity = query if identity is None else identity
+        query = query if query_pos is None else query + query_pos
+        if not self.batch_first:
+            query, value = query.transpose(0, 1), value.transpose(0, 1)
+        value = self.value_proj(value)
+        if key_padding_mask is not None:
+            value = value.masked_fill(key_padding_mask[..., None], 0.0)
+        points = (self.num_heads, self.num_levels, self.num_points)
+        offsets = self.sampling_offsets(query).unflatten(2, (*points, 2))
+        weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(3)
+        reference = reference_points[:, :, None, :, None]
         if reference.shape[-1] == 2:
-            locations = reference + offsets / shapes.flip(1)[:, None]
+            locations = reference + offsets / spatial_shapes.flip(1)[:, None]
         else:  # boxes: half of their size is as far as the points reach
-            extent = reference[..., 2:] / (2 * of.num_points)
+            extent = reference[..., 2:] / (2 * self.num_points)
             locations = reference[..., :2] + offsets * extent
-        sizes = [(height, width) for height, width in shapes.tolist()]
-        heads = value.unflatten(2, (of.num_heads, -1))
+        sizes = [(height, width) for height, width in spatial_shapes.tolist()]
+        heads = value.unflatten(2, (self.num_heads, -1))
         attended = deformable_attention(heads, sizes, locations, weights.unflatten(3, points[1:]))
-        self.projected.clear()
-        return (attended,)
+        attended = self.output_proj(attended)
+        if not self.batch_first:
+            attended = attended.transpose(0, 1)
+        return self.dropout(attended) + identity
 
 
-class _Hardsigmoid:
-    """The same of a clamp; it may be in place, so that its input is kept."""
+class _DeformConv2d(DeformConv2d):
+    wanted: Callable[[], bool]
 
-    def __init__(
-        self, module: nn.Hardsigmoid, wanted: Callable[[], bool], on: Callable[[Any], None]
-    ) -> None:
-        self.wanted = wanted
-        self.x = torch.empty(0)
-        on(module.register_forward_pre_hook(self._keep))
-        on(module.register_forward_hook(self._replace))
-
-    def _keep(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        self.x = args[0]
-        return (args[0].clone(),)
-
-    def _replace(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        return ((self.x + 3).clamp(0, 6) / 6) if self.wanted() else None
+    def forward(self, x: Tensor, offset: Tensor) -> Tensor:
+        if not self.wanted():
+            return super().forward(x, offset)
+        mask = offset.new_ones(()).expand_as(offset)[:, : offset.shape[1] // 2]
+        return _convolve(self, x, offset, mask)
 
 
-def _convolve(wanted: Callable[[], bool]) -> Callable[..., Tensor | None]:
-    def hook(
-        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
-        if not wanted():
-            return None
-        bias = getattr(module, "bias", None)
-        geometry = {
-            name: _pair(getattr(module, name)) for name in ("stride", "padding", "dilation")
-        }
-        x, offset, *rest = inspect.signature(module.forward).bind(*args, **kwargs).args
-        mask = rest[0] if rest else offset.new_ones(()).expand_as(offset)[:, : offset.shape[1] // 2]
-        size = output.shape[2:]
-        if offset.shape[2:] != size:
-            # GLIP's head gives those of a larger level; the operator reads the first numbers of it.
-            offset, mask = (_first(numbers, size) for numbers in (offset, mask))
-        return deformable_convolution(
-            x, offset, mask, module.weight, bias, groups=module.groups, **geometry
-        )
+class _ModulatedDeformConv2d(ModulatedDeformConv2d):
+    wanted: Callable[[], bool]
 
-    return hook
+    def forward(self, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+        if not self.wanted():
+            return super().forward(x, offset, mask)
+        return _convolve(self, x, offset, mask)
 
 
-def _first(numbers: Tensor, size: torch.Size) -> Tensor:
+class _Hardsigmoid(nn.Hardsigmoid):
+    wanted: Callable[[], bool]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + 3).clamp(0, 6) / 6 if self.wanted() else super().forward(x)
+
+
+class _RoIAlign(RoIAlign):
+    wanted: Callable[[], bool]
+
+    def forward(self, x: Tensor, regions: Tensor) -> Tensor:
+        aligned = super().forward(x, regions)
+        if not self.wanted():
+            return aligned
+        # The backward pass comes when this is a RoIAlign again.
+        return linear_operator(lambda maps: RoIAlign.forward(self, maps[0], regions), aligned, [x])
+
+
+_TWICE: dict[type[nn.Module], type[nn.Module]] = {
+    MultiScaleDeformableAttention: _Attention,
+    DeformConv2d: _DeformConv2d,
+    ModulatedDeformConv2d: _ModulatedDeformConv2d,
+    nn.Hardsigmoid: _Hardsigmoid,
+    RoIAlign: _RoIAlign,
+}
+
+
+def _convolve(module: Any, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:
+    stride, padding, dilation, kernel = (
+        _pair(getattr(module, name)) for name in ("stride", "padding", "dilation", "kernel_size")
+    )
+    size = [
+        (x.shape[2 + i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+        for i in (0, 1)
+    ]
+    if list(offset.shape[2:]) != size:
+        # GLIP's head gives those of a larger level; the operator reads the first numbers of it.
+        offset, mask = (_first(numbers, size) for numbers in (offset, mask))
+    bias = getattr(module, "bias", None)
+    return deformable_convolution(
+        x, offset, mask, module.weight, bias, stride, padding, dilation, groups=module.groups
+    )
+
+
+def _first(numbers: Tensor, size: list[int]) -> Tensor:
     shape = (numbers.shape[1], *size)
     return numbers.flatten(1)[:, : math.prod(shape)].unflatten(1, shape)
 
 
 def _pair(n: Any) -> tuple[int, int]:
     return (n, n) if isinstance(n, int) else (n[0], n[1])
-
-
-def _extract(wanted: Callable[[], bool]) -> Callable[..., Tensor | None]:
-    def hook(module: RoIAlign, args: tuple[Tensor, Tensor], output: Tensor) -> Tensor | None:
-        if not wanted():
-            return None
-        features, regions = args
-
-        def align(levels: Sequence[Tensor]) -> Tensor:
-            aligned: Tensor = module.forward(levels[0], regions)
-            return aligned
-
-        return linear_operator(align, output, [features])
-
-    return hook
 
 
 def _refuse(name: str, wanted: Callable[[], bool]) -> Callable[..., None]:

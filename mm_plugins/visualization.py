@@ -1,19 +1,17 @@
-"""Running a trained detector of MMDetection on an image, for a look at its attention."""
+"""Runs a trained detector of MMDetection on an image, for a look at its attention."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import mmcv
 import torch
 from mmcv.transforms import Compose
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmdet.models.roi_heads.roi_extractors.base_roi_extractor import BaseRoIExtractor
-from mmdet.models.utils import select_single_mlvl
 from mmdet.registry import DATASETS, MODELS
 from mmdet.structures.bbox import get_box_tensor
 from mmdet.utils import get_test_pipeline_cfg, register_all_modules
@@ -27,6 +25,7 @@ from mm_plugins.analysis import load_config
 from mm_plugins.command_line import has_cuda_operators
 from mm_plugins.grounding.text_models import text_model_is_there
 from mm_plugins.scores import Scores, phrase_score
+from mm_plugins.stand_ins import view
 from plugin_core.inspection.attention_maps import (
     Caption,
     Detections,
@@ -92,7 +91,9 @@ class MMDetDetector(Detector):
     def detect(self, picture: Picture, pixels: Tensor) -> Detections:
         model: Any = self.model
         data = {"inputs": [pixels[0]], "data_samples": [copy.deepcopy(picture.meta)]}
-        with DefaultScope.overwrite_default_scope(self._scope), _differentiable(model):
+        if isinstance(getattr(model, "bbox_head", None), BaseDenseHead):
+            model = view(model, bbox_head=_differentiable(model.bbox_head))
+        with DefaultScope.overwrite_default_scope(self._scope):
             (sample,) = model.test_step(data)
         found = sample.pred_instances
         return Detections(get_box_tensor(found.bboxes).detach(), found.scores, found.labels)
@@ -116,7 +117,7 @@ class _Grounder:
     """Looks for phrases; its heatmaps are those of attention mask consistency."""
 
     def __init__(self, model: Any, scope: str, caption: Caption, layer: str | None) -> None:
-        # Those of the config, where its detector is a RegularizedDetector
+        # The config's, if its detector has the setting
         settings = {"name": layer} if layer else getattr(model, "heatmap_settings", {})
         self._model, self._scope = model, scope
         self._activation, self._scores = Activation(model, **settings), Scores(model)
@@ -187,18 +188,40 @@ def _build(model: ConfigDict) -> nn.Module:
         return MODELS.build(model)
 
 
-@contextmanager
-def _differentiable(model: Any) -> Iterator[None]:
-    """Let gradients through a one-stage head, which cuts them off before it selects detections."""
+def _differentiable(head: Any) -> Any:
+    """View of a one-stage head whose scores have gradients; its own are cut off from its maps."""
+    if type(head).predict_by_feat is not BaseDenseHead.predict_by_feat:
+        return head  # which may have them
+    seen = view(head)
+    seen.predict_by_feat = partial(_predict_by_feat, seen)
+    return seen
 
-    def select(tensors: Sequence[Tensor], image: int, detach: bool = True) -> list[Tensor]:
-        return select_single_mlvl(tensors, image, detach=False)
 
-    head = getattr(model, "bbox_head", None)
-    # The head has no method or argument for it, so its module's function is exchanged meanwhile.
-    names = head.predict_by_feat.__func__.__globals__ if isinstance(head, BaseDenseHead) else {}
-    with patch.dict(names, {"select_single_mlvl": select}):
-        yield
+def _predict_by_feat(
+    head: Any,
+    cls_scores: Sequence[Tensor],
+    bbox_preds: Sequence[Tensor],
+    score_factors: Sequence[Tensor] | None = None,
+    *,
+    batch_img_metas: Sequence[dict],
+    **settings: Any,
+) -> list[Any]:
+    """``BaseDenseHead.predict_by_feat`` without cutting the maps off from the graph."""
+    priors = head.prior_generator.grid_priors(
+        [x.shape[2:] for x in cls_scores], dtype=cls_scores[0].dtype, device=cls_scores[0].device
+    )
+    settings = {"cfg": None, **settings}
+    return [
+        head._predict_by_feat_single(
+            cls_score_list=[x[i] for x in cls_scores],
+            bbox_pred_list=[x[i] for x in bbox_preds],
+            score_factor_list=[x[i] for x in score_factors or ()] or [None] * len(cls_scores),
+            mlvl_priors=priors,
+            img_meta=meta,
+            **settings,
+        )
+        for i, meta in enumerate(batch_img_metas)
+    ]
 
 
 def _class_names(cfg: Config, checkpoint: Mapping[str, Any]) -> tuple[str, ...]:

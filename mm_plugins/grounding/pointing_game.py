@@ -28,7 +28,7 @@ class PointingGameMetric(BaseMetric):
     """Share of phrases whose heatmap has its maximum inside of a box of the phrase.
 
     For the datasets with phrases (Flickr30k's, RefCOCO's), and for COCO's, where a class that an
-    image has is a phrase. The detector is a ``RegularizedDetector`` with
+    image has is a phrase. The detector is one of ours, such as ``PluginGLIP``, with
     ``heatmap=dict(in_test=True)``. A heatmap that is the same everywhere misses, and so does a
     phrase without one, such as one that has no token in a text that was cut off. RefCOCO's
     expressions are for Grounding DINO, as MMDetection's GLIP does not take a text without phrases.
@@ -70,7 +70,7 @@ class PointingGameMetric(BaseMetric):
             if found is None:
                 raise ValueError(
                     "PointingGameMetric: predictions have no heatmaps; let the config's model be "
-                    "a RegularizedDetector with heatmap=dict(in_test=True)"
+                    "one such as PluginGroundingDINO with heatmap=dict(in_test=True)"
                 )
             heatmaps = dict(zip(found["labels"].tolist(), found["heatmaps"], strict=True))
             annotated = sample["gt_instances"]

@@ -1,21 +1,10 @@
-"""The text models that grounding detectors read texts with."""
+"""Checks that the text models of grounding detectors can be loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-
-
-def check_text_model(model: Mapping[str, Any], setting: str = "model") -> None:
-    """Check that the text model of a detector's config can be loaded, if it has one.
-
-    Raises:
-        ValueError: says what to fetch, and where to name it.
-    """
-    name = (model.get("language_model") or {}).get("name")
-    if name is not None:
-        check_pretrained(name, f"{setting}.language_model.name")
 
 
 def check_pretrained(name: str, setting: str) -> None:

@@ -117,6 +117,6 @@ def test_with_batchformer_nothing_else_changes(benchmark):
                 Config.fromfile(folder / name).to_dict() for name in (config, other_config)
             )
             model = others["model"]
-            assert model.pop("type") == "BatchFormerDetector" and model.pop("batchformer")
-            model["type"] = model.pop("detector")
+            assert model.pop("batchformer")
+            model["type"] = model["type"].removeprefix("Plugin")
             assert others == settings

@@ -23,7 +23,7 @@ SMALL = {
     "model.num_queries": 20,
     "model.test_cfg.max_per_img": 10,
 }
-BATCHFORMER = {"model.type": "BatchFormerDetector", "model.detector": "DETR"}
+BATCHFORMER = {"model.type": "PluginDETR", "model.batchformer.insert_after": "(0,)"}
 D2_OPTIONS = {
     "MODEL.MMDET.OVERRIDES": str([f"{k}={v}" for k, v in {**BATCHFORMER, **SMALL}.items()]),
     "SOLVER.WEIGHT_DECAY_NORM": "0.0",

@@ -63,9 +63,7 @@ def model_config(name: str, language_model: Path | None = None) -> ConfigDict:
 
 def with_batchformer(model: ConfigDict, **batchformer: Any) -> ConfigDict:
     model = copy.deepcopy(model)
-    return ConfigDict(
-        {**model, "type": "BatchFormerDetector", "detector": model.type, "batchformer": batchformer}
-    )
+    return ConfigDict({**model, "type": f"Plugin{model.type}", "batchformer": batchformer})
 
 
 def build(model: ConfigDict, weights_of: nn.Module | None = None) -> nn.Module:

@@ -37,7 +37,7 @@ def model_config(name: str, text_model: Path | None = None) -> ConfigDict:
     """Of a small detector, plain: the type is the detector's own."""
     if name in ("grounding-dino", "glip"):
         model = Config.fromfile(SYNTHETIC / f"{name}_r50_synthetic.py").model
-        model.type = model.pop("detector")
+        model.type = model.type.removeprefix("Plugin")
         model.pop("heatmap")
         model.language_model.name = str(text_model)
         if name == "glip":
@@ -77,7 +77,7 @@ CLASS_DETECTORS = {
 
 def regularized(model: ConfigDict, **settings: Any) -> ConfigDict:
     model = copy.deepcopy(model)
-    return ConfigDict({**model, "type": "RegularizedDetector", "detector": model.type, **settings})
+    return ConfigDict({**model, "type": f"Plugin{model.type}", **settings})
 
 
 def build(model: ConfigDict, seed: int = 0) -> Any:

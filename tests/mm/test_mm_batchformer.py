@@ -32,10 +32,8 @@ from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import ExponentialMovingAverage
-from mmengine.registry import DefaultScope
 
-from mm_plugins.batchformer import insert_batchformer, repeat
-from mm_plugins.preflight import check_config
+from mm_plugins.batchformer import BatchFormers, TwoStreamEncoder, repeat
 from plugin_core import BatchFormer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -236,8 +234,7 @@ def test_detrs_encoder_gives_the_authors_numbers(name):
         },
     )
     insert_after = (0,) if name == "first" else (0, 2)
-    streams = insert_batchformer(encoder, insert_after, dropout=0.0)
-    assert encoder.batchformer is streams
+    encoder.batchformer = BatchFormers(32, 3, insert_after, dropout=0.0)
     state = {mmdet_name(key): v for key, v in numbers.items() if key.startswith("state/")}
     encoder.load_state_dict(state, strict=True)
     inputs = {
@@ -249,8 +246,7 @@ def test_detrs_encoder_gives_the_authors_numbers(name):
     out = encoder(**inputs).transpose(0, 1)
     torch.testing.assert_close(out, numbers["out_eval"], rtol=0, atol=1e-5)
     encoder.train()
-    streams.is_doubled = True
-    out = encoder(**repeat(inputs)).transpose(0, 1)
+    out = TwoStreamEncoder(encoder, map_size=(1, 1))(**repeat(inputs)).transpose(0, 1)
     torch.testing.assert_close(out, numbers["out_train"], rtol=0, atol=1e-5)
 
 
@@ -305,16 +301,30 @@ def test_padding_is_masked_where_that_is_asked_for(name, mask_padding):
 
 
 def test_batch_inference_is_evaluation_in_which_images_see_one_another():
-    encoders = [encoder_of(detr(eval=given).eval()) for given in (True, False)]
-    encoders[1].load_state_dict(encoders[0].state_dict())
+    detectors = [detr(eval=given).eval() for given in (True, False)]
+    detectors[1].load_state_dict(detectors[0].state_dict())
     x = torch.randn(2, 6, 256)
-    inputs = {"query": x, "query_pos": torch.zeros_like(x), "key_padding_mask": None}
-    together, plain = (encoder(**inputs) for encoder in encoders)
+    inputs = {"feat": x, "feat_pos": torch.zeros_like(x), "feat_mask": None}
+    together, plain = (m.forward_encoder(**inputs)["memory"] for m in detectors)
     assert together.shape == plain.shape and not torch.allclose(together, plain)
-    (expected,) = (m(encoders[1].layers[0](**inputs)) for m in encoders[1].batchformer.values())
-    for layer in encoders[1].layers[1:]:
-        expected = layer(expected, inputs["query_pos"], None)
+    first, *others = detectors[1].encoder.layers
+    (module,) = detectors[1].batchformers.values()
+    expected = module(first(x, inputs["feat_pos"], None))
+    for layer in others:
+        expected = layer(expected, inputs["feat_pos"], None)
     torch.testing.assert_close(together, expected)
+
+
+def test_batch_inference_of_a_pixel_decoder():
+    cfg = model_config("MaskFormer")
+    plain = build(cfg).eval()
+    detector = build(with_batchformer(cfg, eval=True), weights_of=plain).eval()
+    data = batch(plain, False)
+    pairs = [detector(**copy.deepcopy(data), mode="tensor"), plain(**data, mode="tensor")]
+    assert [x.shape for x in pairs[0]] == [x.shape for x in pairs[1]]
+    assert not torch.allclose(pairs[0][0], pairs[1][0])
+    encoder_of(detector).batchformer["0"] = Unchanged()
+    assert torch.equal(detector(**data, mode="tensor")[0], pairs[1][0])
 
 
 def test_single_image_is_warned_about():
@@ -349,25 +359,13 @@ def test_checkpointed_encoder_trains_the_batchformer_all_the_same():
     parameters = list(encoder_of(detector).batchformer.parameters())
     gradients = []
     for checkpointed in (False, True):
-        if checkpointed:
-            encoder = encoder_of(detector)
-            encoder.forward = functools.partial(checkpoint, encoder.forward, use_reentrant=False)
+        if checkpointed:  # as num_cp does it
+            for layer in encoder_of(detector).layers:
+                layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
         detector.zero_grad()
         loss_of(detector, data).backward()
         gradients.append([p.grad.clone() for p in parameters])
     torch.testing.assert_close(gradients[1], gradients[0])
-
-
-def test_features_are_extracted_of_every_image_after_a_training_step_too():
-    detector = detr().train()
-    data = batch(detector, True)
-    detector.eval()
-    expected = detector.extract_feat(data["inputs"])
-    detector.train()
-    loss_of(detector, data)
-    detector.eval()
-    for found, feature in zip(detector.extract_feat(data["inputs"]), expected, strict=True):
-        assert torch.equal(found, feature)
 
 
 def test_detector_is_pickled():
@@ -384,62 +382,43 @@ def test_detector_is_pickled():
 @pytest.mark.parametrize(
     ("batchformer", "message"),
     [
-        ({"insert_after": (1, 3)}, r"insert_after: there is no layer 3; .* layers 0 to 2"),
-        ({"insert_after": (-1,)}, "insert_after: there is no layer -1"),
-        ({"insert_after": ()}, r"insert_after: expected a tuple of encoder layers such as \(0,\)"),
-        ({"insert_after": 0}, "insert_after: expected a tuple .* got 0"),
-        ({"insert_after": (1, 1)}, "insert_after: a layer is named twice"),
-        ({"num_heads": 7}, "num_heads must divide embed_dims"),
-        ({"dropout": 1.5}, r"dropout must be in \[0, 1\), got 1.5"),
-        ({"insert_befor": (1,)}, "has no argument 'insert_befor'; did you mean insert_after"),
+        ({"insert_after": (1, 3)}, r"\.insert_after: names layer 3; .* layers 0 to 2"),
+        ({"insert_after": (-1,)}, r"\.insert_after: names layer -1"),
+        ({"insert_after": ()}, r"\.insert_after: must be a tuple .* such as \(0,\), got \(\)"),
+        ({"insert_after": 0}, r"\.insert_after: must be a tuple .* got 0"),
+        ({"insert_after": (1, 1)}, r"\.insert_after: names a layer twice"),
+        ({"num_heads": 7}, "num_heads.? must divide embed_dims"),
+        ({"dropout": 1.5}, r"dropout.? must be in \[0, 1\), got 1.5"),
+        ({"insert_befor": (1,)}, r"\.insert_befor: is no argument; .* did you mean 'insert_after'"),
+        ({"depth": 3}, r"\.depth: is no argument"),
     ],
 )
-def test_wrong_setting_is_named_before_the_training(batchformer, message):
-    cfg = Config({"model": with_batchformer(model_config("DETR"), **batchformer)})
-    with pytest.raises(ValueError, match=rf"model.*{message}"):
-        check_config(cfg, train=True, resumes=False)
-    if "insert_befor" not in batchformer:
-        with pytest.raises(ValueError, match=message):
-            MODELS.build(cfg.model)
+def test_wrong_setting_is_named_by_the_constructor(batchformer, message):
+    with torch.device("meta"), pytest.raises(ValueError, match=f"^batchformer.*{message}"):
+        MODELS.build(with_batchformer(model_config("DETR"), **batchformer))
 
 
-@pytest.mark.parametrize(
-    ("model", "message"),
-    [
-        ({"detector": "DTER"}, "detector: 'DTER' is no detector of MMDetection"),
-        ({"detector": "ResNet"}, "detector: 'ResNet' is no detector of MMDetection"),
-        ({}, "model.detector: missing"),
-        ({"detector": "DETR", "batchformer": 3}, r"batchformer: expected dict\(…\), got 3"),
-        ({"detector": "DETR", "batchformer": {"encoder": 3}}, "has no argument 'encoder'"),
-    ],
-)
-def test_wrong_detector_is_named_before_the_training(model, message):
-    cfg = Config({"model": {"type": "BatchFormerDetector", **model}})
-    with pytest.raises(ValueError, match=message):
-        check_config(cfg, train=True, resumes=False)
+def test_setting_that_is_no_dict_is_named():
+    cfg = with_batchformer(model_config("DETR"))
+    cfg.batchformer = 3
+    with pytest.raises(ValueError, match=r"^batchformer: expected dict\(…\), got 3"):
+        MODELS.build(cfg)
 
 
 def test_detector_without_an_encoder_is_refused():
     base = Config.fromfile(CONFIGS / "retinanet/retinanet_r18_fpn_1x_coco.py").model
-    cfg = Config({"model": with_batchformer(base)})
-    with pytest.raises(ValueError, match="RetinaNet has 0 DETR encoders"):
-        check_config(cfg, train=True, resumes=False)
+    with pytest.raises(ValueError, match="^batchformer: PluginRetinaNet has no DETR encoder"):
+        MODELS.build(with_batchformer(base))
 
 
 @EVERY_DETECTOR
-def test_check_before_the_training_knows_right_from_wrong(name, request):
-    # Which begins without MMDetection's scope
-    with DefaultScope.overwrite_default_scope(None):
-        cfg = Config({"model": with_batchformer(config(name, request))})
-        check_config(cfg, train=True, resumes=False)
-        cfg.model.batchformer = None
-        check_config(cfg, train=True, resumes=False)
-        cfg.model.batchformer = {"insert_after": (9,)}
-        with pytest.raises(ValueError, match="model: batchformer.insert_after: .* no layer 9"):
-            check_config(cfg, train=True, resumes=False)
-        cfg.model = {"type": "SemiBaseDetector", "detector": cfg.model}
-        with pytest.raises(ValueError, match="model.detector: batchformer.insert_after"):
-            check_config(cfg, train=True, resumes=False)
+def test_detector_is_built_without_memory_and_without_settings_is_the_plain_one(name, request):
+    cfg = with_batchformer(config(name, request))
+    with torch.device("cpu" if name == "Grounding DINO" else "meta"):  # transformers needs memory
+        names = set(MODELS.build(copy.deepcopy(cfg)).state_dict())
+        cfg.batchformer = None
+        plain = set(MODELS.build(cfg).state_dict())
+    assert plain < names and all("encoder.batchformer.0." in name for name in names - plain)
 
 
 # ----------------------------------------------------------------------------------- two processes

@@ -29,7 +29,7 @@ def shrink(cfg: Config, text_model: Path) -> None:
     model = cfg.model
     model.backbone.init_cfg = None
     model.language_model.name = str(text_model)
-    if model.detector == "GLIP":
+    if model.type == "PluginGLIP":
         model.bbox_head.lang_model_name = str(text_model)
         model.bbox_head.num_dyhead_blocks = 1
     else:
@@ -75,15 +75,14 @@ TRAINED.remove(POINTING)
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
 def test_config_trains_a_step_with_the_losses_of_its_name(path, text_models):
     cfg = Config.fromfile(path)
-    detector = cfg.model.detector
-    shrink(cfg, text_models["glip" if detector == "GLIP" else "grounding-dino"])
+    name = "glip" if cfg.model.type == "PluginGLIP" else "grounding-dino"
+    shrink(cfg, text_models[name])
     check_config(Config({"model": cfg.model}), train=True, resumes=False)
     torch.manual_seed(0)
     model = MODELS.build(cfg.model).train()
-    if detector == "GroundingDINO":
+    if name == "grounding-dino":
         torch.nn.init.normal_(model.level_embed)  # which nothing has set
-    kind = kind_of("glip" if detector == "GLIP" else "grounding-dino")
-    losses = model.loss(images(), samples(kind))
+    losses = model.loss(images(), samples(kind_of(name)))
     amc = {"loss_amc_mean", "loss_amc_max"}
     entropy = {"loss_functional_entropy", "information_image", "information_text"}
     assert amc & set(losses) == (amc if "amc" in path.stem else set())

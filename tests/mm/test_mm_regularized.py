@@ -36,7 +36,6 @@ from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 
 from mm_plugins.activations import Activation
-from mm_plugins.grounding.modalities import GLIPModalities, GroundingDINOModalities
 from mm_plugins.scores import Scores
 from mm_plugins.second_derivatives import second_derivatives
 from plugin_core.methods.functional_entropy import repeat_samples
@@ -272,7 +271,7 @@ def test_scores_of_queries_leave_denoising_queries_out(config):
 
 def test_a_head_without_class_scores_is_named(config):
     scores = Scores(build(config("retinanet")))
-    with pytest.raises(ValueError, match="detector: RetinaHead gives no class scores as"):
+    with pytest.raises(ValueError, match="RetinaHead gives no class scores as"):
         scores._dense_logits(scores.detector.bbox_head, torch.zeros(2, 3, 4))
 
 
@@ -514,17 +513,16 @@ class NoNoise:
 
 @pytest.mark.parametrize("name", GROUNDING)
 def test_without_noise_the_copies_have_the_logits_of_the_image(name, config):
-    detector = build(config(name))
-    modalities = (GLIPModalities if name == "glip" else GroundingDINOModalities)(detector)
+    detector = build(regularized(config(name)))
     batch = padded(kind_of(name))
     if name == "grounding-dino":
         batch[1].set_metainfo(
             {"text": TEXT_WITH_PADDING, "tokens_positive": {0: [[0, 8]], 1: [[0, 8]]}}
         )
-    with modalities.record():
+    with detector._record() as recording:
         loss(detector, batch)
     stub = NoNoise()
-    modalities.regularize(stub)
+    detector._regularize(stub, recording())
     torch.testing.assert_close(stub.again[stub.valid], stub.clean[stub.valid], atol=1e-4, rtol=1e-4)
     assert 0 < stub.valid.sum() < stub.valid.numel(), "padding of the shorter text does not count"
     if name == "grounding-dino":

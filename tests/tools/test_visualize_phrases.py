@@ -125,14 +125,14 @@ def plain_config(config: Path) -> Path:
     from mm_plugins.analysis import load_config
 
     cfg = load_config(str(config))
-    cfg.model.type = cfg.model.pop("detector")
+    cfg.model.type = cfg.model.type.removeprefix("Plugin")
     del cfg.model["heatmap"]
     cfg.dump(config.with_name("plain.py"))
     return config.with_name("plain.py")
 
 
 def predicted_heatmaps(config: Path, image: str, text: dict[str, Any]) -> Tensor:
-    """Those that a RegularizedDetector predicts of an image that is annotated with two phrases."""
+    """Those that a detector predicts of an image that is annotated with two phrases."""
     from mmengine.structures import InstanceData
 
     detector = load(config)
@@ -327,7 +327,7 @@ def test_missing_text_model_is_one_line_that_says_what_to_fetch(plain, trained, 
     cfg = load_config(str(trained("grounding-dino")))
     cfg.model.language_model.name = str(tmp_path / "nothing")
     if plain:
-        cfg.model.type = cfg.model.pop("detector")
+        cfg.model.type = cfg.model.type.removeprefix("Plugin")
         del cfg.model["heatmap"]
     cfg.dump(tmp_path / "config.py")
     message = error_of(argv_of(tmp_path / "config.py", image, tmp_path / "out", "--phrase", "red"))

@@ -1,5 +1,3 @@
 _base_ = "mmdet::conditional_detr/conditional-detr_r50_8xb2-50e_coco.py"
 custom_imports = dict(imports=["mm_plugins"])
-model = dict(
-    type="BatchFormerDetector", detector="ConditionalDETR", batchformer=dict(insert_after=(0,))
-)
+model = dict(type="PluginConditionalDETR", batchformer=dict(insert_after=(0,)))

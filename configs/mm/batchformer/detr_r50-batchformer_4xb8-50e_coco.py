@@ -1,6 +1,6 @@
 _base_ = "mmdet::detr/detr_r50_8xb2-150e_coco.py"
 custom_imports = dict(imports=["mm_plugins"])
-model = dict(type="BatchFormerDetector", detector="DETR", batchformer=dict(insert_after=(0,)))
+model = dict(type="PluginDETR", batchformer=dict(insert_after=(0,)))
 
 # The authors' schedule and batch; the learning rate is the base's, as theirs is DETR's own.
 train_dataloader = dict(batch_size=8)

@@ -1,6 +1,4 @@
 _base_ = "mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco-panoptic.py"
 custom_imports = dict(imports=["mm_plugins"])
 # In the encoder of the pixel decoder
-model = dict(
-    type="BatchFormerDetector", detector="Mask2Former", batchformer=dict(insert_after=(0,))
-)
+model = dict(type="PluginMask2Former", batchformer=dict(insert_after=(0,)))

@@ -1,8 +1,7 @@
 _base_ = "mmdet::grounding_dino/grounding_dino_swin-t_finetune_16xb2_1x_coco.py"
 custom_imports = dict(imports=["mm_plugins"])
 model = dict(
-    type="RegularizedDetector",
-    detector="GroundingDINO",
+    type="PluginGroundingDINO",
     attention_mask_consistency=dict(mean_margin=0.1, max_margin=0.5),
     functional_entropy=dict(samples=2, weight=1e-10),
     encoder=dict(num_cp=0),  # gradients are differentiated, which checkpoints do not allow

@@ -7,8 +7,7 @@ lang_model_name = "data/tiny-bert-768"
 
 model = dict(
     _delete_=True,
-    type="RegularizedDetector",
-    detector="GLIP",
+    type="PluginGLIP",
     heatmap=dict(in_test=True),
     data_preprocessor=dict(
         type="DetDataPreprocessor",

@@ -9,8 +9,7 @@ lang_model_name = "data/tiny-bert"
 
 model = dict(
     _delete_=True,
-    type="RegularizedDetector",
-    detector="GroundingDINO",
+    type="PluginGroundingDINO",
     heatmap=dict(in_test=True),
     num_queries=20,
     num_feature_levels=3,
