@@ -45,6 +45,10 @@ EXTRAS = {
     "grounding": [
         "transformers>=4.35,<4.53",
     ],
+    # Block plugins named timm:…
+    "timm": [
+        "timm>=1.0.20",
+    ],
     # Grad-CAM in tools/visualize_attention.py
     "visualization": [
         "grad-cam>=1.5",
@@ -68,12 +72,8 @@ EXTRAS = {
 # another version of PyTorch.
 KERNELS = Extension(
     "plugin_core.kernels._library",
-    sources=["plugin_core/kernels/batchformer.c", "plugin_core/kernels/triplet_attention.c"],
-    depends=[
-        "plugin_core/kernels/batchformer_of_type.h",
-        "plugin_core/kernels/common.h",
-        "plugin_core/kernels/triplet_attention_of_type.h",
-    ],
+    sources=["plugin_core/kernels/triplet_attention.c"],
+    depends=["plugin_core/kernels/triplet_attention_of_type.h"],
     extra_compile_args=["-O3", "-fopenmp"],
     extra_link_args=["-fopenmp", "-lm"],
     optional=True,  # without a compiler the plain formulas are used

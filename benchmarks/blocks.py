@@ -1,4 +1,4 @@
-"""What the benchmarks of single blocks share: inputs, and what is done with them."""
+"""Inputs and passes for the benchmarks of single blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PASSES = ("forward", "forward + backward")
 def cases(
     shapes: list[Shape], setting: Setting
 ) -> Iterator[tuple[Shape, str, torch.dtype, str, str]]:
-    """Shape, memory format, dtype and pass of each case, and what it is called."""
+    """Shape, memory format, dtype, pass and name of each case."""
     for dtype, shape, layout, what in itertools.product(setting.dtypes, shapes, FORMATS, PASSES):
         yield shape, layout, dtype, what, f"{text(shape)} {layout} {timing.name_of(dtype)}, {what}"
 
@@ -35,18 +35,16 @@ def text(shape: Shape) -> str:
 def input_and_gradient(
     shape: Shape, setting: Setting, dtype: torch.dtype, layout: str = "contiguous"
 ) -> Pair:
-    """A random x, and the gradient of what a block makes of it."""
+    """A random x (B, C, H, W), and a random gradient of a block's output."""
     tensors = (torch.randn(shape, device=setting.device, dtype=dtype) for _ in range(2))
-    if len(shape) == 4:
-        tensors = (t.contiguous(memory_format=FORMATS[layout]) for t in tensors)
-    x, g = tensors
+    x, g = (t.contiguous(memory_format=FORMATS[layout]) for t in tensors)
     return x.requires_grad_(), g
 
 
 def prepare(
     modules: Mapping[str, nn.Module], setting: Setting, dtype: torch.dtype, what: str
 ) -> dict[str, nn.Module]:
-    """Modules on the device, with the weights of the first one, in training or not."""
+    """Put modules on the device with the weights of the first, in training or not."""
     first, *_ = modules.values()
     for module in modules.values():
         module.load_state_dict(first.state_dict())
@@ -61,13 +59,13 @@ def candidate(module: nn.Module, what: str) -> Callable[[Pair], Any]:
 def forward(module: nn.Module) -> Callable[[Pair], Tensor]:
     def run(given: Pair) -> Tensor:
         with torch.no_grad():
-            return module(given[0].detach())  # as features are that come without gradients
+            return module(given[0].detach())  # features without gradients
 
     return run
 
 
 def forward_and_backward(module: nn.Module) -> Callable[[Pair], tuple[Tensor, ...]]:
-    """Gives the output and all gradients."""
+    """Run a step that gives the output and all gradients."""
     parameters = [p for p in module.parameters() if p.requires_grad]
 
     def run(given: Pair) -> tuple[Tensor, ...]:
@@ -81,7 +79,7 @@ def forward_and_backward(module: nn.Module) -> Callable[[Pair], tuple[Tensor, ..
 def measure(
     candidates: Mapping[str, Callable[[Pair], Any]], given: Pair, setting: Setting
 ) -> dict[str, Measurement]:
-    """Candidates beside a copy of x, into new memory and into old."""
+    """Time candidates beside a copy of x, into new memory and into old."""
     x = given[0].detach()
     into = torch.empty_like(x)
     copies = {"clone": lambda _: x.clone(), "copy_": lambda _: into.copy_(x)}
@@ -97,7 +95,7 @@ def share_of_input(step: Callable[[Pair], Any], given: Pair, setting: Setting) -
 def changing(
     shape: Shape, axes: Sequence[int], setting: Setting, dtype: torch.dtype
 ) -> Callable[[int], Pair]:
-    """Inputs of other sizes in each round: each of the axes between half as long and as long."""
+    """Make inputs whose axes are, in each round anew, from half as long to as long."""
 
     def inputs(i: int) -> Pair:
         chance, sizes = random.Random(i), list(shape)
@@ -114,9 +112,9 @@ def compare_in_changing_sizes(
     setting: Setting,
     names: tuple[str, str],
 ) -> dict[str, Quantity]:
-    """Times of candidates that never see a size twice, and the ratio of two of them.
+    """Time candidates that never see a size twice, and take the ratio of two of them.
 
-    Images of a detector do not repeat a size either: what compiles or tunes itself for each shows.
+    A detector's images rarely repeat a size: compiling or tuning for each size shows here.
     """
     times = timing.interleaved(make_candidates(), inputs, setting, repeat=False)
     values = timing.in_milliseconds(times)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure the speed and memory of the methods, alone and in detectors, beside their textbook forms.
 
-    benchmarks/run.py                           what this machine can, 25 minutes on 2 cores
+    benchmarks/run.py                           what this machine can, 23 minutes on 2 cores
     benchmarks/run.py --only ida detector_step  a part
     benchmarks/run.py --quick                   try it: tiny sizes, whose times say nothing
 
@@ -29,7 +29,7 @@ from timing import Row, Setting
 
 from plugin_core.kernels import choice
 
-BENCHMARKS = ("triplet_attention", "ida", "batchformer", "detector_step", "auxiliary_losses")
+BENCHMARKS = ("triplet_attention", "ida", "detector_step", "auxiliary_losses")
 RESULTS = report.ROOT / "benchmarks" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REPETITIONS, REPETITIONS_IF_QUICK = 7, 2

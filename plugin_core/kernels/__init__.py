@@ -1,16 +1,14 @@
-"""Fast paths of the methods, where the machine and the input allow them.
+"""Fast paths of the methods, and operators with second derivatives.
 
-The methods' own files hold the formulas in plain PyTorch, which work everywhere. What is here
-computes the same functions in fewer passes over memory: compiled C on a CPU, Triton on a CUDA GPU.
-The environment variable ``PLUGIN_KERNELS`` chooses:
+The methods' own files hold the formulas in plain PyTorch, which runs everywhere. A fast path
+computes the same function in fewer passes over memory: compiled C on a CPU, Triton on a CUDA GPU.
+Triplet attention has one. The environment variable ``PLUGIN_KERNELS`` chooses at every call:
 
-- ``auto`` (the default): the compiled C wherever it applies;
-- ``plain``: never;
-- ``fast``: Triton as well, which no GPU has run yet, and what is missing for either on this machine
-  is an error that says why.
+- ``auto`` (the default): compiled C where it applies, otherwise plain PyTorch;
+- ``plain``: plain PyTorch;
+- ``fast``: Triton as well, which no GPU has run yet. An error says what this machine lacks.
 
-It is read at every call. Traced, exported and compiled models always hold the plain formulas, which
-``torch.compile`` fuses by itself.
+Traced, exported and compiled models hold the plain formulas. ``torch.compile`` fuses them itself.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ VARIABLE = "PLUGIN_KERNELS"
 
 
 def choice() -> str:
-    """What ``PLUGIN_KERNELS`` says.
+    """Read ``PLUGIN_KERNELS``.
 
     Raises:
         ValueError: if it is none of :data:`CHOICES`.
@@ -42,13 +40,13 @@ def choice() -> str:
 
 
 def is_plain_tensor(x: Tensor) -> bool:
-    """Whether x has memory of its own that a kernel may read, and nothing records what is done."""
+    """Whether a kernel may read x from memory, and nothing records or transforms operators."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.layout is torch.strided
         and not torch.jit.is_tracing()
         and not _is_compiling()
-        # Counters of FLOPs, fake tensors and make_fx see PyTorch's operators only.
+        # FLOP counters, fake tensors and make_fx see PyTorch's operators only.
         and _get_current_dispatch_mode() is None
         and not _has_transforms()
         and getattr(forward_ad, "_current_level", -1) < 0  # no dual numbers
@@ -59,27 +57,19 @@ def is_plain_tensor(x: Tensor) -> bool:
 def _has_storage(x: Tensor) -> bool:
     try:
         x.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # a batch of gradients, of torch.autograd's vmap
+    except (NotImplementedError, RuntimeError):  # torch.autograd's vmap over gradients
         return False
     return True
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something has to see the module called, or changes its parameters when it is."""
+    """Whether a call of the module runs hooks, which may also change its parameters."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def is_autocast_on_cpu() -> bool:
-    """Whether autocast is on for what runs on a CPU."""
-    try:
-        return torch.is_autocast_enabled("cpu")
-    except TypeError:  # before PyTorch 2.4
-        return torch.is_autocast_cpu_enabled()
 
 
 def _is_compiling() -> bool:
@@ -90,6 +80,6 @@ def _is_compiling() -> bool:
 
 
 def _has_transforms() -> bool:
-    # torch.func's, under which a tensor stands for several
+    # Under torch.func a tensor stands for several.
     active = getattr(torch._C, "_are_functorch_transforms_active", None)
     return bool(active is not None and active())

@@ -1,4 +1,4 @@
-"""The compiled C code of this folder, which ``setup.py`` builds where there is a compiler."""
+"""Load the compiled C code of this folder. ``setup.py`` builds it where there is a compiler."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _VERSION = 1
 
 
 def library() -> ctypes.CDLL | None:
-    """The library; None where it is not built, which is warned of once.
+    """Load the library. Where it is missing, warn once and return None.
 
     Raises:
-        RuntimeError: if it is not there and ``PLUGIN_KERNELS=fast`` asks for it.
+        RuntimeError: if it is missing and ``PLUGIN_KERNELS=fast`` asks for it.
     """
     loaded = _load()
     if isinstance(loaded, ctypes.CDLL):
@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """The library, or the reason why there is none."""
     folder = Path(__file__).parent
     files = [folder / f"_library{suffix}" for suffix in EXTENSION_SUFFIXES]
     file = next((file for file in files if file.is_file()), None)
@@ -41,7 +41,7 @@ def _load() -> ctypes.CDLL | str:
     if file is None:
         return f"the compiled CPU kernels were not built; {again}"
     try:
-        # PyTorch was imported before: the OpenMP of its wheels is loaded and runs our loops, too.
+        # PyTorch is imported already: our loops run on the OpenMP of its wheels.
         loaded = ctypes.CDLL(str(file))
         version = loaded.detection_plugins_version()
     except (OSError, AttributeError) as error:
@@ -57,10 +57,10 @@ def _warn_once(reason: str) -> None:
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    """Where a tensor's elements start.
+    """Point to a tensor's first element.
 
     Raises:
-        ValueError: if C cannot read them one after the other from there.
+        ValueError: if the tensor is not contiguous or not on the CPU.
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"expected a contiguous tensor on the CPU, got {tensor.stride()}")
@@ -68,6 +68,6 @@ def pointer(tensor: Tensor) -> ctypes.c_void_p:
 
 
 def pointers(tensors: Sequence[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
-    """A C array of where tensors' elements start, NULL for None."""
+    """Make a C array of pointers to tensors, NULL for None."""
     addresses = [None if tensor is None else pointer(tensor) for tensor in tensors]
     return (ctypes.c_void_p * len(addresses))(*addresses)

@@ -1,4 +1,4 @@
-"""Where sums and exponentials need more than half precision."""
+"""Enough precision for sums and exponentials."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def in_float32(x: Tensor) -> Tensor:
-    """Give x in float32, or as it is where it is more precise."""
+    """Convert half precision to float32. Leave float32 and float64 as they are."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

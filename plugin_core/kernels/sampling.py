@@ -1,8 +1,8 @@
-"""Bilinear sampling, and the deformable operators made of it, that can be differentiated twice.
+"""Bilinear sampling and deformable operators with second derivatives.
 
-A loss on a gradient needs second derivatives, which neither ``F.grid_sample`` nor the operators for
-deformable attention and convolution have. What is here is made of gathers and products, which have
-them; it takes more memory, so it is for where they are needed only.
+A loss on a gradient needs second derivatives. ``F.grid_sample`` and the CUDA operators for
+deformable attention and convolution have none. These are made of gathers and products, which have
+them, but need more memory: use them only under such a loss.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 
 
 def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
-    """Values of maps at points between their cells, 0 outside.
+    """Interpolate maps at points, with zeros around the maps.
 
     Args:
         maps: (N, C, H, W).
-        points: (N, P, 2), x and y in cells: (0, 0) is the centre of the first one.
+        points: (N, P, 2), x and y in cells; (0, 0) is the centre of the first cell.
 
     Returns:
         (N, C, P).
     """
     height, width = maps.shape[2:]
     flat = maps.flatten(2)
-    # Half precision cannot tell the cells of a larger map apart.
+    # Half precision cannot tell the cells of a large map apart.
     points = points if points.dtype == torch.float64 else points.float()
     corner = points.detach().floor()
     past = points - corner  # in [0, 1)
-    first = corner.nan_to_num().long()  # a point that is NaN makes a value that is NaN, no index
+    first = corner.nan_to_num().long()  # NaN stays in the weights, but is no index
     sampled = maps.new_zeros(*maps.shape[:2], points.shape[1])
     for dx in (0, 1):
         for dy in (0, 1):
@@ -48,12 +48,12 @@ def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
 def deformable_attention(
     value: Tensor, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Multi-scale deformable attention (Zhu et al., ICLR 2021, arXiv:2010.04159, section 4.1).
+    """Attend to sampled points (Zhu et al., ICLR 2021, arXiv:2010.04159, section 4.1).
 
     Args:
-        value: (B, K, heads, D), the K positions of all levels.
+        value: (B, K, heads, D); K is the sum of H · W over the levels.
         shapes: (H, W) of each of L levels.
-        locations: (B, Q, heads, L, points, 2), x and y in [0, 1] of the level.
+        locations: (B, Q, heads, L, points, 2), x and y; a level is from 0 to 1.
         weights: (B, Q, heads, L, points), the attention.
 
     Returns:
@@ -83,17 +83,17 @@ def deformable_convolution(
     dilation: tuple[int, int],
     groups: int = 1,
 ) -> Tensor:
-    """Modulated deformable convolution (Zhu et al., CVPR 2019, arXiv:1811.11168, section 3.2).
+    """Convolve at moved points (Zhu et al., CVPR 2019, arXiv:1811.11168, section 3.2).
 
     Args:
         x: (B, C, H, W).
-        offset: (B, G · 2 · kh · kw, H', W'), of G groups of channels y and x by turns.
-        mask: (B, G · kh · kw, H', W'), by which each sample is multiplied.
+        offset: (B, G · kh · kw · 2, H', W') in cells, y before x, for G groups of channels.
+        mask: (B, G · kh · kw, H', W'), factors of the sampled values.
         weight: (C', C / groups, kh, kw).
         bias: (C',) or None.
-        stride: (vertical, horizontal), as the following.
-        padding: of x.
-        dilation: of the kernel.
+        stride: (vertical, horizontal), in cells.
+        padding: (vertical, horizontal), in cells.
+        dilation: (vertical, horizontal), in cells.
         groups: of the convolution.
 
     Returns:
@@ -128,18 +128,18 @@ def deformable_convolution(
 def linear_operator(
     operator: Callable[[Sequence[Tensor]], Tensor], output: Tensor, features: Sequence[Tensor]
 ) -> Tensor:
-    """Make what an operator gave differentiable twice, where the operator is so only once.
+    """Give the output of a linear operator all derivatives.
 
-    It is exact for an operator that is linear in the features, such as RoIAlign: the derivative of
-    its backward pass is its forward pass. Of nothing else are gradients taken.
+    The backward pass of a linear operator, such as RoIAlign, has the operator itself as its
+    derivative. So an operator with first derivatives is enough. Only the features get gradients.
 
     Args:
-        operator: takes features and gives its output.
-        output: what it gave for these features.
-        features: that it was given.
+        operator: maps features to the output, linearly.
+        output: of the operator for these features.
+        features: inputs of the operator.
 
     Returns:
-        The output, as a part of the features' graph.
+        The output in a graph that starts at the features.
     """
     made: Tensor = _Linear.apply(operator, output.detach(), *features)
     return made

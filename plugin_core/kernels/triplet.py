@@ -1,18 +1,19 @@
 """Triplet attention in few passes over its input: three forward, four back.
 
-A backend offers passes over tensors (B, P, Q, R) whose last axis is the one that is contiguous: P,
-Q, R are C, H, W, or H, W, C in channels_last. Each works on three maps, PQ, PR and QR, each over
-the axis that its name leaves out:
+A backend offers passes over tensors (B, P, Q, R) that are contiguous. P, Q, R are C, H, W, or
+H, W, C in channels_last. The map PQ reduces x over R, PR over Q, and QR over P:
 
-    pool            maximum and mean of x over each axis, and where the first maximum was
+    pool            maximum and mean of x over each axis, and the index of the first maximum
     scale           x * (PQ + PR + QR)
     product         sums of g * x over each axis
-    input_gradient  g * (PQ + PR + QR), plus what the gradients of ``pool`` hand back
+    input_gradient  g * (PQ + PR + QR), plus the gradient that goes through ``pool``
 
-Between them the gates are ordinary modules with an autograd of their own, on small maps. What saves
-passes is that ``scale``, in the backward, does not multiply g by the gates. It hands g on, as the
-gradient of a link that stands for x, and the gates, as gradients of links of their shapes, to the
-backward of ``pool``: that one has the last gradients to come, and writes the gradient of x at once.
+Between the passes the gates are ordinary modules on small maps, with PyTorch's autograd.
+
+A link is an output of ``pool`` and an input of ``scale`` without values: it only carries a
+gradient. The backward of ``scale`` does not multiply g by the gates. It sends g and the gates
+through the links to the backward of ``pool``. This runs last, so it adds up the gradient of x in
+one pass.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from plugin_core.kernels.triplet_cpu import CpuPasses
 
 
 class Passes(Protocol):
-    """What a backend offers; the maps are in float32, or in float64 where x is."""
+    """A backend. Maps are in float32, or in float64 for such an x."""
 
     def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Maps (B, 2, rows, columns), maximum and mean; indices (B, rows, columns) or none."""
+        """Give maps (B, 2, rows, columns), maximum and mean, and indices (B, rows, columns)."""
 
     def scale(self, x: Tensor, gates: list[Tensor], y: Tensor) -> None:
-        """Write y, which lies in memory as x does."""
+        """Write y, laid out as x."""
 
     def product(self, g: Tensor, x: Tensor) -> list[Tensor]: ...
 
@@ -48,7 +49,7 @@ class Passes(Protocol):
 
 
 def passes_for(x: Tensor) -> Passes | None:
-    """The backend for x (B, C, H, W), or None for the plain formula.
+    """Choose the backend for x (B, C, H, W), or None for the plain formula.
 
     Raises:
         RuntimeError: if ``PLUGIN_KERNELS=fast`` and this machine lacks what the backend needs.
@@ -58,33 +59,33 @@ def passes_for(x: Tensor) -> Passes | None:
         return None
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         return None
-    # Not by themselves, as they have been compiled for GPUs but never run on one.
+    # Only on demand, as no GPU has run them yet.
     if x.device.type == "cuda" and choice() == "fast":
-        from plugin_core.kernels.triplet_cuda import CudaPasses  # which imports Triton
+        from plugin_core.kernels.triplet_cuda import CudaPasses  # imports Triton
 
         return CudaPasses.of(x)
     return CpuPasses.of(x)
 
 
 def z_pool(x: Tensor, passes: Passes) -> tuple[list[Tensor], list[Tensor], tuple[bool, ...]]:
-    """Maximum and mean over H, W and C: maps (B, 2, C, W), (B, 2, H, C) and (B, 2, H, W).
+    """Pool x over H, W and C: maps (B, 2, C, W), (B, 2, H, C) and (B, 2, H, W).
 
     Returns:
-        The maps as the backend lays them out; what :func:`scale` takes as ``links``; and of each
-        map whether its rows and columns are exchanged.
+        The maps, maximum and mean, as the backend lays them out; the links for :func:`scale`; and
+        for each map whether its rows and columns are exchanged.
     """
     maps = _ZPool.apply(x, passes, torch.is_grad_enabled() and x.requires_grad)
     return list(maps[:3]), list(maps[3:]), _Layout(x).exchanged
 
 
 def scale(x: Tensor, gates: list[Tensor], links: list[Tensor], passes: Passes) -> Tensor:
-    """``x * sum(gates)``, with one channel for the two of each map of ``z_pool(x)``."""
+    """Compute ``x * sum(gates)`` for gates of one channel, laid out as the maps of ``z_pool``."""
     wide = links[1].dtype
     return _Scale.apply(passes, x, *(gate.to(wide) for gate in gates), *links)
 
 
 def correlate(x: Tensor, weight: Tensor, passes: Passes) -> Tensor:
-    """``F.conv2d(x, weight, padding=k // 2)`` for a weight (1, I, k, k), in x's dtype."""
+    """Compute ``F.conv2d(x, weight, padding=k // 2)`` for a weight (1, I, k, k), in x's dtype."""
     return _Correlate.apply(x, weight.to(x.dtype), passes)
 
 
@@ -96,7 +97,7 @@ class _ZPool(torch.autograd.Function):
         ctx.save_for_backward(*found)
         ctx.set_materialize_grads(False)
         maps = ctx.layout.to_named(pooled)
-        # Nothing is read of the links but their shapes, which their gradients must have.
+        # Gradients need links of their shapes; nobody reads the links' values.
         slots = [m.new_empty(()).expand(m[:, :1].shape) for m in maps]
         outputs = (*maps, x.new_empty(()).expand(x.shape), *slots)
         ctx.outputs = [(output.shape, output.dtype, output.device) for output in outputs]
@@ -106,14 +107,13 @@ class _ZPool(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
         if all(grad is None for grad in grads):
             return None, None, None
-        # Of a map that no gate was made of there is no gradient, and one of second order reaches
-        # the maps by the gates alone.
+        # A map that no gate used has no gradient. In second order the links have none.
         pooled_and_links = [
             torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
             for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
         ]
         pooled, g, gates = pooled_and_links[:3], pooled_and_links[3], pooled_and_links[4:]
-        # PyTorch's operators have derivatives, for create_graph, and take a batch of gradients.
+        # PyTorch's operators have derivatives, for create_graph, and take batches of gradients.
         if torch.is_grad_enabled() or not is_plain_tensor(g):
             upright = ctx.layout.upright
             indices = ctx.layout.to_named(ctx.saved_tensors)
@@ -130,7 +130,7 @@ class _ZPool(torch.autograd.Function):
 class _Scale(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, passes: Passes, x: Tensor, *maps: Tensor) -> Tensor:
-        gates = maps[:3]  # and then the links
+        gates = maps[:3]  # the links follow
         ctx.passes, ctx.layout = passes, _Layout(x)
         ctx.save_for_backward(x, *gates)
         y = torch.empty_like(x)  # no view, as the shortcut may be added in place
@@ -148,15 +148,15 @@ class _Scale(torch.autograd.Function):
         else:
             pqr = ctx.layout.to_pqr(g), ctx.layout.to_pqr(x)
             sums = ctx.layout.to_named(ctx.passes.product(*pqr))
-        # The first gradient of x takes the way of the links; x is here for those of higher order.
+        # The first gradient of x goes through the links. Higher ones go through the saved x.
         return None, None, *(s.unsqueeze(1) for s in sums), g, *gates
 
 
 def _input_gradient(
     g: Tensor, gates: Sequence[Tensor], pooled: Sequence[Tensor], indices: Sequence[Tensor]
 ) -> Tensor:
-    """What ``Passes.input_gradient`` computes, by PyTorch's operators."""
-    # Each map laid along the axes of g, with a 1 where it was pooled.
+    """Compute ``Passes.input_gradient`` by PyTorch's operators."""
+    # Lay each map along the axes of g, with size 1 on the pooled axis.
     axes = {2: (0, 2, 1, 3), 3: (0, 3, 2, 1), 1: (0, 1, 2, 3)}
     cw, hc, hw = (gate.permute(order) for gate, order in zip(gates, axes.values(), strict=True))
     grad = g * (cw + hc + hw)
@@ -192,33 +192,33 @@ class _Correlate(torch.autograd.Function):
 
 
 class _Layout:
-    """How (B, C, H, W) lies in memory, and so which maps are PQ, PR and QR."""
+    """Translate between (B, C, H, W) with maps cw, hc, hw and (B, P, Q, R) with PQ, PR, QR."""
 
     def __init__(self, x: Tensor) -> None:
         self._channels_last = not x.is_contiguous()
 
     def to_pqr(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) as contiguous (B, P, Q, R)."""
+        """View (B, C, H, W) as contiguous (B, P, Q, R)."""
         return (x.permute(0, 2, 3, 1) if self._channels_last else x).contiguous()
 
     def from_pqr(self, x: Tensor) -> Tensor:
         return x.permute(0, 3, 1, 2) if self._channels_last else x
 
     def to_named(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """PQ, PR and QR in the order cw, hc, hw."""
+        """Sort PQ, PR and QR as cw, hc, hw."""
         pq, pr, qr = maps
         return [qr, pr, pq] if self._channels_last else [pr, pq, qr]
 
     def from_named(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Contiguous PQ, PR and QR."""
+        """Sort cw, hc and hw as PQ, PR, QR, contiguous."""
         cw, hc, hw = (m.contiguous() for m in maps)
         return [hw, hc, cw] if self._channels_last else [hc, cw, hw]
 
     @property
     def exchanged(self) -> tuple[bool, ...]:
-        """Of cw, hc and hw, whether rows and columns are exchanged."""
+        """Whether rows and columns of cw, hc and hw are exchanged."""
         return (True, False, False) if self._channels_last else (False, True, False)
 
     def upright(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Maps cw, hc and hw with their rows and columns as the names have them."""
+        """Exchange rows and columns back, as the names cw, hc and hw have them."""
         return [m.mT if x else m for m, x in zip(maps, self.exchanged, strict=True)]

@@ -11,8 +11,25 @@ No function allocates, and none knows Python or PyTorch: there is no ABI to keep
 */
 
 #include <math.h>
+#include <stdint.h>
+#include <string.h>
 
-#include "common.h"
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__has_attribute)
+#if __has_attribute(target_clones)
+/* One library for all processors: the loader takes the widest vectors that there are. */
+#define CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#endif
+#ifndef CLONES
+#define CLONES
+#endif
+#define INLINE static inline __attribute__((always_inline))
+
+/* Where part `i` of `parts` of `n` starts. */
+INLINE int64_t part_start(int64_t n, int64_t parts, int64_t i) { return n * i / parts; }
+
+/* library.py expects this number; raise both when a signature in this file changes. */
+int detection_plugins_version(void) { return 1; }
 
 /* Rows that are worked on at once, so that a QR map's share of them stays in the nearest cache. */
 #define TILE_BYTES 24576

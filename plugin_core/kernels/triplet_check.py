@@ -1,6 +1,6 @@
-"""Whether a backend's passes give what PyTorch's operators give, tried on a small tensor.
+"""Compare a backend's passes with PyTorch's operators on a small tensor.
 
-Kernels that are compiled for the GPU at hand are checked so before they are used.
+Kernels compiled for the GPU at hand must pass before they are used.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from torch import Tensor
 if TYPE_CHECKING:
     from plugin_core.kernels.triplet import Passes
 
-# Blocks and parts are ragged, and there are two of each.
+# Two blocks and two parts, the last one ragged.
 _CHECKED_SHAPE = (2, 11, 35, 67)
 
 
 def failure_of(passes: Passes, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say what is wrong with the passes, all of whose variants are compiled here; or None.
+    """Say what is wrong with the passes, or None. This compiles all their variants.
 
-    Their convolutions are not tried.
+    It does not try their convolutions.
 
     Raises:
-        OutOfMemoryError: of a GPU, which says nothing of the passes.
+        OutOfMemoryError: if the GPU is full, which says nothing about the passes.
     """
     b, p, q, r = _CHECKED_SHAPE
     sizes = [(p, q), (p, r), (q, r)]
@@ -63,18 +63,18 @@ def failure_of(passes: Passes, device: torch.device, dtype: torch.dtype) -> str 
     return None
 
 
-# Over which PQ, PR and QR of (B, P, Q, R) pool.
+# The axes of (B, P, Q, R) that PQ, PR and QR reduce.
 _AXES = (3, 2, 1)
 
 
 def _numbers(shape: tuple[int, ...], step: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Eighths from -15 / 8 to 15 / 8, many of them equal, without a draw of random numbers."""
+    """Make eighths from -15 / 8 to 15 / 8 with many ties, without PyTorch's random generator."""
     numbers = torch.arange(math.prod(shape), device=device) * step % 31 - 15
     return (numbers / 8).to(dtype).view(shape)
 
 
 def plain_pool(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """``Passes.pool`` of x (B, P, Q, R), with indices, by PyTorch's operators."""
+    """Compute ``Passes.pool`` with indices by PyTorch's operators."""
     maxima = [x.max(axis) for axis in _AXES]
     means = [x.mean(axis) for axis in _AXES]
     maps = [torch.stack((m.values, mean), 1) for m, mean in zip(maxima, means, strict=True)]
@@ -82,7 +82,7 @@ def plain_pool(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def plain_input_gradient(gated: Tensor, gradients: list[Tensor], indices: list[Tensor]) -> Tensor:
-    """``Passes.input_gradient`` by PyTorch's operators, of g times the sum of the gates."""
+    """Compute ``Passes.input_gradient`` by PyTorch's operators from g times the sum of gates."""
     for gradient, at, axis in zip(gradients, indices, _AXES, strict=True):
         maximum, mean = (gradient[:, i].unsqueeze(axis) for i in (0, 1))
         positions = torch.arange(gated.shape[axis], device=gated.device)

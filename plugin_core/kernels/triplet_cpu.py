@@ -1,4 +1,4 @@
-"""Triplet attention's passes over memory on a CPU, by triplet_attention.c."""
+"""Triplet attention's passes on a CPU, by triplet_attention.c."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from plugin_core.kernels.library import library, pointer, pointers
 
-# Columns that are worked on together in a convolution, LANES in the C code.
+# Columns that a convolution handles at once, LANES in the C code.
 _LANES = 16
-# At least so many planes in each part of an image that is cut: a part has a map of its own.
+# The least planes in a part of an image. Each part costs a map of its own.
 _PLANES_OF_A_PART = 16
 
 _SUFFIXES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16"}
@@ -30,7 +30,7 @@ class CpuPasses:
 
     @staticmethod
     def of(x: Tensor) -> CpuPasses | None:
-        """For x (B, C, H, W); None where there are none."""
+        """Make the passes for x (B, C, H, W), or None."""
         if x.device.type != "cpu" or x.dtype not in _SUFFIXES:
             return None
         functions = library()
@@ -67,7 +67,7 @@ class CpuPasses:
         return gx
 
     def correlate(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``F.conv2d`` of x (B, I, H, W) and weight (O, I, k, k), k odd, to the same H and W."""
+        """Convolve x (B, I, H, W) with weight (O, I, k, k), k odd, to (B, O, H, W)."""
         (b, inputs, rows, columns), outputs, k = x.shape, weight.shape[0], weight.shape[2]
         padded, weight = _pad(x, k), weight.contiguous()
         out = x.new_empty((b, outputs, rows, columns))
@@ -76,7 +76,7 @@ class CpuPasses:
         return out
 
     def correlate_weight_gradient(self, g: Tensor, x: Tensor, k: int) -> Tensor:
-        """Gradient of the weight (1, I, k, k) of :meth:`correlate`, of g (B, 1, H, W)."""
+        """Give the gradient of the weight (1, I, k, k) for the gradient g (B, 1, H, W)."""
         padded = _pad(x, k)
         g = F.pad(g, (0, -g.shape[3] % _LANES)).contiguous()
         tasks = torch.get_num_threads()
@@ -95,7 +95,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _shape(x: Tensor) -> _Shape:
-    """The sizes, and into how many parts P is cut so that all threads have as much to do."""
+    """The sizes, and a number of parts of P that keeps all threads equally busy."""
     batch, p = x.shape[:2]
     threads = torch.get_num_threads()
     parts = -(-threads // batch)
@@ -105,17 +105,17 @@ def _shape(x: Tensor) -> _Shape:
 
 
 def _join(maps: Tensor, indices: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """One map of those of the parts."""
+    """Join the maps of the parts."""
     if len(maps) == 1:
         return maps[0], [i[0] for i in indices]
-    # As within a part, the first of equal maxima counts.
+    # Of equal maxima the first counts, as within a part.
     maximum, part = maps[:, :, 0].max(0)
     joined = torch.stack((maximum, maps[:, :, 1].sum(0)), 1)
     return joined, [i.gather(0, part.unsqueeze(0))[0] for i in indices]
 
 
 def _pad(x: Tensor, k: int) -> Tensor:
-    """Zeros around each map, and to the right up to whole vectors."""
+    """Pad each map with zeros, on the right up to whole vectors."""
     half = k // 2
     return F.pad(x, (half, half + -x.shape[3] % _LANES, half, half)).contiguous()
 

@@ -1,20 +1,19 @@
-"""Triplet attention's passes over memory on a CUDA GPU, by Triton.
+"""Triplet attention's passes on a CUDA GPU, by Triton.
 
-These kernels were compiled for GPUs and run by Triton's interpreter, but no GPU has run them yet.
-What is said of speed here is estimated from the compiled code, and nothing was tuned.
+No GPU has run these kernels yet. They were compiled for GPUs and run by Triton's interpreter. Notes
+on speed are estimates from the compiled code, and nothing was tuned.
 
-``scale``, ``product`` and ``input_gradient`` read and write every tensor once. A program works on a
-block of rows and columns of (Q, R) and goes with it through some consecutive planes of P, so that
-the block's part of the map QR stays in registers, as what is read or as a sum. Sums that several
-programs share are partial maps at first, and a second stage adds these up, which are small: without
-atomics the same input always gives the same bits.
+``scale``, ``product`` and ``input_gradient`` read and write every tensor once. A program takes a
+block of rows and columns of (Q, R) through some consecutive planes of P, so that its part of the
+map QR stays in registers. Sums over several programs are small partial maps, which a second stage
+adds up. Without atomics the same input always gives the same bits.
 
-``pool`` reads x twice, once for PQ and PR and once for QR. It could read x once, as ``product``
-does, but then the threads of a row would have to agree on maximum, index and sum in every block,
-instead of once in a row. Compiled, that is half as many instructions again as those of both reads.
+``pool`` reads x twice, once for PQ and PR and once for QR. With a single read, the threads of a row
+would have to agree on maximum, index and sum in every block instead of once in a row. Compiled,
+this takes half as many instructions again as both reads.
 
-Features of a detector have a new size in every batch. So the sizes are arguments that no kernel is
-specialized on, and the blocks are the same for all: a kernel is compiled once for a dtype.
+Features of a detector have a new size in every batch. Therefore no kernel is specialized on sizes,
+all sizes share the blocks, and a kernel is compiled once for a dtype.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ from plugin_core.kernels.triplet_check import failure_of
 try:
     import triton
     import triton.language as tl
-except ImportError:  # PyTorch for CPUs, or for Windows, comes without
+except ImportError:  # PyTorch for CPUs or for Windows comes without it
     triton = None
 
-# Blocks have as many columns as they need to leave little of a row's reduction to be exchanged
-# between threads: of a sum over 64, half is within a thread. Larger blocks would be less full.
+# With 64 columns half of a row's sum stays within a thread, and less is exchanged between threads.
+# Larger blocks would be less full.
 _BLOCK = {"BLOCK_Q": 32, "BLOCK_R": 64, "num_warps": 8}
-# Over which a row's reduction goes on, block by block, within the threads.
+# Its threads reduce a row block by block.
 _BLOCK_OF_ROWS = {"BLOCK_Q": 32, "BLOCK_R": 32, "num_warps": 4}
 _BLOCK_OF_PLANES = {"BLOCK": 1024, "num_warps": 4}
 _BLOCK_OF_JOINED = {"BLOCK": 256, "num_warps": 4}
-# Without a limit the input's gradient takes so many registers that a multiprocessor has room for no
-# more than one program. Numbers of 64 bits need more.
+# Without a limit the input's gradient takes so many registers that a multiprocessor holds a single
+# program. Numbers of 64 bits need more.
 _FEWER_REGISTERS = {"maxnreg": 80}
-# So many programs should fit a multiprocessor at once, by their registers.
+# Programs that fit a multiprocessor at once, by their registers.
 _AT_ONCE, _PLANES_AT_ONCE = 3, 8
-# At least so many planes in each part: a part has a map of its own.
+# The least planes in a part. Each part costs a map of its own.
 _PLANES_OF_A_PART = 8
-# At least this share of the blocks has to be elements: of 7×7 features a block would be idle.
+# The least share of elements in the blocks. With 7×7 features blocks would be nearly idle.
 _LEAST_FILLED = 1 / 8
 # Offsets within a part have 32 bits.
 _LARGEST_PART = 2**30
@@ -65,7 +64,7 @@ class CudaPasses:
     """The passes of :mod:`plugin_core.kernels.triplet` on tensors (B, P, Q, R).
 
     Args:
-        processors: how many multiprocessors the GPU has.
+        processors: number of the GPU's multiprocessors.
     """
 
     def __init__(self, processors: int) -> None:
@@ -73,10 +72,10 @@ class CudaPasses:
 
     @staticmethod
     def of(x: Tensor) -> CudaPasses | None:
-        """For x (B, C, H, W); None where there are none, which is warned of once.
+        """Make the passes for x (B, C, H, W), or None. Warn once of kernels that do not work.
 
         Raises:
-            RuntimeError: if the GPU has none for x and ``PLUGIN_KERNELS=fast`` asks for it.
+            RuntimeError: if they do not work and ``PLUGIN_KERNELS=fast`` asks for them.
         """
         if x.device.type != "cuda" or x.dtype not in _DTYPES or not _fills_blocks(x):
             return None
@@ -160,12 +159,12 @@ class CudaPasses:
         return gx
 
     def correlate(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``F.conv2d`` of x (B, I, H, W) and weight (O, I, k, k), k odd, to the same H and W."""
-        with torch.autocast(x.device.type, enabled=False):  # as x is, so is the result
+        """Convolve x (B, I, H, W) with weight (O, I, k, k), k odd, to (B, O, H, W)."""
+        with torch.autocast(x.device.type, enabled=False):  # keep x's dtype
             return F.conv2d(x, weight, padding=weight.shape[2] // 2)
 
     def correlate_weight_gradient(self, g: Tensor, x: Tensor, k: int) -> Tensor:
-        """Gradient of the weight (1, I, k, k) of :meth:`correlate`, of g (B, 1, H, W)."""
+        """Give the gradient of the weight (1, I, k, k) for the gradient g (B, 1, H, W)."""
         weight = x.new_empty((1, x.shape[1], k, k))  # only its shape is read
         half, which = [k // 2] * 2, [False, True, False]
         return torch.ops.aten.convolution_backward(
@@ -173,16 +172,16 @@ class CudaPasses:
         )[1]
 
     def _tiles(self, x: Tensor) -> tuple[int, int, int]:
-        """The number of blocks, the planes in each part, and the number of parts."""
+        """The number of blocks, of planes in a part, and of parts."""
         b, _, q, r = x.shape
         blocks = b * -(-q // _BLOCK["BLOCK_Q"]) * -(-r // _BLOCK["BLOCK_R"])
         return blocks, *self._parts(x, blocks, _AT_ONCE)
 
     def _parts(self, x: Tensor, blocks: int, at_once: int) -> tuple[int, int]:
-        """Into how many parts of how many planes P is cut, to occupy the whole GPU."""
+        """The number of planes in a part and of parts of P that occupy the whole GPU."""
         _, p, q, r = x.shape
         at_once *= self._processors
-        # As few rounds of programs as are well filled: one with few programs lasts as long.
+        # Take the fewest well filled rounds of programs: a round with few lasts as long.
         for rounds in range(1, 5):
             parts = rounds * at_once // blocks
             if parts * blocks >= 0.8 * rounds * at_once:
@@ -202,12 +201,12 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 # ------------------------------------------------------------------------------------------ kernels
-# Pointers are to contiguous tensors; maps come as PQ, PR, QR. Sizes have 32 bits, and what is a
-# multiple of the batch has 64.
+# Pointers are to contiguous tensors; maps come as PQ, PR, QR. Sizes have 32 bits, multiples of the
+# batch 64.
 
 
 def _kernel(function: Callable[..., Any]) -> Any:
-    """Compiled once for the dtypes of its arguments, whatever their sizes and alignment."""
+    """Compile once for the dtypes of the arguments, whatever their sizes and alignment."""
     if triton is None:
         return function
     arguments = [name for name in inspect.signature(function).parameters if not name.isupper()]
@@ -232,10 +231,10 @@ def _tile(
 
 @_kernel
 def _block(r: tl.tensor, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr) -> Any:
-    """Rows and columns of a block, and where its elements are in a plane, from its first one on.
+    """Rows and columns of a block, and the offsets of its elements from its first one.
 
-    A block has the axes (rows, columns / 32, 32): the warps share the rows, and a row has some of
-    its columns in the registers of one thread, which leaves less to exchange between threads.
+    A block has the axes (rows, columns / 32, 32). The warps share the rows. A thread holds several
+    columns of a row, which leaves less to exchange between threads.
     """
     rows = tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, BLOCK_R // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
@@ -244,7 +243,7 @@ def _block(r: tl.tensor, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr) -> Any:
 
 @_kernel
 def _found(here: tl.tensor, positions: tl.tensor) -> Any:
-    # Where nothing is found, as with NaN, beyond all positions, for which any of them will do.
+    # Nothing is found among NaN only. Then the index is cut to the last position; any will do.
     return tl.where(here, positions, 2147483647)
 
 
@@ -290,7 +289,7 @@ def _pool_rows(
             index = tl.min(_found(here, row + rows[:, None, None]), 0)
             tl.store(pr_at + (column + columns), index, in_columns)
 
-    to = (own + own // p * p) * q + row  # of an image there are two maps
+    to = (own + own // p * p) * q + row  # an image has two maps
     maximum = tl.max(tl.max(maximum_of_pq, 1), 1)
     tl.store(pq + to + rows, maximum, in_rows)
     pq_mean = pq + p.to(tl.int64) * q + to
@@ -374,7 +373,7 @@ def _join_map(
         other = tl.load(partial + here, inside, 0.0)
         added += tl.load(partial_sum + here, inside, 0.0)
         if joined_at is not None:
-            # The parts are in order: of equal maxima the first one stays.
+            # Parts come in order, so the first of equal maxima stays.
             index = tl.where(other > maximum, tl.load(partial_at + here, inside, 0), index)
         maximum = tl.maximum(maximum, other)
     to = position + position // size * size
@@ -448,7 +447,7 @@ def _input_gradient(
     batch: tl.tensor, p: tl.tensor, q: tl.tensor, r: tl.tensor, planes: tl.tensor,
     BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write g times the sum of the gates, and what the pooled maps' gradients hand back."""
+    """Write g times the sum of the gates, plus the gradient that goes through the pooled maps."""
     image, first, own_planes, row, column = _tile(p, q, r, planes, BLOCK_Q, BLOCK_R)
     rows, columns, offsets = _block(r, BLOCK_Q, BLOCK_R)
     in_rows, in_columns = rows < q - row, columns < r - column
@@ -461,7 +460,7 @@ def _input_gradient(
     pq_at += own * q + row
     pr_gate += own * r + column
     pr_at += own * r + column
-    own += image * p  # of an image there are a map of the maximum and one of the mean
+    own += image * p  # an image has a map of maxima and one of means
     pq += own * q + row
     pq_mean = pq + p.to(tl.int64) * q
     pr += own * r + column
@@ -500,7 +499,7 @@ def _input_gradient(
 
 # ------------------------------------------------------------------------------- whether they work
 
-# Of each GPU and dtype that was asked for: the passes, or why there are none.
+# The passes by GPU and dtype, or the reason why there are none.
 _CHECKED: dict[tuple[torch.device, torch.dtype], CudaPasses | str] = {}
 
 
@@ -518,7 +517,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _checked(device: torch.device, dtype: torch.dtype) -> CudaPasses | str:
-    """The passes, once they were seen to work on this GPU, or why there are none."""
+    """The passes if they work on this GPU, or the reason why there are none."""
     if triton is None:
         return "Triton, which compiles the kernels, is not installed"
     properties = torch.cuda.get_device_properties(device)

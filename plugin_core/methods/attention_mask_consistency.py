@@ -9,8 +9,8 @@ on, and a region mask M that is 1 where the phrase's object is:
     mean loss = relu(mean of h outside M - mean of h inside M + 0.1)         means over the batch
     max loss  = mean over the batch of relu(max of h outside M - max of h inside M + 0.5)
 
-The gradient is taken so that it can be differentiated again: the losses train the model to look,
-for its score, where the object is.
+The gradient can be differentiated again. So the losses train the model to look at the object for
+its score.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plugin_core.errors import ArgumentError
 from plugin_core.kernels.precision import in_float32
 
 _EPSILON = 1e-7
-# Gradients below it are as good as 0; the reciprocal of a smaller one would overflow in a product.
+# Smaller gradients count as 0: their reciprocals would overflow in a product.
 _SMALLEST = 1e-20
 
 
@@ -35,18 +36,18 @@ def gradient_heatmap(
     token_mask: Tensor | None = None,
     size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Where a score's gradient finds an activation useful (arXiv:2206.15462, section 3.1).
+    """Show which cells of an activation raise a score (arXiv:2206.15462, section 3.1).
 
     Args:
-        activations: (B, heads, tokens, H, W), such as a cross-attention's, or a feature map
-            (B, C, H, W). The levels of a pyramid, as a sequence, are resized to the first one's
-            size, each with the heads and tokens that it has, and averaged.
-        gradients: of a score with respect to the activations, of their shapes.
+        activations: cross-attention (B, heads, tokens, H, W), or a feature map (B, C, H, W). The
+            levels of a pyramid, a sequence, are resized to the size of the first and averaged.
+            Levels may differ in heads and tokens.
+        gradients: of the score by the activations, in their shapes.
         token_mask: (B, tokens), 0 for tokens that count as zeros, such as padding.
-        size: (H', W') to resize the heatmap to, bilinearly; None for none.
+        size: (H', W') to resize the heatmap to, bilinearly; None leaves it (H, W).
 
     Returns:
-        (B, 1, H', W'), in [0, 1]: 0 at the least and (about) 1 at the greatest of each sample.
+        (B, 1, H', W') in [0, 1]. In each sample the least is 0 and the greatest about 1.
 
     Raises:
         ValueError: if shapes do not fit.
@@ -100,22 +101,23 @@ def attention_mask_consistency_loss(
     mean_margin: float = 0.1,
     max_margin: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """Losses of heat that is outside of the region (arXiv:2206.15462, section 3.2).
+    """Punish heat outside of the region (arXiv:2206.15462, section 3.2).
 
-    A sample whose region is empty, or is everything, tells nothing about where to look: it has no
-    part in the max loss, nor in the mean loss.
+    A sample counts only if its region is neither empty nor everything: other regions do not say
+    where to look.
 
     Args:
-        heatmap: (B, 1, H, W), in [0, 1].
-        region_mask: (B, 1, H, W), 1 where the object is and 0 elsewhere.
-        mean_margin: in [0, 1], by which the mean inside shall exceed the mean outside.
-        max_margin: in [0, 1], by which the maximum inside shall exceed the maximum outside.
+        heatmap: (B, 1, H, W) in [0, 1].
+        region_mask: (B, 1, H, W), 1 inside of the region and 0 outside.
+        mean_margin: in [0, 1]; the mean inside should exceed the mean outside by it.
+        max_margin: in [0, 1]; the maximum inside should exceed the maximum outside by it.
 
     Returns:
-        The mean loss and the max loss, scalars ≥ 0; both 0 without a sample that has a part.
+        The mean loss and the max loss, scalars ≥ 0; both 0 if no sample counts.
 
     Raises:
-        ValueError: if the shapes differ, a margin is out of range, or the mask has other values.
+        ArgumentError: if a margin is out of its range.
+        ValueError: if the shapes differ, or the mask has other values.
     """
     check_margins(mean_margin, max_margin)
     if heatmap.dim() != 4 or heatmap.shape[1] != 1 or heatmap.shape != region_mask.shape:
@@ -140,23 +142,20 @@ def attention_mask_consistency_loss(
 
 
 def check_margins(mean_margin: float, max_margin: float) -> None:
-    """Raise ValueError if a margin is not in [0, 1], which the heat is in."""
+    """Raise ArgumentError if a margin is out of [0, 1], the range of the heat."""
     for name, margin in (("mean_margin", mean_margin), ("max_margin", max_margin)):
         if not 0 <= margin <= 1:
-            raise ValueError(
-                f"{name} must be from 0 to 1, as the heat whose difference it bounds is, "
-                f"got {margin!r}"
-            )
+            raise ArgumentError(name, f"must be from 0 to 1, as the heat is, got {margin!r}")
 
 
 class GradientHeatmap:
-    """The heatmap of a score, by differentiating it with respect to an activation.
+    """Differentiate a score by an activation and make the heatmap.
 
-    A heatmap does not depend on the gradient's scale, so that each sample's is scaled to at most 1
-    first: a fusion layer that starts nearly closed has gradients below the 1e-7 of the formula.
+    The gradient of each sample is first scaled to at most 1, which leaves the heatmap as it is. A
+    fusion layer that starts nearly closed has gradients below the 1e-7 of the formula.
 
     Args:
-        create_graph: whether the heatmap can be differentiated, as a loss needs it.
+        create_graph: make a heatmap that can be differentiated, as a loss needs.
     """
 
     def __init__(self, create_graph: bool = True) -> None:
@@ -170,18 +169,18 @@ class GradientHeatmap:
         size: tuple[int, int] | None = None,
         layout: Callable[[Tensor], Tensor | list[Tensor]] | None = None,
     ) -> Tensor:
-        """Differentiate and make the heatmap; the graph of the score is kept.
+        """Make the heatmap of a score, and keep the score's graph.
 
         Args:
-            score: scalar, or (B,): one of each sample, which depends on no other sample.
-            activations: as :func:`gradient_heatmap` takes them, on the way to the score.
-            token_mask: as there.
-            size: as there.
-            layout: which shapes an activation, and its gradient, as :func:`gradient_heatmap` takes
-                it, where a network has it otherwise, such as flattened; it may give a sequence.
+            score: scalar, or (B,). A sample's score depends on no other sample.
+            activations: see :func:`gradient_heatmap`; the score is computed from them.
+            token_mask: see :func:`gradient_heatmap`.
+            size: see :func:`gradient_heatmap`.
+            layout: reshapes an activation, and its gradient, to what :func:`gradient_heatmap`
+                takes, a tensor or a list; None where the network has them so.
 
         Returns:
-            (B, 1, H', W').
+            (B, 1, H', W') in [0, 1].
 
         Raises:
             ValueError: if the score does not depend on the activations, or a shape does not fit.
@@ -223,10 +222,10 @@ def _laid_out(
 
 @dataclass(frozen=True, eq=False)
 class ScoredRegion:
-    """A score that an image gives a phrase or class, and where the image has it.
+    """An image's score of a phrase or class, and the boxes of its objects.
 
     Args:
-        score: scalar, a part of the network's graph.
+        score: scalar in the network's graph.
         boxes: (N, 4), x1, y1, x2, y2 in pixels of the network's input.
     """
 
@@ -235,19 +234,19 @@ class ScoredRegion:
 
 
 class AttentionMaskConsistency:
-    """The losses of a batch of images, each with any number of phrases or classes.
+    """Compute the losses of a batch whose images have any number of phrases or classes.
 
     Args:
-        mean_weight: of the mean loss, ≥ 0.
-        max_weight: of the max loss, ≥ 0.
-        mean_margin: as :func:`attention_mask_consistency_loss` takes it.
-        max_margin: as there.
-        every: the losses are taken in every n-th step only; the second derivative costs.
-        phrases: of each image as many are taken, at random; None for all. Each of an image takes a
-            differentiation of its own.
+        mean_weight: of the mean loss, finite and ≥ 0; 0.2 in the authors' code.
+        max_weight: of the max loss, finite and ≥ 0; 0.8 in the authors' code.
+        mean_margin: in [0, 1], see :func:`attention_mask_consistency_loss`.
+        max_margin: in [0, 1], see :func:`attention_mask_consistency_loss`.
+        every: take the losses in every n-th step only, n ≥ 1; the second derivative is slow.
+        phrases: take at most so many of each image, at random; None for all. Each further phrase of
+            an image costs another differentiation.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ArgumentError: if an argument is out of its range.
     """
 
     def __init__(
@@ -262,10 +261,10 @@ class AttentionMaskConsistency:
         check_margins(mean_margin, max_margin)
         for name, weight in (("mean_weight", mean_weight), ("max_weight", max_weight)):
             if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name} must be at least 0, got {weight!r}")
+                raise ArgumentError(name, f"must be at least 0 and finite, got {weight!r}")
         check_every(every)
         if phrases is not None and (type(phrases) is not int or phrases < 1):
-            raise ValueError(f"phrases must be at least 1, or None for all, got {phrases!r}")
+            raise ArgumentError("phrases", f"must be at least 1, or None for all, got {phrases!r}")
         self.mean_weight, self.max_weight = mean_weight, max_weight
         self.mean_margin, self.max_margin = mean_margin, max_margin
         self.every, self.phrases = every, phrases
@@ -276,15 +275,17 @@ class AttentionMaskConsistency:
         heatmaps: Callable[[Tensor], Tensor],
         input_size: tuple[int, int],
     ) -> dict[str, Tensor]:
-        """The weighted losses by their names, ``loss_amc_mean`` and ``loss_amc_max``.
+        """Compute the weighted losses.
 
-        Images without phrases have no part in them; a batch of such images only has losses of 0.
+        Images without phrases do not count. If none has phrases, the losses are 0.
 
         Args:
-            images: the phrases or classes of each image of the batch.
-            heatmaps: gives the heatmaps (B, 1, H, W), of all images of the batch, of a sum of
-                scores, one at most of each image.
-            input_size: (height, width) of the network's input, which the heatmaps cover.
+            images: the phrases or classes of each of the B images.
+            heatmaps: makes heatmaps (B, 1, H, W) of a sum of scores, at most one score an image.
+            input_size: (height, width) in pixels of the network's input. Heatmaps cover all of it.
+
+        Returns:
+            ``loss_amc_mean`` and ``loss_amc_max``, scalars ≥ 0.
         """
         chosen = [self._choose(regions) for regions in images]
         heats: list[Tensor] = []
@@ -313,21 +314,21 @@ class AttentionMaskConsistency:
 
 
 def check_every(every: int) -> None:
-    """Raise ValueError if it is no number of steps."""
+    """Raise ArgumentError if ``every`` is no number of steps."""
     if type(every) is not int or every < 1:
-        raise ValueError(f"every must be a number of steps of at least 1, got {every!r}")
+        raise ArgumentError("every", f"must be a number of steps of at least 1, got {every!r}")
 
 
 def region_mask(
     boxes: Sequence[Tensor], input_size: tuple[int, int], size: tuple[int, int]
 ) -> Tensor:
-    """Masks of boxes, of cells whose centres are inside of one; a small box has one cell.
+    """Mark the cells whose centres are in a box. A box without a centre marks the cell around it.
 
     Args:
-        boxes: of each image, (N, 4): x1, y1, x2, y2 in pixels of the input. What is outside of the
-            input is cut off.
-        input_size: (height, width) of the input.
-        size: (H, W) of the masks, which cover the input.
+        boxes: (N, 4) of each of B images: x1, y1, x2, y2 in pixels of the input. They may reach
+            beyond the input.
+        input_size: (height, width) of the input in pixels.
+        size: (H, W) of the masks. They cover the input.
 
     Returns:
         (B, 1, H, W), 1.0 inside and 0.0 outside.

@@ -1,12 +1,14 @@
 """BatchFormer (Hou et al., CVPR 2022, arXiv:2203.01522) and V2 (arXiv:2204.01254), section 3 each.
 
-A post-norm transformer encoder layer whose sequence is the batch: with B images of L positions and
-C channels, position p of an image attends to position p of all B images, with the same weights
-for every p, and so learns from how samples relate. In V2 the positions are those of a feature map;
-in V1 there is a single one, and the samples are pooled features, so that the shape is (M, 1, C).
+A post-norm transformer encoder layer whose sequence is the batch. With B images of L positions and
+C channels, position p of an image attends to position p of all B images, and all positions share
+the layer's weights. So the network learns from how samples relate.
 
-In training it makes a second stream beside the first, with the same heads and targets, so that
-without it, in evaluation, the network still works. That is laid out where it is inserted.
+V2 takes the positions of a feature map. V1 takes M pooled features as M samples of one position:
+(M, 1, C).
+
+In training the output is a second stream beside the input, with the same heads and targets. In
+evaluation the network works without it. The frameworks' plugins make the two streams.
 """
 
 from __future__ import annotations
@@ -19,33 +21,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from plugin_core.kernels.batchformer_cpu import layer_function
-
-# PyTorch's attention on CUDA takes no more sequences at once.
-_MAX_SEQUENCES = 65535
+from plugin_core.errors import ArgumentError
 
 
 class BatchFormer(nn.Module):
-    """Lets every position attend to the same position of the batch's other samples.
+    """Let every position attend to the same position of the batch's other samples.
 
-    State dicts of :class:`torch.nn.TransformerEncoderLayer`, and with more layers of
-    :class:`torch.nn.TransformerEncoder`, load.
+    It loads state dicts of :class:`torch.nn.TransformerEncoderLayer`, and with several layers those
+    of :class:`torch.nn.TransformerEncoder`. It can be differentiated twice.
 
     Args:
         embed_dims: C.
-        num_heads: of the attention, by which C can be divided; 4 in the papers.
+        num_heads: of the attention, a divisor of C; 4 in the papers.
         feedforward_channels: width of the feed-forward network; None for C, as in the papers.
         dropout: rate in [0, 1), in the attention and after each part; 0.5 in the papers.
         num_layers: layers one after the other; 1 in the papers.
-        gather: in distributed training the samples of the other processes, too, are keys and
-            values, and gradients flow back to them. All processes must call the module equally
-            often. Their numbers of samples and positions may differ.
+        gather: in distributed training, attend to the samples of all processes and send gradients
+            back to them. All processes must call the module equally often. They may have different
+            numbers of samples and positions.
 
-    Shape: (B, L, C) → (B, L, C). B = 1 leaves nothing to relate, and a warning says so once.
+    Shape: (B, L, C) → (B, L, C). B = 1 leaves nothing to relate; the first such batch is warned of.
 
     Raises:
-        ValueError: if an argument is out of its range, ``num_heads`` does not divide
-            ``embed_dims``, or an input has another shape.
+        ArgumentError: if an argument is out of its range, or ``num_heads`` does not divide
+            ``embed_dims``.
+        ValueError: if an input has another shape.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class BatchFormer(nn.Module):
             ("num_layers", num_layers),
         ):
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+                raise ArgumentError(name, f"must be a positive integer, got {value!r}")
         if embed_dims % num_heads:
-            raise ValueError(
-                f"num_heads must divide embed_dims, got num_heads={num_heads} and "
-                f"embed_dims={embed_dims}"
+            raise ArgumentError(
+                "num_heads",
+                f"must divide embed_dims, got num_heads={num_heads} and embed_dims={embed_dims}",
             )
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout!r}")
+            raise ArgumentError("dropout", f"must be in [0, 1), got {dropout!r}")
         self.embed_dims = embed_dims
         self.gather = gather
         self.layers = nn.ModuleList(
@@ -92,12 +92,14 @@ class BatchFormer(nn.Module):
 
         Args:
             x: (B, L, C).
-            key_padding_mask: (B, L), True where there is padding, which is then no key. Where all
-                samples are padding, all are keys.
-            spatial_shapes: (H, W) of each level of the feature maps that the L positions are, row
-                by row; None for a single row. Where processes gather, whose maps may differ, it is
-                the place in a map that a position has in common with another one's. A process that
-                has no such place gives no key there.
+            key_padding_mask: (B, L), True for padding, which is no key. Where all samples are
+                padding, all are keys.
+            spatial_shapes: (H, W) of each level of the feature maps, whose cells row by row are the
+                L positions; None for a single row. With ``gather`` it matches the positions of maps
+                of different sizes. A process gives no key for cells that its maps lack.
+
+        Raises:
+            ValueError: if a shape does not fit.
         """
         if x.dim() != 3 or x.shape[2] != self.embed_dims:
             raise ValueError(
@@ -141,20 +143,17 @@ class BatchFormer(nn.Module):
     ) -> None:
         for key in [k for k in state_dict if k.startswith(prefix)]:
             name = key.removeprefix(prefix)
-            if not name.startswith("layers."):  # of a layer that was saved by itself
+            if not name.startswith("layers."):  # a single layer's state dict
                 state_dict[f"{prefix}layers.0.{name}"] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class _Layer(nn.TransformerEncoderLayer):
-    """PyTorch's layer and parameters, on (B, L, C) without a copy of it in another order."""
+    """PyTorch's layer and parameters, attending over the first axis of (B, L, C)."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor, is_key: Tensor | None, peers: _Peers | None
     ) -> Tensor:
-        fast = layer_function(self, x) if peers is None else None
-        if fast is not None:
-            return fast(None if is_key is None else is_key[:, 0, 0])
         x = self.norm1(x + self.dropout1(self._attend(x, is_key, peers)))
         y = self.linear2(self.dropout(F.relu(self.linear1(x))))
         return self.norm2(x + self.dropout2(y))
@@ -167,28 +166,27 @@ class _Layer(nn.TransformerEncoderLayer):
             kv = peers.gather(kv)
         k, v = kv.chunk(2, dim=2)
         heads = (attention.num_heads, -1)
+        # (B, L, C) → (L, heads, B, D)
         q, k, v = (part.unflatten(2, heads).permute(1, 2, 0, 3) for part in (q, k, v))
-        dropout = attention.dropout if self.training else 0.0
-        parts = []
-        for first in range(0, max(1, x.shape[1]), _MAX_SEQUENCES):
-            part = slice(first, first + _MAX_SEQUENCES)
-            mask = None if is_key is None else is_key[part]
-            parts.append(F.scaled_dot_product_attention(q[part], k[part], v[part], mask, dropout))
-        out = torch.cat(parts) if len(parts) > 1 else parts[0]
-        out = out.permute(2, 0, 1, 3).flatten(2)  # (L, heads, B, D) → (B, L, C)
-        return attention.out_proj(out)
+        # PyTorch's fused attention has no second derivative. It is slower, too, as a batch is a
+        # short sequence.
+        scores = (q * q.shape[3] ** -0.5) @ k.mT
+        if is_key is not None:
+            scores = scores.masked_fill(~is_key, -torch.inf)
+        weights = F.dropout(scores.softmax(3), attention.dropout, self.training)
+        return attention.out_proj((weights @ v).permute(2, 0, 1, 3).flatten(2))
 
 
 def _where_to_attend(key_padding_mask: Tensor) -> Tensor:
     """(B, L) → (L, 1, 1, B), True for keys."""
     is_key = ~key_padding_mask
-    # A softmax over nothing would give NaN, also to the gradients of the other positions' weights.
+    # Without any key the softmax, and with it all gradients of the weights, would be NaN.
     is_key = is_key | ~is_key.any(dim=0)
     return is_key.T[:, None, None]
 
 
 class _Peers:
-    """The batches of all processes, laid out as one that has the positions of this process's.
+    """The batches of all processes as one batch with the positions of this process.
 
     Args:
         x: (B, L, C) of this process.
@@ -196,7 +194,7 @@ class _Peers:
         spatial_shapes: (H, W) of the levels of its L positions.
 
     Attributes:
-        key_padding_mask: (sum of all B, L), True also at places that a process does not have.
+        key_padding_mask: (sum of all B, L), True also for cells that a process lacks.
     """
 
     def __init__(
@@ -209,7 +207,7 @@ class _Peers:
         here = torch.tensor([len(x), *sum(self._shapes, ())], device=x.device)
         sizes = [torch.empty_like(here) for _ in range(_num_processes())]
         distributed.all_gather(sizes, here)
-        # Of each process its B, and (H, W) of its levels
+        # B and the (H, W) of the levels, process by process
         self._peers = [
             (batch, list(zip(rest[::2], rest[1::2], strict=True)))
             for batch, *rest in (size.tolist() for size in sizes)
@@ -218,12 +216,12 @@ class _Peers:
         self._max_length = max(sum(h * w for h, w in shapes) for _, shapes in self._peers)
         if key_padding_mask is None:
             key_padding_mask = x.new_zeros(x.shape[:2], dtype=torch.bool)
-        # Gloo has no booleans.
+        # Gloo cannot gather booleans.
         is_token = self.gather((~key_padding_mask).unsqueeze(2).to(torch.uint8))
         self.key_padding_mask = is_token.squeeze(2) == 0
 
     def gather(self, tokens: Tensor) -> Tensor:
-        """(B, L, C) of every process → (sum of all B, L, C), zeros where there is no place."""
+        """(B, L, C) of every process → (sum of all B, L, C), zeros for cells that one lacks."""
         batch, length = tokens.shape[:2]
         missing = (self._max_length - length, self._max_batch - batch)
         gathered = _AllGather.apply(F.pad(tokens, (0, 0, 0, missing[0], 0, missing[1])))
@@ -235,7 +233,7 @@ class _Peers:
         )
 
     def _as_here(self, tokens: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
-        """Crop and pad another process's maps to the sizes of this one's."""
+        """Crop and pad the maps of another process to the sizes of this one."""
         if shapes == self._shapes:
             return tokens[:, : sum(height * width for height, width in shapes)]
         levels, first = [], 0
@@ -248,9 +246,9 @@ class _Peers:
 
 
 class _AllGather(torch.autograd.Function):
-    """What every process has; gradients return to where they belong.
+    """Give every process the tensors of all; gradients return to where the tensors came from.
 
-    ``torch.distributed.nn.functional.all_gather`` needs an all-to-all to go back, which Gloo lacks.
+    ``torch.distributed.nn.functional.all_gather`` needs an all-to-all to go back. Gloo lacks it.
     """
 
     @staticmethod
@@ -260,10 +258,22 @@ class _AllGather(torch.autograd.Function):
         return tuple(parts)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = torch.stack(grads)
-        distributed.all_reduce(grad)
-        return grad[distributed.get_rank()]
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _ReduceScatter.apply(*grads)
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """Sum over the processes, and keep the part of this process: the adjoint of ``_AllGather``."""
+
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        total = torch.stack(parts)
+        distributed.all_reduce(total)
+        return total[distributed.get_rank()]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return _AllGather.apply(grad)
 
 
 def _num_processes() -> int:

@@ -1,17 +1,17 @@
 """Functional entropy regularization (Gat et al., NeurIPS 2020, arXiv 2010.10802).
 
-A classifier of several modalities x_1 … x_M may rest on the one that is easiest to learn from, and
-ignore the others. How much it draws from x_m is bounded by a functional Fisher information, which
-is measured on n noisy copies of each of the B samples (R = B·n rows):
+A classifier of several modalities x_1 … x_M may rest on the one that is easiest to learn from and
+ignore the others. A functional Fisher information bounds how much it draws from x_m. It is measured
+on n noisy copies of each of the B samples (R = B·n rows):
 
-    x̃_m  = x_m + N(0, std of x_m over the batch)          perturbed, one modality's noise each
-    loss = loss(model(x̃_1 … x̃_M), softmax(clean logits))  against what the clean sample gives
+    x̃_m  = x_m + N(0, std of x_m over the batch)          every modality with noise of its own
+    loss = loss(model(x̃_1 … x̃_M), softmax(clean logits))  the targets are the clean samples'
     I_m  = mean over rows of |∂loss/∂x̃_m|² / loss         bound of the entropy (log-Sobolev)
     I_m  = mean over rows of |∂loss/∂x̃_m|²                bound of the variance (Poincaré)
-    term = weight · |(1/I_1 … 1/I_M)|_p                   added to what is trained
+    term = weight · |(1/I_1 … 1/I_M)|_p                   added to the training loss
 
-so that no modality's information may be small. The loss is a mean over all rows, and a row's
-gradient a part of it: I_m falls with R², and a useful weight depends on the batch size.
+The term is large if any modality informs little. The loss is a mean over all rows, so I_m falls
+with R². A useful weight depends on the batch size.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from plugin_core.errors import ArgumentError
 from plugin_core.kernels.precision import in_float32
 
 # One tensor, or several such as the levels of a feature pyramid
@@ -33,31 +34,32 @@ Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 BOUNDS = ("entropy", "variance")
 METHODS = ("max_ent", "min_ent", "max_ent_minus")
 TARGETS = ("softmax", "sigmoid")
-# What is divided by is at least this; where it takes effect the gradient of the divisor is zero.
+# The least divisor. A smaller one is replaced by it and gets no gradient.
 FLOOR = 1e-12
 
 
 class FunctionalEntropyRegularizer(nn.Module):
-    """A term that is large where a model draws little from one of its modalities.
+    """Punish a model that draws little from one of its modalities.
+
+    It computes in float32, or float64 for such features, outside of autocast.
+
+    Its gradient differentiates the model twice. PyTorch's attention does so by its mathematical
+    path, which is chosen here. No other layer between features and logits may lack a second
+    derivative, as torchvision's RoIAlign and deformable attention in CUDA do.
 
     Args:
         samples: noisy copies of each sample, n ≥ 1.
-        bound: ``"entropy"`` or ``"variance"``, see :func:`functional_information`.
+        bound: "entropy" or "variance", see :func:`functional_information`.
         norm: p ≥ 1, see :func:`functional_entropy_penalty`.
-        method: ``"max_ent"``, ``"min_ent"`` or ``"max_ent_minus"``, likewise.
-        weight: λ ≥ 0 of the term; the default is the paper's on VQA-CP.
-        loss: of logits and targets of equal shape, a scalar ≥ 0; by default the mean binary cross
-            entropy with logits, as the authors take for answers.
-        target: what makes targets of clean logits: ``"softmax"`` over their last dimension, or
-            ``"sigmoid"`` where each logit is a decision of its own.
-
-    Everything is computed in float32 (float64 where features are), outside of autocast. The term's
-    gradient differentiates the model's backward pass: attention takes PyTorch's mathematical path,
-    as the fused ones cannot be differentiated twice, and no other layer between the features and
-    the logits may be one that cannot (torchvision's RoIAlign, deformable attention in CUDA).
+        method: "max_ent", "min_ent" or "max_ent_minus", see :func:`functional_entropy_penalty`.
+        weight: λ of the term, finite and ≥ 0; 1e-10 on VQA-CP in the paper.
+        loss: maps logits and targets of equal shape to a scalar ≥ 0; None for the mean binary cross
+            entropy with logits, the authors' choice for answers.
+        target: "softmax" over the last dimension of the clean logits, or "sigmoid" where each logit
+            is a decision of its own.
 
     Raises:
-        ValueError: if an argument is not one of the above.
+        ArgumentError: if an argument is out of its range.
     """
 
     def __init__(
@@ -77,9 +79,9 @@ class FunctionalEntropyRegularizer(nn.Module):
         _check_one_of("method", method, METHODS)
         _check_one_of("target", target, TARGETS)
         if not 0 <= weight < float("inf"):
-            raise ValueError(f"weight must be a finite number ≥ 0, got {weight!r}")
+            raise ArgumentError("weight", f"must be a finite number ≥ 0, got {weight!r}")
         if loss is not None and not callable(loss):
-            raise ValueError(f"loss must be a function of logits and targets, got {loss!r}")
+            raise ArgumentError("loss", f"must be a function of logits and targets, got {loss!r}")
         self.samples = samples
         self.bound = bound
         self.norm = norm
@@ -96,30 +98,27 @@ class FunctionalEntropyRegularizer(nn.Module):
         masks: Mapping[str, Features] | None = None,
         valid: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Measure the information of each modality, and make the term of it.
+        """Measure the information of each modality and make the term.
 
-        Gradients of the term reach what ``model`` does and, through the features, what they were
-        computed by; none goes through ``logits``. Under ``torch.no_grad`` it is only measured.
+        Gradients of the term reach ``model`` and the features, but not ``logits``. Under
+        ``torch.no_grad`` the information is measured all the same.
 
         Args:
-            model: of perturbed features by their modalities' names, as in ``modalities`` but of
-                B·n rows each and with tuples for sequences, the logits (B·n, …). A sample's rows
-                follow one another, as ``torch.repeat_interleave`` puts them: what else the model
-                takes of the samples, a padding mask for example, must be repeated like this
-                (:func:`repeat_samples`). Layers that keep statistics will count these rows.
+            model: maps perturbed features to logits (B·n, …). It gets the names of ``modalities``
+                with B·n rows each, a tuple for a sequence. The rows of a sample follow one another:
+                repeat other inputs of the model, such as padding masks, by :func:`repeat_samples`.
+                Layers that keep statistics count these rows.
             modalities: features (B, …), or sequences of them, by names of your choice.
-            logits: of the clean features, (B, …).
-            masks: for modalities with padding, where it is not: bool (B, T) for features
-                (B, T, C), see :func:`perturb`; a sequence of masks for a sequence.
-            valid: which logits count, if not all: bool, of the shape of ``logits`` or of its
-                leading dimensions, with 1 where it is broadcast. Logits (B, T, K) and ``valid``
-                (B, T) reach ``loss`` as (number of valid, K); a ``valid`` of as many dimensions as
-                the logits makes them (number of valid,).
+            logits: (B, …), of the clean features.
+            masks: bool (B, T), False for padding, by the names of modalities (B, T, C) that have
+                any; a sequence of masks for a sequence. See :func:`perturb`.
+            valid: bool, True for logits that count; None for all. It has the shape of ``logits`` or
+                of its leading dimensions, or 1 to be broadcast. With logits (B, T, K), ``loss``
+                gets (number of valid, K) for (B, T), and (number of valid,) for (B, T, K).
 
         Returns:
             The weighted term, a scalar, and the information of each modality by its name, scalars
-            without gradient. Without samples or valid logits there is nothing to measure, and all
-            of it is 0.
+            without gradient. All are 0 if there are no samples or no valid logits.
 
         Raises:
             ValueError: if features, masks or logits do not fit each other.
@@ -171,7 +170,7 @@ class FunctionalEntropyRegularizer(nn.Module):
         return (term if differentiable else term.detach()), information
 
     def _perturb(self, features: Features, mask: Features | None) -> Features:
-        """Noisy copies with a graph to the features; gradients can be taken of them in any case."""
+        """Make noisy copies that require gradients, in the graph of the features."""
         tensors = _as_tuple(features)
         masks = (None,) * len(tensors) if mask is None else _as_tuple(mask)
         perturbed = [
@@ -185,7 +184,7 @@ class FunctionalEntropyRegularizer(nn.Module):
     def _information(
         self, perturbed: Mapping[str, Features], loss: Tensor, create_graph: bool
     ) -> Tensor:
-        """I_m of each modality, (M,), by one backward pass for all of them."""
+        """I_m of each modality, (M,), by one backward pass for all."""
         tensors = [_as_tuple(features) for features in perturbed.values()]
         gradients = list(
             torch.autograd.grad(
@@ -193,7 +192,7 @@ class FunctionalEntropyRegularizer(nn.Module):
                 [x for levels in tensors for x in levels],
                 create_graph=create_graph,
                 allow_unused=True,
-                materialize_grads=True,  # what the model does not use informs it of nothing
+                materialize_grads=True,  # an unused modality informs of nothing
             )
         )
         scores = []
@@ -203,7 +202,7 @@ class FunctionalEntropyRegularizer(nn.Module):
         return torch.stack(scores)
 
     def _selected(self, valid: Tensor, logits: Tensor) -> Tensor:
-        """Index of the rows' logits that count."""
+        """Where the logits (B·n, …) count."""
         _check_mask("valid", valid)
         shape = logits.shape[: valid.dim()]
         if valid.dim() > logits.dim() or not _can_expand(valid, shape):
@@ -224,19 +223,20 @@ class FunctionalEntropyRegularizer(nn.Module):
 
 
 def functional_information(gradient: Features, loss: Tensor, bound: str = "entropy") -> Tensor:
-    """How much a model draws from a modality: I_m.
+    """Measure how much a model draws from a modality: I_m.
 
     Args:
-        gradient: ∂loss/∂x̃_m (R, …), rows first, or several with R rows, whose squares add up.
-        loss: scalar; used for the bound of the entropy, where it is taken as at least 1e-12.
-        bound: ``"entropy"`` divides by the loss (log-Sobolev inequality), ``"variance"`` does not
-            (Poincaré inequality).
+        gradient: ∂loss/∂x̃_m (R, …), or several with R rows each, whose squares add up.
+        loss: scalar ≥ 0, counted as at least 1e-12.
+        bound: "entropy" divides by the loss (log-Sobolev inequality); "variance" does not (Poincaré
+            inequality).
 
     Returns:
-        A scalar ≥ 0; 0 where there are no rows.
+        A scalar ≥ 0; 0 if there are no rows.
 
     Raises:
-        ValueError: if ``bound`` is neither, or the tensors have different numbers of rows.
+        ArgumentError: if ``bound`` is unknown.
+        ValueError: if the tensors have different numbers of rows.
     """
     _check_one_of("bound", bound, BOUNDS)
     gradients = _as_tuple(gradient)
@@ -251,20 +251,20 @@ def functional_information(gradient: Features, loss: Tensor, bound: str = "entro
 def functional_entropy_penalty(
     scores: Tensor, norm: float = 2.0, method: str = "max_ent"
 ) -> Tensor:
-    """The term of the modalities' information, not yet weighted.
+    """Make the term, not yet weighted, of the modalities' information.
 
     Args:
-        scores: I_m ≥ 0, of shape (M,).
-        norm: p ≥ 1, infinity included.
-        method: ``"max_ent"`` is |1/scores|_p, where scores below 1e-12 count as 1e-12;
-            ``"min_ent"`` is |scores|_p; ``"max_ent_minus"`` is 0.1 - |scores|_p.
+        scores: (M,), I_m ≥ 0.
+        norm: p in [1, ∞].
+        method: "max_ent" gives |1/scores|_p, where scores count as at least 1e-12; "min_ent" gives
+            |scores|_p; "max_ent_minus" gives 0.1 - |scores|_p.
 
     Returns:
-        A scalar. It and its gradient are finite for scores of zero, where the gradient is zero
-        with ``"max_ent"``.
+        A scalar. For scores of zero it is finite, and so is its gradient, 0 with "max_ent".
 
     Raises:
-        ValueError: if ``scores`` is of another shape, or ``norm`` or ``method`` not one of these.
+        ArgumentError: if ``norm`` or ``method`` is out of its range.
+        ValueError: if ``scores`` has another shape.
     """
     _check_norm(norm)
     _check_one_of("method", method, METHODS)
@@ -272,7 +272,7 @@ def functional_entropy_penalty(
         raise ValueError(f"scores must have shape (M,) with M ≥ 1, got {tuple(scores.shape)}")
     if method == "max_ent":
         scores = scores.clamp(min=FLOOR)
-        # 1 / smallest is taken out, as a power of it may be more than float32 can hold.
+        # Powers of 1 / smallest may overflow, so it stays out of the norm.
         smallest = scores.detach().min()
         return torch.linalg.vector_norm(smallest / scores, norm) / smallest
     size = torch.linalg.vector_norm(scores, norm)
@@ -283,25 +283,28 @@ def functional_entropy_penalty(
 
 
 def repeat_samples(x: Tensor, samples: int) -> Tensor:
-    """Copies (B·n, …) of x (B, …), those of a sample one after another.
+    """Copy x (B, …) to (B·n, …), the copies of a sample one after another.
 
     Raises:
-        ValueError: if ``samples``, n, is not a positive integer.
+        ArgumentError: if ``samples``, n, is not a positive integer.
     """
     _check_samples(samples)
     return x.repeat_interleave(samples, dim=0)
 
 
 def expand_target(logits: Tensor, samples: int, target: str = "softmax") -> Tensor:
-    """Targets (B·n, …) that clean logits (B, …) are for their noisy copies, without gradient.
+    """Make the targets of noisy copies from the clean logits.
 
     Args:
-        logits: of the clean samples.
+        logits: (B, …), of the clean samples.
         samples: n ≥ 1.
-        target: ``"softmax"`` over the last dimension, or ``"sigmoid"``.
+        target: "softmax" over the last dimension, or "sigmoid".
+
+    Returns:
+        (B·n, …) in [0, 1], without gradient.
 
     Raises:
-        ValueError: if ``samples`` or ``target`` is not one of these.
+        ArgumentError: if ``samples`` or ``target`` is out of its range.
     """
     _check_one_of("target", target, TARGETS)
     logits = logits.detach()
@@ -310,15 +313,19 @@ def expand_target(logits: Tensor, samples: int, target: str = "softmax") -> Tens
 
 
 def perturb(features: Tensor, samples: int, mask: Tensor | None = None) -> Tensor:
-    """Copies (B·n, …) of features (B, …) with noise of the size of :func:`noise_scale`.
+    """Copy features and add noise of the size of :func:`noise_scale`.
 
     Args:
-        features: of floating point; gradients pass to them, and none to the size of the noise.
+        features: (B, …), floating point. They get gradients; the size of the noise gets none.
         samples: n ≥ 1.
-        mask: True where noise is added, as for :func:`noise_scale`; elsewhere nothing changes.
+        mask: True where noise is added, see :func:`noise_scale`; None for everywhere.
+
+    Returns:
+        (B·n, …), the copies of a sample one after another.
 
     Raises:
-        ValueError: if ``samples`` is not a positive integer, or the mask does not fit.
+        ArgumentError: if ``samples`` is not a positive integer.
+        ValueError: if the mask does not fit.
     """
     scale = noise_scale(features, mask)
     rows = repeat_samples(features, samples)
@@ -327,22 +334,21 @@ def perturb(features: Tensor, samples: int, mask: Tensor | None = None) -> Tenso
 
 
 def noise_scale(features: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Standard deviation of each element of features (B, …) over the batch, unbiased.
+    """Take the unbiased standard deviation of each element over the batch.
 
-    Over one sample there is none: where B is 1, or only one sample's mask is True, the standard
-    deviation over this sample's own elements stands in for it, and 0 where that is one element.
+    An element that one sample alone has (B = 1, or the mask) gets the standard deviation over this
+    sample's own elements instead, or 0 if there is one only.
 
     Args:
-        features: of floating point.
-        mask: bool (B, …) with the leading dimensions of the features, or with as many dimensions
-            as they have, and 1 where it is broadcast. Elements where it is False enter no standard
-            deviation, and their own is 0.
+        features: (B, …), floating point.
+        mask: bool, with the leading dimensions of the features, or with all of them or 1. Elements
+            where it is False get 0 and do not count.
 
     Returns:
-        Without gradient, of the shape of the features with a mask, else to be broadcast to it.
+        Without gradient; of the features' shape if there is a mask, otherwise broadcast to it.
 
     Raises:
-        ValueError: if the features are not of floating point, or the mask does not fit them.
+        ValueError: if the features are not floating point, or the mask does not fit them.
     """
     if not features.is_floating_point():
         raise ValueError(f"features must be of floating point, got {features.dtype}")
@@ -360,24 +366,24 @@ def noise_scale(features: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def _deviation(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
-    """Unbiased, of what the mask selects, or 0; and how many elements that is."""
+    """The unbiased deviation of the selected elements, or 0, and their number."""
     count = mask.sum(dims, keepdim=True)
     mean = x.masked_fill(~mask, 0).sum(dims, keepdim=True) / count.clamp(min=1)
     squares = (x - mean).masked_fill(~mask, 0).square().sum(dims, keepdim=True)
     return (squares / (count - 1).clamp(min=1)).sqrt(), count
 
 
-# ------------------------------------------------------------- what the information is a bound of
+# ---------------------------------------------------------------------- what the information bounds
 
 
 def functional_entropy(samples: Tensor) -> Tensor:
-    """Entropy E[f log f] - E[f] log E[f] of samples of functions, a mean over the functions.
+    """Take the entropy E[f log f] - E[f] log E[f] of each function, and the mean of all.
 
     Args:
-        samples: (R, N), N values f ≥ 0 of each of R functions, which are divided by their sum.
+        samples: (R, N), N values f ≥ 0 of each of R functions. They are divided by their sum.
 
     Returns:
-        A scalar ≥ 0, 0 for functions that are constant.
+        A scalar ≥ 0; 0 for constant functions.
 
     Raises:
         ValueError: if ``samples`` does not have two dimensions.
@@ -389,10 +395,13 @@ def functional_entropy(samples: Tensor) -> Tensor:
 
 
 def functional_variance(samples: Tensor) -> Tensor:
-    """Variance of samples of functions, unbiased, a mean over the functions.
+    """Take the unbiased variance of each function, and the mean of all.
 
     Args:
         samples: (R, N), N ≥ 2 values of each of R functions.
+
+    Returns:
+        A scalar ≥ 0.
 
     Raises:
         ValueError: if ``samples`` does not have two dimensions.
@@ -473,15 +482,15 @@ def _check_two_dimensions(samples: Tensor) -> None:
 
 def _check_samples(samples: int) -> None:
     if type(samples) is not int or samples < 1:
-        raise ValueError(f"samples must be a positive integer, got {samples!r}")
+        raise ArgumentError("samples", f"must be a positive integer, got {samples!r}")
 
 
 def _check_norm(norm: float) -> None:
     if type(norm) not in (int, float) or not norm >= 1:
-        raise ValueError(f"norm must be a number p ≥ 1, got {norm!r}")
+        raise ArgumentError("norm", f"must be a number p ≥ 1, got {norm!r}")
 
 
 def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         choices = ", ".join(map(repr, known))
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        raise ArgumentError(name, f"must be one of {choices}, got {value!r}")

@@ -16,7 +16,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
-import batchformer  # noqa: E402
+import detector_step  # noqa: E402
 import ida  # noqa: E402
 import report  # noqa: E402
 import run  # noqa: E402
@@ -93,20 +93,20 @@ def test_a_failed_and_an_impossible_benchmark_are_named(tmp_path, monkeypatch, c
         raise RuntimeError("it broke")
 
     monkeypatch.setattr(ida, "rows", impossible)
-    monkeypatch.setattr(batchformer, "rows", fail)
+    monkeypatch.setattr(detector_step, "rows", fail)
     options = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
     run.main([*options, "--only", "ida"])
-    with pytest.raises(SystemExit, match="error: .*: batchformer$"):
-        run.main([*options, "--only", "batchformer"])
+    with pytest.raises(SystemExit, match="error: .*: detector_step$"):
+        run.main([*options, "--only", "detector_step"])
     results, text = result_of(tmp_path)
     reasons = {
         name: [row["not_measured"] for row in benchmark["rows"]]
         for name, benchmark in results["benchmarks"].items()
     }
     failure = "it failed: RuntimeError: it broke"
-    assert reasons == {"ida": ["No module named 'that'"], "batchformer": [failure]}
+    assert reasons == {"ida": ["No module named 'that'"], "detector_step": [failure]}
     assert "- IDA in a stage: all of it: No module named 'that'\n" in text
-    assert f"- BatchFormer: all of it: {failure}\n" in text
+    assert f"- Detectors: all of it: {failure}\n" in text
     assert "; not measured: No module named 'that'" in capsys.readouterr().out
 
 
@@ -117,17 +117,17 @@ def test_what_was_measured_before_is_kept_when_a_run_is_stopped(tmp_path, monkey
         raise KeyboardInterrupt
 
     options = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
-    monkeypatch.setattr(batchformer, "rows", lambda setting: [row])
-    run.main([*options, "--only", "batchformer"])
+    monkeypatch.setattr(detector_step, "rows", lambda setting: [row])
+    run.main([*options, "--only", "detector_step"])
     path = tmp_path / f"{report.slug(SETTING)}.md"
     path.write_text(f"{path.read_text()}{report.FINDINGS}\nWritten by hand.\n")
     monkeypatch.setattr(ida, "rows", lambda setting: [])
-    monkeypatch.setattr(batchformer, "rows", stop)
+    monkeypatch.setattr(detector_step, "rows", stop)
     with pytest.raises(KeyboardInterrupt):
-        run.main([*options, "--only", "ida", "batchformer"])
+        run.main([*options, "--only", "ida", "detector_step"])
     results, text = result_of(tmp_path)
-    assert list(results["benchmarks"]) == ["ida", "batchformer"]
-    assert results["benchmarks"]["batchformer"]["rows"][0]["values"]["time, ms"] == {
+    assert list(results["benchmarks"]) == ["ida", "detector_step"]
+    assert results["benchmarks"]["detector_step"]["rows"][0]["values"]["time, ms"] == {
         "value": 2.0,
         "spread": 0.5,
         "target": "≤ 3",

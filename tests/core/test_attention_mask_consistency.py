@@ -15,6 +15,7 @@ from plugin_core import (
     attention_mask_consistency_loss,
     gradient_heatmap,
 )
+from plugin_core.errors import ArgumentError
 from plugin_core.methods.attention_mask_consistency import ScoredRegion, region_mask
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "attention_mask_consistency.npz"
@@ -117,8 +118,8 @@ def region(samples: int) -> torch.Tensor:
 
 def test_losses_can_be_differentiated_in_float64():
     torch.manual_seed(0)
-    features = torch.rand(2, 3, 6, 6, dtype=torch.double, requires_grad=True)
-    weight = torch.rand(2, 3, 6, 6, dtype=torch.double, requires_grad=True)
+    features = torch.rand(2, 1, 6, 6, dtype=torch.double, requires_grad=True)
+    weight = torch.rand(2, 1, 6, 6, dtype=torch.double, requires_grad=True)
 
     def loss(features, weight):
         slope = (features * weight).cos()
@@ -245,15 +246,16 @@ def test_images_without_phrases_only_have_losses_of_zero():
     [
         ({"mean_margin": -0.1}, "mean_margin must be from 0 to 1, .* got -0.1"),
         ({"max_margin": 1.5}, "max_margin must be from 0 to 1, .* got 1.5"),
-        ({"mean_weight": -1}, "mean_weight must be at least 0, got -1"),
-        ({"max_weight": float("nan")}, "max_weight must be at least 0, got nan"),
+        ({"mean_weight": -1}, "mean_weight must be at least 0 and finite, got -1"),
+        ({"max_weight": float("nan")}, "max_weight must be at least 0 and finite, got nan"),
         ({"every": 0}, "every must be a number of steps of at least 1, got 0"),
         ({"phrases": 0}, "phrases must be at least 1, or None for all, got 0"),
     ],
 )
 def test_bad_settings_are_named(arguments, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ArgumentError, match=f"^{text}$") as caught:
         AttentionMaskConsistency(**arguments)
+    assert caught.value.argument in arguments
 
 
 def test_bad_shapes_are_named(golden):

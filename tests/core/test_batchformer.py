@@ -10,17 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+import two_processes
+from torch import Tensor, nn
 
 from plugin_core import BatchFormer
+from plugin_core.errors import ArgumentError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-INSERTIONS = pytest.mark.parametrize("name", ["first", "two"])
-
-
-@pytest.fixture(autouse=True, params=["plain", "fast"])
-def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLUGIN_KERNELS", request.param)
 
 
 # ------------------------------------------------------------------------------- published numbers
@@ -50,7 +46,7 @@ def detr_layer(x: Tensor, pos: Tensor, padding: Tensor, state: dict[str, Tensor]
     return F.layer_norm(x, x.shape[2:], state["norm2.weight"], state["norm2.bias"])
 
 
-@INSERTIONS
+@pytest.mark.parametrize("name", ["first", "two"])
 @pytest.mark.parametrize("training", [False, True])
 def test_encoder_with_batchformer_gives_the_authors_numbers(name, training):
     numbers = golden(name)
@@ -186,12 +182,18 @@ def test_empty_batches_pass(shape):
     assert y.shape == shape
 
 
-def test_more_positions_than_cuda_attends_to_at_once_are_cut(monkeypatch):
-    module, x = BatchFormer(8, dropout=0), torch.randn(3, 7, 8)
-    padding = torch.rand(3, 7) < 0.3
-    expected = module(x, padding)
-    monkeypatch.setattr("plugin_core.methods.batchformer._MAX_SEQUENCES", 3)
-    torch.testing.assert_close(module(x, padding), expected)
+def test_first_and_second_derivatives_are_those_of_the_function():
+    module = BatchFormer(4, 2, 3, dropout=0.3).double()
+    x = torch.randn(3, 2, 4, dtype=torch.double, requires_grad=True)
+    padding = torch.tensor([[False, True], [False, False], [True, False]])
+
+    def function(x: Tensor, *_: Tensor) -> Tensor:
+        torch.manual_seed(4)  # the same elements are dropped each time
+        return module(x, padding)
+
+    inputs = (x, *module.parameters())
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
 
 
 def test_copy_computes_the_same():
@@ -222,8 +224,9 @@ def test_compiles_without_a_graph_break():
     ],
 )
 def test_wrong_argument_is_named(arguments, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ArgumentError, match=f"^{message}$") as caught:
         BatchFormer(**{"embed_dims": 8, **arguments})
+    assert caught.value.argument in arguments
 
 
 def test_wrong_input_is_named():
@@ -249,43 +252,55 @@ def shares(uneven: bool) -> list[tuple[Tensor, Tensor | None]]:
     for rank, (batch, length) in enumerate(shapes):
         padding = torch.zeros(batch, length, dtype=torch.bool)
         padding[0, 1 + rank] = True
-        x = torch.randn(batch, length, 8, generator=generator)
+        x = torch.randn(batch, length, 8, generator=generator, dtype=torch.double)
         batches.append((x, padding if uneven else None))
     return batches
 
 
-def train_a_step(
-    module: nn.Module, x: Tensor, padding: Tensor | None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+Step = tuple[Tensor, Tensor, dict[str, Tensor]]
+
+
+def train_a_step(module: nn.Module, x: Tensor, padding: Tensor | None, order: int) -> Step:
+    """Output, gradient at x and those of the parameters, of a loss or of one on its gradient."""
     x = x.clone().requires_grad_()
     y = module(x, padding)
     # Padded positions count for nothing, as in a detector.
-    seen = torch.ones(y.shape[:2]) if padding is None else (~padding).float()
-    ((y**3).sum(dim=2) * seen).sum().backward()
+    seen = torch.ones(y.shape[:2]) if padding is None else ~padding
+    loss = ((y**3).sum(dim=2) * seen).sum()
+    if order == 2:
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        loss = slope.square().sum()
+    loss.backward()
     assert x.grad is not None
-    return y.detach(), x.grad, {k: p.grad for k, p in module.named_parameters()}
+    grads = {k.removeprefix("module."): p.grad for k, p in module.named_parameters()}
+    return y.detach(), x.grad, {k: g for k, g in grads.items() if g is not None}
 
 
-def process(rank: int, folder: str, uneven: bool) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
-    )
+def steps_of_process(rank: int) -> dict[tuple[bool, int], Step]:
+    steps = {}
+    for uneven, order in CASES:
+        torch.manual_seed(0)
+        module = BatchFormer(8, dropout=0, num_layers=2, gather=True).double()
+        model = nn.parallel.DistributedDataParallel(module)
+        steps[uneven, order] = train_a_step(model, *shares(uneven)[rank], order)
+    return steps
+
+
+CASES = [(False, 1), (True, 1), (True, 2)]
+
+
+@pytest.fixture(scope="module")
+def steps_of_both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[bool, int], Step]]:
+    return two_processes.run(steps_of_process, tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize(("uneven", "order"), CASES, ids=["even", "uneven", "second_derivative"])
+def test_two_processes_that_gather_give_what_one_gives_on_the_joined_batch(
+    uneven, order, steps_of_both
+):
+    results = [steps[uneven, order] for steps in steps_of_both]
     torch.manual_seed(0)
-    module = BatchFormer(8, dropout=0, num_layers=2, gather=True)
-    model = nn.parallel.DistributedDataParallel(module)
-    y, grad, _ = train_a_step(model, *shares(uneven)[rank])
-    grads = {k: p.grad for k, p in module.named_parameters()}
-    torch.save((y, grad, grads), f"{folder}/{rank}.pth")
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("uneven", [False, True], ids=["even", "uneven"])
-def test_two_processes_that_gather_give_what_one_gives_on_the_joined_batch(tmp_path, uneven):
-    torch.multiprocessing.spawn(process, (str(tmp_path), uneven), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1)]
-    torch.manual_seed(0)
-    module = BatchFormer(8, dropout=0, num_layers=2)
+    module = BatchFormer(8, dropout=0, num_layers=2).double()
     batches = shares(uneven)
     longest = max(x.shape[1] for x, _ in batches)
     joined = torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[1])) for x, _ in batches])
@@ -293,18 +308,14 @@ def test_two_processes_that_gather_give_what_one_gives_on_the_joined_batch(tmp_p
     if uneven:
         masks = [F.pad(m, (0, longest - m.shape[1]), value=True) for _, m in batches]
         padding = torch.cat(masks)
-    y, grad, grads = train_a_step(module, joined, padding)
+    y, grad, grads = train_a_step(module, joined, padding, order)
     first = 0
     for (x, mask), (got_y, got_grad, got_grads) in zip(batches, results, strict=True):
         batch, length = x.shape[:2]
         seen = slice(None) if mask is None else ~mask
-        torch.testing.assert_close(
-            got_y[seen], y[first : first + batch, :length][seen], rtol=0, atol=1e-5
-        )
-        torch.testing.assert_close(
-            got_grad, grad[first : first + batch, :length], rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(got_y[seen], y[first : first + batch, :length][seen])
+        torch.testing.assert_close(got_grad, grad[first : first + batch, :length])
         # DistributedDataParallel averages over the processes.
         halves = {name: value / 2 for name, value in grads.items()}
-        torch.testing.assert_close(got_grads, halves, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got_grads, halves)
         first += batch

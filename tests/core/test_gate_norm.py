@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
-from torch import Tensor, distributed, nn
+import two_processes
+from torch import Tensor, nn
 
 from plugin_core import TripletAttention
 
@@ -27,14 +27,14 @@ def test_unknown_norm_is_named_with_those_that_exist(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_state_dict_is_the_same_whatever_the_norm(norm):
-    published = TripletAttention(3).state_dict()
-    attention = TripletAttention(3, norm=norm)
+    published = TripletAttention(kernel_size=3).state_dict()
+    attention = TripletAttention(kernel_size=3, norm=norm)
     attention.load_state_dict(published, strict=True)
     assert attention.state_dict().keys() == published.keys()
 
 
 def test_frozen_norm_uses_running_statistics_in_training_and_learns_nothing():
-    attention = TripletAttention(3, norm="FrozenBN").train()
+    attention = TripletAttention(kernel_size=3, norm="FrozenBN").train()
     for norm in gate_norms(attention):
         norm.running_mean.fill_(0.3)
         norm.running_var.fill_(2.0)
@@ -49,7 +49,10 @@ def test_frozen_norm_uses_running_statistics_in_training_and_learns_nothing():
 
 
 def test_synchronized_norm_in_one_process_is_batch_norm():
-    plain, synchronized = TripletAttention(3), TripletAttention(3, norm="SyncBN")
+    plain, synchronized = (
+        TripletAttention(kernel_size=3),
+        TripletAttention(kernel_size=3, norm="SyncBN"),
+    )
     synchronized.load_state_dict(plain.state_dict())
     x = torch.randn(2, 4, 5, 6)
     assert torch.equal(plain(x), synchronized(x))
@@ -75,27 +78,30 @@ def joined_batch() -> Tensor:
     return torch.randn(5, 4, 5, 6, generator=torch.Generator().manual_seed(3))
 
 
-def process(rank: int, folder: str, shares: list[list[int]]) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=len(shares)
-    )
-    torch.manual_seed(0)
-    attention = TripletAttention(3, norm="SyncBN").train()
-    model = nn.parallel.DistributedDataParallel(attention, broadcast_buffers=False)
-    y, grad = train_a_step(model, joined_batch()[shares[rank]])
-    torch.save({"y": y, "grad": grad, "state": attention.state_dict()}, f"{folder}/{rank}.pth")
-    distributed.destroy_process_group()
+SHARES = {"uneven": ([0, 1], [2, 3, 4]), "empty": ([0, 1, 2, 3, 4], [])}
 
 
-@pytest.mark.parametrize(
-    "shares", [[[0, 1], [2, 3, 4]], [[0, 1, 2, 3, 4], []]], ids=["uneven", "empty"]
-)
-def test_two_processes_give_what_one_gives_on_the_joined_batch(tmp_path: Path, shares):
-    torch.multiprocessing.spawn(process, (str(tmp_path), shares), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+def steps_of_process(rank: int) -> dict[str, dict[str, Any]]:
+    steps = {}
+    for name, shares in SHARES.items():
+        torch.manual_seed(0)
+        attention = TripletAttention(kernel_size=3, norm="SyncBN").train()
+        model = nn.parallel.DistributedDataParallel(attention, broadcast_buffers=False)
+        y, grad = train_a_step(model, joined_batch()[shares[rank]])
+        steps[name] = {"y": y, "grad": grad, "state": attention.state_dict()}
+    return steps
+
+
+@pytest.fixture(scope="module")
+def steps_of_both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    return two_processes.run(steps_of_process, tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize("name", SHARES)
+def test_two_processes_give_what_one_gives_on_the_joined_batch(name, steps_of_both):
+    first, second = (steps[name] for steps in steps_of_both)
     torch.manual_seed(0)
-    attention = TripletAttention(3).train()
+    attention = TripletAttention(kernel_size=3).train()
     # DistributedDataParallel averages the gradients of the parameters over the processes.
     optimizer_scale = 0.5
     x = joined_batch().requires_grad_()

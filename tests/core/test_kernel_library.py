@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plugin_core import BatchFormer, TripletAttention
-from plugin_core.kernels import batchformer_cpu, library, triplet_cpu
+from plugin_core import TripletAttention
+from plugin_core.kernels import library, triplet_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "plugin_core" / "kernels"
@@ -32,16 +32,11 @@ def without_library(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(library, "__file__", str(folder / "library.py"))
 
 
-@pytest.mark.parametrize(
-    ("module", "shape"), [(TripletAttention(3), (2, 4, 5, 6)), (BatchFormer(8), (2, 5, 8))]
-)
-def test_missing_library_is_warned_of_once_and_the_plain_formula_taken(
-    module, shape, monkeypatch, tmp_path
-):
+def test_missing_library_is_warned_of_once_and_the_plain_formula_taken(monkeypatch, tmp_path):
     without_library(monkeypatch, tmp_path)
-    x = torch.randn(shape)
+    module, x = TripletAttention(kernel_size=3).eval(), torch.randn(2, 4, 5, 6)
     with pytest.warns(UserWarning, match="not built; install this package again, on Linux"):
-        y = module.eval()(x)
+        y = module(x)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(module(x), y)
@@ -49,16 +44,11 @@ def test_missing_library_is_warned_of_once_and_the_plain_formula_taken(
         assert torch.equal(module(x), y)
 
 
-@pytest.mark.parametrize(
-    ("module", "shape"), [(TripletAttention(3), (2, 4, 5, 6)), (BatchFormer(8), (2, 5, 8))]
-)
-def test_missing_library_is_an_error_where_the_fast_path_is_asked_for(
-    module, shape, monkeypatch, tmp_path
-):
+def test_missing_library_is_an_error_where_the_fast_path_is_asked_for(monkeypatch, tmp_path):
     without_library(monkeypatch, tmp_path)
     monkeypatch.setenv("PLUGIN_KERNELS", "fast")
     with pytest.raises(RuntimeError, match="PLUGIN_KERNELS=fast: the compiled .* not built"):
-        module(torch.randn(shape))
+        TripletAttention()(torch.randn(2, 4, 5, 6))
 
 
 def test_library_that_does_not_load_or_is_of_another_version_is_not_used(monkeypatch, tmp_path):
@@ -75,12 +65,7 @@ def test_library_that_does_not_load_or_is_of_another_version_is_not_used(monkeyp
 
 def test_limits_of_the_c_code_are_those_that_python_checks():
     c = "".join(p.read_text(encoding="utf-8") for p in KERNELS.glob("*.[ch]"))
-    for name, value in {
-        "LANES": triplet_cpu._LANES,
-        "MAX_SAMPLES": batchformer_cpu._MAX_SAMPLES,
-        "MAX_SAMPLES_BY_CHANNELS": batchformer_cpu._MAX_SAMPLES_BY_CHANNELS,
-    }.items():
-        assert re.findall(rf"#define {name} (\d+)", c) == [str(value)]
+    assert re.findall(r"#define LANES (\d+)", c) == [str(triplet_cpu._LANES)]
     assert f"detection_plugins_version(void) {{ return {library._VERSION}; }}" in c
 
 

@@ -104,28 +104,32 @@ def check_not_a_number(passes: CudaPasses, device: torch.device) -> None:
     assert indices[0][0, 0].tolist() == [0, 0, 0]  # of nothing but -inf the first
 
 
-def outputs_and_gradients(module: TripletAttention, x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    inputs = {"x": x, **dict(module.named_parameters())}
+def outputs_and_gradients(inputs: dict[str, Tensor], y: Tensor) -> dict[str, Tensor]:
     inputs = {name: tensor for name, tensor in inputs.items() if tensor.requires_grad}
     weights = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
     gradients = torch.autograd.grad((y * weights).sum(), [*inputs.values()])
     return {"y": y.detach(), **dict(zip(inputs, gradients, strict=True))}
 
 
-def check_module(passes: CudaPasses, x: Tensor, tolerance: float, **kwargs: Any) -> None:
+def check_module(
+    passes: CudaPasses, x: Tensor, tolerance: float, warm_start: bool = False, **kwargs: Any
+) -> None:
     """The module by the passes against the plain formula, both in x's precision."""
     torch.manual_seed(0)
     module = trained(**kwargs).to(x.device).train(kwargs.get("norm") != "FrozenBN")
     if x.dtype == torch.float64:
         module.double()
     x = x.detach().requires_grad_()
+    inputs, alpha = {"x": x, **dict(module.named_parameters())}, None
+    if warm_start:
+        inputs["alpha"] = alpha = torch.full_like(module.cw.conv.bn.bias[0], 0.7).requires_grad_()
     autocast = torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype.itemsize == 2)
     with pytest.MonkeyPatch.context() as patch, autocast:
         patch.setenv("PLUGIN_KERNELS", "plain")
-        expected = outputs_and_gradients(module, x, module(x))
-        y = module._forward_in_few_passes(x, passes)
+        expected = outputs_and_gradients(inputs, module(x, warm_start=alpha))
+        y = module._forward_in_few_passes(x, alpha, passes)
         assert y.stride() == x.stride()
-        actual = outputs_and_gradients(module, x, y)
+        actual = outputs_and_gradients(inputs, y)
     for name, tensor in actual.items():
         largest = float(expected[name].abs().max())
         difference = float((tensor - expected[name]).abs().max())
@@ -143,7 +147,7 @@ def check_golden(passes: CudaPasses, name: str, device: torch.device) -> None:
     )
     module.to(device).train()
     x = arrays["x"].to(device).requires_grad_()
-    y = module._forward_in_few_passes(x, passes)
+    y = module._forward_in_few_passes(x, None, passes)
     (y * arrays["r"].to(device)).sum().backward()
     actual = {"y_train": y, "grad_x": x.grad}
     actual |= {f"grad/{key}": parameter.grad for key, parameter in module.named_parameters()}
@@ -170,15 +174,17 @@ def interpreted_checks() -> dict[str, Callable[[], None]]:
         "not_a_number": lambda: check_not_a_number(passes, CPU),
         "self_check": lambda: check_self_check_on_the_cpu(passes),
     }
-    for shape_name, shape in SHAPES.items():
-        for dtype_name, dtype in DTYPES.items():
-            # Halves, so that there are many equal maxima.
-            ties = (torch.randn(shape) * 3).round().div(2).to(dtype)
-            x = torch.randn(shape).to(dtype)
-            name = f"{shape_name}-{dtype_name}"
-            checks[f"pool-{name}"] = lambda ties=ties: check_pool(passes, ties)
-            checks[f"scale_and_product-{name}"] = lambda x=x: check_scale_and_product(passes, x)
-            checks[f"input_gradient-{name}"] = lambda ties=ties: check_input_gradient(passes, ties)
+    cases = [(shape, "fp32") for shape in SHAPES]
+    cases += [("two_parts", dtype) for dtype in DTYPES if dtype != "fp32"]
+    for shape_name, dtype_name in cases:
+        shape, dtype = SHAPES[shape_name], DTYPES[dtype_name]
+        # Halves, so that there are many equal maxima.
+        ties = (torch.randn(shape) * 3).round().div(2).to(dtype)
+        x = torch.randn(shape).to(dtype)
+        name = f"{shape_name}-{dtype_name}"
+        checks[f"pool-{name}"] = lambda ties=ties: check_pool(passes, ties)
+        checks[f"scale_and_product-{name}"] = lambda x=x: check_scale_and_product(passes, x)
+        checks[f"input_gradient-{name}"] = lambda ties=ties: check_input_gradient(passes, ties)
     for name in GOLDEN:
         checks[name] = lambda name=name: check_golden(passes, name, CPU)
     modules = {
@@ -188,7 +194,7 @@ def interpreted_checks() -> dict[str, Callable[[], None]]:
         "autocast": (FORMATS["nhwc"], torch.bfloat16, 0.05, {"warm_start": True}),
     }
     for name, (memory_format, dtype, tolerance, kwargs) in modules.items():
-        x = torch.randn(2, 4, 5, 7).to(dtype).to(memory_format=memory_format)
+        x = torch.randn(2, 3, 4, 5).to(dtype).to(memory_format=memory_format)
         checks[f"module-{name}"] = lambda x=x, t=tolerance, k=kwargs: check_module(
             passes, x, t, **k
         )
@@ -196,7 +202,9 @@ def interpreted_checks() -> dict[str, Callable[[], None]]:
 
 
 def check_self_check_on_the_cpu(passes: CudaPasses) -> None:
-    assert triplet_check.failure_of(passes, CPU, torch.float32) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triplet_check, "_CHECKED_SHAPE", SHAPES["two_parts"])
+        assert triplet_check.failure_of(passes, CPU, torch.float32) is None
 
 
 def run_interpreted() -> None:
@@ -223,28 +231,23 @@ def run_interpreted() -> None:
     print(json.dumps(failures))
 
 
-def python(code: str, **variables: str) -> str:
-    """Output of ``code``, run by a fresh interpreter that finds the packages of this checkout."""
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """What failed in each check, or nothing."""
     path = os.pathsep.join(
         [str(TESTS.parent), str(TESTS / "core"), os.environ.get("PYTHONPATH", "")]
     )
+    # Triton reads its variable when it is imported.
+    variables = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables,
+        [sys.executable, "-c", "import test_triplet_cuda; test_triplet_cuda.run_interpreted()"],
+        env=os.environ | variables,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert run.returncode == 0, run.stderr
-    return run.stdout
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> dict[str, str]:
-    """Of each check what failed, or nothing."""
-    # Triton reads the variable when it is imported.
-    code = "import test_triplet_cuda; test_triplet_cuda.run_interpreted()"
-    return json.loads(python(code, TRITON_INTERPRET="1").splitlines()[-1])
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 @needs_triton
@@ -287,8 +290,10 @@ def signature(name: str, dtype: str, indices: bool) -> tuple[dict[str, str], dic
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
+@pytest.mark.parametrize(
+    ("dtype", "capability"),
+    [("fp32", 80), ("bf16", 80), ("fp32", 90), ("bf16", 90), ("fp16", 90), ("fp64", 90)],
+)
 def test_kernels_compile_and_spill_no_registers(dtype, capability, tmp_path):
     import triton
     from triton.backends.compiler import GPUTarget
@@ -494,16 +499,15 @@ def test_older_gpu_is_named(monkeypatch):
     assert "need 7.0" in str(triplet_cuda._checked(device, torch.float32))
 
 
-def test_package_works_without_triton():
-    said = python(
-        "import sys, torch\n"
-        "sys.modules.update({'triton': None, 'triton.language': None})\n"
-        "from plugin_core import TripletAttention\n"
-        "from plugin_core.kernels import triplet_cuda\n"
-        "print(TripletAttention()(torch.zeros(1, 2, 3, 4)).shape)\n"
-        "print(triplet_cuda._checked(torch.device('cuda', 0), torch.float32))"
-    )
-    assert "torch.Size([1, 2, 3, 4])" in said and "Triton" in said and "not installed" in said
+def test_package_works_without_triton(monkeypatch):
+    for name in ("triton", "triton.language"):
+        monkeypatch.setitem(sys.modules, name, None)
+    spec = importlib.util.spec_from_file_location("without_triton", triplet_cuda.__file__)
+    without_triton = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(without_triton)
+    reason = without_triton._checked(torch.device("cuda", 0), torch.float32)
+    assert reason == "Triton, which compiles the kernels, is not installed"
+    assert TripletAttention()(torch.zeros(1, 2, 3, 4)).shape == (1, 2, 3, 4)
 
 
 @pytest.mark.parametrize("processors", [1, 20, 108, 132])
@@ -587,7 +591,7 @@ def test_new_sizes_compile_nothing(gpu):
     shapes = torch.randint(1, 90, (40, 4)) % torch.tensor([3, 90, 90, 90]) + 1
     for shape in [(1, 1, 1, 1), (1, 16, 16, 16), (2, 64, 32, 64), *shapes.tolist()]:
         x = torch.randn(tuple(shape), device="cuda", requires_grad=True)
-        module._forward_in_few_passes(x, gpu).sum().backward()
+        module._forward_in_few_passes(x, None, gpu).sum().backward()
     aligned = torch.randn(2 * 8 * 40 * 40 + 1, device="cuda")
     gpu.pool(aligned[1:].view(2, 8, 40, 40), indices=True)
     assert compiled_variants() == before
