@@ -1,4 +1,4 @@
-"""What MMDetection's config of a converted DETR must say, and whether a model is that one."""
+"""The settings that MMDetection needs for a converted DETR, and a check of a model against them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import nn
 
 from plugin_core.checkpoints.detr_conversion import DetrConversion
 
-BATCHFORMER = "encoder.batchformer."
+_BATCHFORMER = "encoder.batchformer."
 
 
 def describe(conversion: DetrConversion) -> str:
+    """Say which detector was converted."""
     text = f"{conversion.detector} with ResNet-{conversion.settings['backbone']['depth']}"
     if conversion.batchformer:
         layers = conversion.batchformer["insert_after"]
@@ -25,19 +26,18 @@ def describe(conversion: DetrConversion) -> str:
 
 
 def model_settings(conversion: DetrConversion) -> dict[str, Any]:
-    """What MMDetection's config needs besides that of the same detector."""
+    """List what a config needs besides MMDetection's own of the same detector."""
     settings = {"type": conversion.detector, **conversion.settings}
     if conversion.batchformer:
         settings |= {
-            "type": "BatchFormerDetector",
-            "detector": conversion.detector,
+            "type": f"Plugin{conversion.detector}",
             "batchformer": conversion.batchformer,
         }
     return settings
 
 
 def as_config(value: Any) -> str:
-    """A value as it is written in MMDetection's configs."""
+    """Write a value as MMDetection's configs have it."""
     if not isinstance(value, Mapping):
         return repr(value)
     return f"dict({', '.join(f'{name}={as_config(inner)}' for name, inner in value.items())})"
@@ -48,12 +48,12 @@ def check_detr(conversion: DetrConversion, model: nn.Module) -> None:
     places = model.state_dict()
     wrong = [
         f"{setting} is {found!r}, not {value!r}"
-        for setting, value in flat(conversion.settings)
-        if (found := attribute(model, setting)) not in (value, None)
+        for setting, value in _flat(conversion.settings)
+        if (found := _attribute(model, setting)) not in (value, None)
     ]
     for name, tensor in conversion.tensors.items():
         if name not in places:
-            if not name.startswith(BATCHFORMER):
+            if not name.startswith(_BATCHFORMER):
                 wrong.append(f"there is no {name}")
         elif places[name].shape != tensor.shape:
             wrong.append(f"{name} is {tuple(places[name].shape)}, not {tuple(tensor.shape)}")
@@ -66,17 +66,17 @@ def check_detr(conversion: DetrConversion, model: nn.Module) -> None:
         )
 
 
-def attribute(model: nn.Module, path: str) -> Any:
-    """A setting as a built model keeps it; None for one that it does not keep."""
+def _attribute(model: nn.Module, path: str) -> Any:
+    """Read a setting off a built model; None if the model does not keep it."""
     try:
         return attrgetter(path)(model)
     except AttributeError:
         return None
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
