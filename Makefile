@@ -9,7 +9,7 @@ BIN := .venv/bin
 # One process per core, each with one thread: more threads than cores only slow the tests down.
 # A file's tests stay together, as they share trainings.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n auto --dist loadfile \
-	--no-loadscope-reorder
+	--no-loadscope-reorder --durations=10
 
 .PHONY: help setup demo test lint bench clean
 

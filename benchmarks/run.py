@@ -29,7 +29,7 @@ from timing import Row, Setting
 
 from plugin_core.kernels import choice
 
-BENCHMARKS = ("triplet_attention", "ida", "detector_step", "auxiliary_losses")
+BENCHMARKS = ("triplet_attention", "ida", "registry", "detector_step", "auxiliary_losses")
 RESULTS = report.ROOT / "benchmarks" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REPETITIONS, REPETITIONS_IF_QUICK = 7, 2
