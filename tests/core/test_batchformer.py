@@ -182,8 +182,9 @@ def test_empty_batches_pass(shape):
     assert y.shape == shape
 
 
-def test_first_and_second_derivatives_are_those_of_the_function():
-    module = BatchFormer(4, 2, 3, dropout=0.3).double()
+@pytest.mark.parametrize("training", [False, True])
+def test_first_and_second_derivatives_are_those_of_the_function(training):
+    module = BatchFormer(4, 2, 3, dropout=0.3).double().train(training)
     x = torch.randn(3, 2, 4, dtype=torch.double, requires_grad=True)
     padding = torch.tensor([[False, True], [False, False], [True, False]])
 
