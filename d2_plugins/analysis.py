@@ -86,10 +86,10 @@ def _test_size(cfg: CfgNode | DictConfig) -> tuple[int, int]:
 
 
 def _let_all_through(model: nn.Module) -> dict[str, int]:
-    """Switch off what drops boxes, but for the limits of their number.
+    """Switch off NMS and score thresholds, which drop boxes; limits of their number stay.
 
     Returns:
-        How many there were, once the model has run.
+        The numbers of proposals and detections, filled in when the model runs.
     """
     regions: dict[str, int] = {}
     for module in model.modules():
@@ -109,7 +109,7 @@ def _let_all_through(model: nn.Module) -> dict[str, int]:
 
 
 def _by_module(analysis: Any) -> dict[str, float]:
-    """Counts by the names of the model's modules; in the analysis it is the child "model"."""
+    """Get counts by the names of the model's modules; the analysis calls the model "model"."""
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     counts = analysis.tracer_warnings("none").by_module()
     return {name.removeprefix("model."): n for name, n in counts.items() if name != "model"}

@@ -11,26 +11,28 @@ that the class is annotated with (``plugin_core/methods/attention_mask_consisten
 In training there are two more losses, ``loss_amc_mean`` and ``loss_amc_max``. All else is the plain
 detector: its weights and their names, so that each reads the other's checkpoints, and evaluation.
 
-Gradients are differentiated through all that lies between the feature map and the scores. RoIAlign,
-which can be differentiated only once, is replaced for it; deformable convolutions and SyncBN are
-not, and must come before the feature map. Where norms have batch statistics after it, a heatmap
-also has a little of what the other images' scores depend on.
+Gradients are differentiated through everything between the feature map and the scores. RoIAlign has
+no second derivative; for the time of a step a pooler with one stands in for it. Deformable
+convolutions and SyncBN have none either, and must come before the feature map. With norms of batch
+statistics after the feature map, a heatmap also shows a little of what the other images' scores
+depend on.
 """
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import DeformConv, ModulatedDeformConv, ROIAlign
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN, RetinaNet
+from detectron2.modeling.poolers import ROIPooler
+from detectron2.structures import Boxes
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
@@ -38,13 +40,19 @@ from torch import Tensor, nn
 from d2_plugins.config import naming
 from d2_plugins.roi_heads import BatchFormerOutputLayers
 from plugin_core import AttentionMaskConsistency, GradientHeatmap
+from plugin_core.errors import did_you_mean
 from plugin_core.inspection.recorder import Call, record_calls
 from plugin_core.kernels.sampling import linear_operator
 from plugin_core.methods.attention_mask_consistency import ScoredRegion
+from plugin_core.stand_ins import acting_as
 
 
 class _AMCDetector(nn.Module):
-    """What AMC's detectors share. Modules are known by name: a child's other name is a weight's."""
+    """Adds AMC's losses to a detector.
+
+    Modules are kept by their names: as attributes they would be registered once more, and the
+    state dict would have their weights twice.
+    """
 
     backbone: nn.Module
     device: torch.device
@@ -57,10 +65,9 @@ class _AMCDetector(nn.Module):
     def _class_logits(self, calls: Sequence[Call]) -> list[list[Tensor]]:
         """Of each image, logits whose second dimension is the classes."""
 
-    @contextmanager
-    def _differentiable_twice(self) -> Iterator[None]:
-        """Replace what of the detector can be differentiated only once."""
-        yield
+    def _differentiable_twice(self) -> AbstractContextManager[None]:
+        """Give the detector's modules second derivatives inside the context."""
+        return nullcontext()
 
     def _set_up_amc(
         self, *, activation: str = "", levels: Sequence[str] = (), **settings: Any
@@ -71,8 +78,7 @@ class _AMCDetector(nn.Module):
         self._amc_step = 0  # where there is no storage that counts
         modules = dict(self.named_modules())
         if self.amc_activation not in modules:
-            likely = difflib.get_close_matches(self.amc_activation, modules)
-            hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
+            hint = did_you_mean(self.amc_activation, modules)
             raise ValueError(
                 f"MODEL.AMC.ACTIVATION: the detector has no module {self.amc_activation!r}{hint}"
             )
@@ -81,7 +87,7 @@ class _AMCDetector(nn.Module):
             self._check_levels(tuple(module.output_shape()))
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """What the plain detector gives, in training with AMC's losses where they are due."""
+        """Run the plain detector; in training add AMC's losses in the steps that take them."""
         if not (self.training and torch.is_grad_enabled() and self._is_due()):
             return super().forward(batched_inputs)
         activation = self.get_submodule(self.amc_activation)
@@ -185,7 +191,8 @@ class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
         self._set_up_amc(**(amc or {}))
         pooler, predictor = self._scored_modules()
         levels = list(getattr(pooler, "level_poolers", ()))
-        if not levels or not all(isinstance(level, ROIAlign) for level in levels):
+        is_known = isinstance(pooler, ROIPooler) and type(pooler).forward is ROIPooler.forward
+        if not is_known or not all(isinstance(level, ROIAlign) for level in levels):
             kind = type(levels[0]).__name__ if levels else type(pooler).__name__
             raise ValueError(
                 f"MODEL.ROI_BOX_HEAD.POOLER_TYPE: AMC differentiates twice through RoIAlign, not "
@@ -219,13 +226,8 @@ class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
             logits = predictor.cls_score(call.args[0].flatten(1))
         return [[of_image] for of_image in logits.split([len(of_image) for of_image in boxes])]
 
-    @contextmanager
-    def _differentiable_twice(self) -> Iterator[None]:
-        handle = self._scored_modules()[0].register_forward_hook(_pool_differentiable_twice)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _differentiable_twice(self) -> AbstractContextManager[None]:
+        return acting_as(_TwiceDifferentiablePooler, self._scored_modules()[0])
 
 
 @META_ARCH_REGISTRY.register()
@@ -264,7 +266,7 @@ class AMCRetinaNet(_AMCDetector, RetinaNet):
 
 
 def amc_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """What ``MODEL.AMC`` says, as the detectors take it."""
+    """Read ``MODEL.AMC`` as arguments of the detectors."""
     node: Any = cfg.MODEL.AMC
     return {key.lower(): value for key, value in node.items()}
 
@@ -297,10 +299,9 @@ def amc_losses(*, classes: int = 1, **settings: Any) -> AttentionMaskConsistency
 def amc_regions(
     image: Mapping[str, Any], logits: Sequence[Tensor], device: torch.device, otherwise: str
 ) -> list[ScoredRegion]:
-    """The classes that an image is annotated with, their best scores and their boxes.
+    """Find the classes that an image is annotated with, their best scores and their boxes.
 
-    A box that has no part in the image is left out, and its class if it has no other; the first one
-    of a process is warned of.
+    Leave out boxes outside of the image, and a class that has no other; warn of the first.
 
     Args:
         image: with "instances", as the detector takes it.
@@ -349,26 +350,26 @@ def _last_stage(backbone: nn.Module) -> str:
 
 
 def _require_gradients(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-    """Let what frozen layers put out have gradients."""
+    """Let the output of frozen layers have gradients."""
     for x in output.values() if isinstance(output, Mapping) else [output]:
         if isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad:
             x.requires_grad_()
 
 
-def _pool_differentiable_twice(
-    pooler: nn.Module, args: tuple[list[Tensor], list[Any]], output: Tensor
-) -> Tensor | None:
-    features, boxes = args
-    if not output.requires_grad:
-        return None
-    dtype = features[0].dtype
-    lowered = dtype in (torch.float16, torch.bfloat16)
+class _TwiceDifferentiablePooler(ROIPooler):
+    """``ROIPooler`` with second derivatives; a detector's own acts as it for the time of a step."""
 
-    def pool(maps: Sequence[Tensor]) -> Tensor:
-        # In a backward pass, autocast is no longer as it was
-        kind = features[0].device.type
-        with torch.autocast(kind, dtype=dtype if lowered else None, enabled=lowered):
-            pooled: Tensor = pooler.forward(list(maps), boxes)
-        return pooled
+    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
+        pooled: Tensor = super().forward(x, box_lists)
+        if not pooled.requires_grad:
+            return pooled
+        dtype, kind = x[0].dtype, x[0].device.type
+        lowered = dtype in (torch.float16, torch.bfloat16)
 
-    return linear_operator(pool, output, features)
+        def pool(maps: Sequence[Tensor]) -> Tensor:
+            # The backward pass may run outside of the forward pass's autocast.
+            with torch.autocast(kind, dtype=dtype if lowered else None, enabled=lowered):
+                again: Tensor = ROIPooler.forward(self, list(maps), box_lists)
+            return again
+
+        return linear_operator(pool, pooled, x)

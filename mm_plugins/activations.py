@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from mmdet.models.detectors import BaseDetector
 from mmdet.models.utils.vlfuse_helper import MAX_CLAMP_VALUE, BiMultiHeadAttention
 from torch import Tensor, nn
 
-from mm_plugins.stand_ins import acting_as
 from plugin_core import GradientHeatmap
 from plugin_core.inspection.recorder import record_calls
+from plugin_core.stand_ins import acting_as
 
 
 class Activation:
@@ -48,7 +48,7 @@ class Activation:
                 f"heatmap.activation: the detector has no module {self.name!r}; similar names: "
                 f"{', '.join(likely) or 'none'}"
             )
-        attentions = [m for m in self.module.modules() if type(m) is BiMultiHeadAttention]
+        attentions = [m for m in self.module.modules() if _is_fusion(m)]
         if len(attentions) > 1:
             raise ValueError(
                 f"heatmap.activation: {self.name!r} has {len(attentions)} fusion layers, name one"
@@ -75,10 +75,12 @@ class Activation:
         """Record it in a forward pass of so many images inside the context."""
         recorded = Recorded(self, images)
         if self.attention is not None:
-            with (
-                record_calls([self.detector.get_submodule("neck")]) as recorded.calls,
-                acting_as(_NotingAttention, self.attention, noted=recorded.attentions),
-            ):
+            noting: Any = nullcontext()
+            if isinstance(self.attention, _NotingAttention):  # someone records it around this
+                recorded.attentions = self.attention.noted
+            else:
+                noting = acting_as(_NotingAttention, self.attention, noted=recorded.attentions)
+            with noting, record_calls([self.detector.get_submodule("neck")]) as recorded.calls:
                 yield recorded
             return
         handle = self.module.register_forward_hook(lambda m, args, y: _in_a_graph(y))
@@ -220,8 +222,13 @@ class Recorded:
         return [maps[level] for level in levels]
 
 
+def _is_fusion(module: nn.Module) -> bool:
+    # Another subclass may compute something else.
+    return type(module) in (BiMultiHeadAttention, _NotingAttention)
+
+
 def _last_fusion_layer(detector: BaseDetector) -> str:
-    fusion = [n for n, m in detector.named_modules() if type(m) is BiMultiHeadAttention]
+    fusion = [n for n, m in detector.named_modules() if _is_fusion(m)]
     if fusion:
         return fusion[-1]
     try:

@@ -28,9 +28,9 @@ from mmdet.models.layers import DetrTransformerEncoder
 from torch import Tensor, nn
 
 from mm_plugins.settings import build_from
-from mm_plugins.stand_ins import view
 from plugin_core import BatchFormer
 from plugin_core.errors import ArgumentError
+from plugin_core.stand_ins import view
 
 # Inputs of encoders and decoders whose first dimension is not the batch
 _WITHOUT_BATCH = frozenset({"spatial_shapes", "level_start_index"})

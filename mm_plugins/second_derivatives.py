@@ -25,12 +25,12 @@ from mmengine.dist import get_world_size
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mm_plugins.stand_ins import acting_as
 from plugin_core.kernels.sampling import (
     deformable_attention,
     deformable_convolution,
     linear_operator,
 )
+from plugin_core.stand_ins import acting_as
 
 # Classes with first derivatives only; their subclasses may compute something else.
 _ONCE = (

@@ -25,7 +25,6 @@ from mm_plugins.analysis import load_config
 from mm_plugins.command_line import has_cuda_operators
 from mm_plugins.grounding.text_models import text_model_is_there
 from mm_plugins.scores import Scores, phrase_score
-from mm_plugins.stand_ins import view
 from plugin_core.inspection.attention_maps import (
     Caption,
     Detections,
@@ -37,6 +36,7 @@ from plugin_core.inspection.attention_maps import (
     load_weights,
 )
 from plugin_core.inspection.recorder import Call, record_calls
+from plugin_core.stand_ins import view
 
 
 class MMDetDetector(Detector):
