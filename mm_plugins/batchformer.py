@@ -141,11 +141,11 @@ class PixelDecoderBatchFormerMixin(BatchFormerMixin):
         return detector.panoptic_head.loss(repeat(features), list(batch_data_samples) * 2)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
-        detector = self._with_batchformers() if self._is_related() else self
+        detector: Any = self._with_batchformers() if self._is_related() else self
         return super(PixelDecoderBatchFormerMixin, detector).predict(*args, **kwargs)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        detector = self._with_batchformers() if self._is_related() else self
+        detector: Any = self._with_batchformers() if self._is_related() else self
         return super(PixelDecoderBatchFormerMixin, detector)._forward(*args, **kwargs)
 
 
@@ -204,7 +204,7 @@ class BatchFormers(nn.ModuleDict):
         self.gather = gather
         self.in_evaluation = eval
 
-    def after(self, index: int) -> BatchFormer:
+    def after(self, index: int) -> nn.Module:
         """The BatchFormer after the encoder's layer of this index."""
         return self[str(self.insert_after[0] if self.share else index)]
 
@@ -258,7 +258,7 @@ class TwoStreamEncoder(nn.Module):
         part: nn.Module = view(self.encoder, **lists)
         return part
 
-    def _shapes(self, inputs: dict[str, Any]) -> list[tuple[int, ...]]:
+    def _shapes(self, inputs: dict[str, Any]) -> list[Any]:
         shapes = inputs.get("spatial_shapes")
         return [self.map_size] if shapes is None else [tuple(hw) for hw in shapes.tolist()]
 

@@ -204,21 +204,22 @@ def _predict_by_feat(
     score_factors: Sequence[Tensor] | None = None,
     *,
     batch_img_metas: Sequence[dict],
-    **settings: Any,
+    rescale: bool,
 ) -> list[Any]:
     """``BaseDenseHead.predict_by_feat`` without cutting the maps off from the graph."""
     priors = head.prior_generator.grid_priors(
         [x.shape[2:] for x in cls_scores], dtype=cls_scores[0].dtype, device=cls_scores[0].device
     )
-    settings = {"cfg": None, **settings}
+    factors: Any = score_factors or ()
     return [
         head._predict_by_feat_single(
             cls_score_list=[x[i] for x in cls_scores],
             bbox_pred_list=[x[i] for x in bbox_preds],
-            score_factor_list=[x[i] for x in score_factors or ()] or [None] * len(cls_scores),
+            score_factor_list=[x[i] for x in factors] or [None] * len(cls_scores),
             mlvl_priors=priors,
             img_meta=meta,
-            **settings,
+            cfg=None,
+            rescale=rescale,
         )
         for i, meta in enumerate(batch_img_metas)
     ]

@@ -30,15 +30,17 @@ from grounding_detectors import (
     regularized,
     samples,
 )
+from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 
-from mm_plugins.activations import Activation
+from mm_plugins.activations import Activation, _NotingAttention
 from mm_plugins.scores import Scores
 from mm_plugins.second_derivatives import second_derivatives
 from plugin_core.methods.functional_entropy import repeat_samples
+from plugin_core.stand_ins import acting_as
 
 GROUNDING = ("grounding-dino", "glip")
 CONV = {
@@ -144,15 +146,21 @@ def test_copies_and_pickles_are_of_their_own(config):
     assert detector.text_feat_map.weight.any()
 
 
-def hooks(detector: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in detector.modules())
+def traces(detector: nn.Module) -> list[Any]:
+    """Whatever of a module can be exchanged for a step."""
+    return [
+        (type(m), list(m.__dict__), len(m._forward_hooks), len(m._forward_pre_hooks))
+        for m in detector.modules()
+    ]
 
 
-def test_no_hook_stays_also_after_an_error(config, monkeypatch):
+def test_nothing_that_is_exchanged_for_a_step_stays_also_after_an_error(config, monkeypatch):
     detector = build(regularized(config("grounding-dino"), **AMC, **ENTROPY))
-    before = hooks(detector)
+    loss(detector, samples("phrases"))  # in which MMDetection's head gets attributes of its own
+    before = traces(detector)
+    assert not any(kind.__name__.startswith("_") for kind, *_ in before)
     loss(detector, samples("phrases"))
-    assert hooks(detector) == before
+    assert traces(detector) == before
 
     def fail(*args, **kwargs):
         raise RuntimeError("broken")
@@ -160,11 +168,31 @@ def test_no_hook_stays_also_after_an_error(config, monkeypatch):
     monkeypatch.setattr(detector.encoder.fusion_layers[-1].attn, "forward", fail)
     with pytest.raises(RuntimeError, match="broken"):
         loss(detector, samples("phrases"))
-    assert hooks(detector) == before
-    assert torch.overrides._len_torch_function_stack() == 0
+    monkeypatch.undo()
+    assert traces(detector) == before
 
 
 # --- attention mask consistency -------------------------------------------------------------- #
+
+
+@pytest.mark.parametrize("masks", ["none", "booleans", "numbers"])
+def test_noted_attention_computes_as_mmdetections(masks):
+    attention = BiMultiHeadAttention(v_dim=16, l_dim=12, embed_dim=32, num_heads=4).eval()
+    image, text = 4 * torch.randn(2, 10, 16), 4 * torch.randn(2, 6, 12)
+    padding = torch.zeros(2, 10, dtype=torch.bool), torch.zeros(2, 6, dtype=torch.bool)
+    padding[0][1, 7:], padding[1][0, 4:] = True, True
+    given = {
+        "none": (None, None),
+        "booleans": padding,  # as Grounding DINO has them
+        "numbers": (None, (~padding[1]).long()),  # as GLIP has them
+    }[masks]
+    expected = attention(image, text, *given)
+    noted: list[Tensor] = []
+    with acting_as(_NotingAttention, attention, noted=noted):
+        torch.testing.assert_close(attention(image, text, *given), expected)
+    assert noted[0].shape == (2, 4, 6, 10)
+    torch.testing.assert_close(noted[0].sum(3), torch.ones(2, 4, 6))
+    assert type(attention) is BiMultiHeadAttention and "noted" not in vars(attention)
 
 
 def test_attention_and_its_gradient_are_those_of_the_product_rule(config):
