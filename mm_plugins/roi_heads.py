@@ -12,7 +12,10 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mm_plugins.settings import build_from
 from plugin_core import BatchFormer, IDAClassifier
+from plugin_core.errors import ArgumentError
+from plugin_core.stand_ins import view
 
 # Any other value would take the classifier's map away, or leave parameters without a gradient.
 _FIXED = MappingProxyType(
@@ -50,7 +53,7 @@ class IDABBoxHead(ConvFCBBoxHead):
         **kwargs: of ``ConvFCBBoxHead``.
 
     Raises:
-        ValueError: if ``num_heads`` does not divide the channels, or an argument contradicts the
+        ArgumentError: if ``num_heads`` does not divide the channels, or an argument contradicts the
             classification of a map.
     """
 
@@ -65,14 +68,16 @@ class IDABBoxHead(ConvFCBBoxHead):
     ) -> None:
         for name, value in _FIXED.items():
             if (given := kwargs.pop(name, value)) != value:
-                raise ValueError(
-                    f"{name} must be {value!r}, as IDABBoxHead classifies a region's feature map "
-                    f"by IDA and regresses boxes, got {given!r}"
+                raise ArgumentError(
+                    name,
+                    f"must be {value!r}, as IDABBoxHead classifies a region's feature map by IDA "
+                    f"and regresses boxes, got {given!r}",
                 )
         if num_shared_fcs > 0 and kwargs.get("num_reg_convs", 0) > 0:
-            raise ValueError(
-                f"num_shared_fcs must be 0 where num_reg_convs is not, as fully connected layers "
-                f"leave no map, got {num_shared_fcs}"
+            raise ArgumentError(
+                "num_shared_fcs",
+                "must be 0 where num_reg_convs is not, as fully connected layers leave no map, "
+                f"got {num_shared_fcs}",
             )
         # Without a classifier, not to build a linear one that is thrown away
         super().__init__(num_shared_fcs=num_shared_fcs, with_cls=False, **kwargs)
@@ -130,48 +135,38 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
         **kwargs: Any,
     ) -> None:
         if num_shared_fcs < 1:
-            raise ValueError(
-                f"num_shared_fcs must be at least 1, as the BatchFormer relates the vectors that "
-                f"shared fully connected layers give, got {num_shared_fcs}"
+            raise ArgumentError(
+                "num_shared_fcs",
+                "must be at least 1, as the BatchFormer relates the vectors that shared fully "
+                f"connected layers give, got {num_shared_fcs}",
             )
         for name in ("num_cls_convs", "num_reg_convs"):
             if kwargs.get(name, 0) != 0:
-                raise ValueError(
-                    f"{name} must be 0, as shared fully connected layers leave no map, "
-                    f"got {kwargs[name]}"
+                raise ArgumentError(
+                    name,
+                    f"must be 0, as shared fully connected layers leave no map, got {kwargs[name]}",
                 )
         super().__init__(num_shared_fcs=num_shared_fcs, **kwargs)
-        try:
-            self.batchformer = BatchFormer(self.shared_out_channels, **(batchformer or {}))
-        except ValueError as error:
-            raise ValueError(f"batchformer: {error}") from error
+        self.batchformer = build_from(
+            "batchformer", BatchFormer, batchformer or {}, embed_dims=self.shared_out_channels
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Scores and deltas for the maps (M, C, H, W) of M regions; of 2M regions in training."""
         # Where there is no gradient there is no training: a teacher's predictions are plain.
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
-        streams: list[Tensor] = []
-
-        def both_streams(layer: nn.Module, args: tuple[Tensor]) -> Tensor:
-            if not streams:  # once for both branches, as every call draws another dropout
-                (features,) = args
-                streams.append(torch.cat((features, self.batchformer(features[:, None])[:, 0])))
-            return streams[0]
-
-        # Where the branches begin, so that the forward stays MMDetection's. The hooks last for this
-        # call alone: a copy of the head, or who calls a layer of it by itself, meets none.
-        branches = []
-        if self.with_cls:
-            branches.append([*self.cls_fcs, self.fc_cls])
-        if self.with_reg:
-            branches.append([*self.reg_fcs, self.fc_reg])
-        handles = [layers[0].register_forward_pre_hook(both_streams) for layers in branches]
-        try:
-            return super().forward(x)
-        finally:
-            for handle in handles:
-                handle.remove()
+        # MMDetection's own forward runs twice: up to the branches on M regions, and from there on
+        # 2M. Parts that are not to run are others in a view of the head.
+        branches = {"cls_fcs": nn.ModuleList(), "reg_fcs": nn.ModuleList()}
+        predictors = {"fc_cls": nn.Identity(), "fc_reg": nn.Identity()}
+        until = view(self, **branches, **predictors)
+        cls_features, reg_features = super(BatchFormerBBoxHead, until).forward(x)
+        features = cls_features if reg_features is None else reg_features
+        both = torch.cat((features, self.batchformer(features[:, None])[:, 0]))
+        shared = {"shared_convs": nn.ModuleList(), "shared_fcs": nn.ModuleList()}
+        behind = view(self, **shared, avg_pool=nn.Identity())
+        return super(BatchFormerBBoxHead, behind).forward(both)
 
     def loss(
         self,
