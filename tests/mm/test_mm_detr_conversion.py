@@ -196,8 +196,7 @@ def test_batchformer_gives_the_same_second_stream(tmp_path, capsys, make, insert
     out = tmp_path / "out.pth"
     source = save(net, tmp_path / "source.pth", num_queries=5, insert_idx=list(insert_idx))
     batchformer = {"insert_after": insert_idx, "share": share, "num_layers": depth}
-    with_batchformer = {"type": "BatchFormerDetector", "detector": kind}
-    with_batchformer["batchformer"] = {**batchformer, "eval": True}
+    with_batchformer = {"type": f"Plugin{kind}", "batchformer": {**batchformer, "eval": True}}
     config = config_of(tmp_path, kind, width, **settings, **with_batchformer)
     assert convert(source, out, "--config", str(config)) == 0
     rows = [*COCO_IDS, 91] if make is detr else COCO_IDS
@@ -205,9 +204,9 @@ def test_batchformer_gives_the_same_second_stream(tmp_path, capsys, make, insert
     said = capsys.readouterr().out
     assert f"{'shared ' if share else ''}BatchFormer after encoder layer" in said
     assert "fresh, as SOURCE has none: none\nunused of SOURCE: none" in said
-    assert "model = dict(type='BatchFormerDetector', backbone=dict(depth=18)" in said
+    assert f"model = dict(type='Plugin{kind}', backbone=dict(depth=18)" in said
     arguments = f"insert_after={insert_idx}, share={share}, num_layers={depth}"
-    assert f"detector='{kind}', batchformer=dict({arguments}))" in said
+    assert f"batchformer=dict({arguments}))" in said
 
 
 def test_plain_detector_of_mmdetection_leaves_the_batchformer_out(tmp_path, capsys):
