@@ -219,7 +219,7 @@ class IDABlock(_DualAttention):
             gathered = attended.mT @ share
             handed = self.proj(gathered.reshape(x.shape))
             return handed if alpha is None else alpha * handed
-        bias = self.proj.get_parameter("bias")
+        bias: Tensor = self.proj.get_parameter("bias")
         if alpha is not None:  # the samples are the smallest tensor on the way
             attended, bias = alpha * attended, alpha * bias
         weight = self.proj.weight.flatten(1).unflatten(1, (heads, channels)).transpose(0, 1)
