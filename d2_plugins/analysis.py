@@ -1,4 +1,4 @@
-"""Counts what a detector of Detectron2 costs, from its config; no weights and no data are read."""
+"""Cost of a detector of Detectron2, counted from its config without weights and data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from d2_plugins.config import add_plugin_config, load_lazy_config, merge_config
 from d2_plugins.mmdet_bridge import count_cost, is_bridge
 from plugin_core.inspection.cost import Report, make_report, prepare_model
 
-_LAZY_IMAGE_SIZE = (800, 1333)  # a LazyConfig has it somewhere in its data's augmentations
+_LAZY_IMAGE_SIZE = (800, 1333)  # a LazyConfig has no key for the size that it tests at
 
 
 def load_config(config_file: str) -> CfgNode | DictConfig:
@@ -45,11 +45,11 @@ def load_config(config_file: str) -> CfgNode | DictConfig:
 def analyze(cfg: CfgNode | DictConfig, image_size: tuple[int, int] | None = None) -> Report:
     """Count a detector's parameters, FLOPs and activations for one image, on the CPU.
 
-    Its heads work on as many proposals and detections as the config lets through at most.
+    The heads work on as many proposals and detections as the config lets through at most.
 
     Args:
         cfg: of the detector; it is not changed.
-        image_size: (height, width) in pixels; by default what the config tests at.
+        image_size: (height, width) in pixels; the config's test size by default.
 
     Raises:
         ValueError: if the config does not say at which size it tests, or a plugin's setting is
@@ -86,7 +86,7 @@ def _test_size(cfg: CfgNode | DictConfig) -> tuple[int, int]:
 
 
 def _let_all_through(model: nn.Module) -> dict[str, int]:
-    """Switch off NMS and score thresholds, which drop boxes; limits of their number stay.
+    """Switch off NMS and score thresholds, and keep the limits on the number of boxes.
 
     Returns:
         The numbers of proposals and detections, filled in when the model runs.

@@ -1,21 +1,21 @@
 """Attention mask consistency (AMC) as an auxiliary loss of Detectron2's own detectors.
 
-The gradient heatmap of a class's best score in an image, over a feature map, shall lie in the boxes
-that the class is annotated with (``plugin_core/methods/attention_mask_consistency.py``)::
+The losses push the gradient heatmap of a class's best score in an image into the class's boxes
+(``plugin_core/methods/attention_mask_consistency.py``)::
 
     MODEL:
       META_ARCHITECTURE: "AMCGeneralizedRCNN"  # or "AMCRetinaNet"
       AMC:
         EVERY: 4
 
-In training there are two more losses, ``loss_amc_mean`` and ``loss_amc_max``. All else is the plain
-detector: its weights and their names, so that each reads the other's checkpoints, and evaluation.
+Training has two more losses, ``loss_amc_mean`` and ``loss_amc_max``. Weights, their names and
+evaluation are the plain detector's, so that each reads the other's checkpoints.
 
 Gradients are differentiated through everything between the feature map and the scores. RoIAlign has
-no second derivative; for the time of a step a pooler with one stands in for it. Deformable
-convolutions and SyncBN have none either, and must come before the feature map. With norms of batch
-statistics after the feature map, a heatmap also shows a little of what the other images' scores
-depend on.
+no second derivative: during a step, a pooler with second derivatives replaces it. Deformable
+convolutions and SyncBN have none either, and must come before the feature map. Norms of batch
+statistics after the feature map mix the images: a heatmap then also shows a little of the other
+images' scores.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _AMCDetector(nn.Module):
 
     @abstractmethod
     def _class_logits(self, calls: Sequence[Call]) -> list[list[Tensor]]:
-        """Of each image, logits whose second dimension is the classes."""
+        """Read each image's logits, with the classes as second dimension, off the calls."""
 
     def _differentiable_twice(self) -> AbstractContextManager[None]:
         """Give the detector's modules second derivatives inside the context."""
@@ -127,7 +127,7 @@ class _AMCDetector(nn.Module):
         return {name: loss.to(self.device) for name, loss in losses.items()}
 
     def _activation_maps(self, calls: Sequence[Call], batch_size: int) -> list[Tensor]:
-        """The feature maps whose heat counts, each of all images."""
+        """Find the feature maps whose heat counts, each of all images."""
         activation = self.get_submodule(self.amc_activation)
         places = [i for i, call in enumerate(calls) if call.module is activation]
         if not places:
@@ -172,12 +172,12 @@ class _AMCDetector(nn.Module):
 class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
     """``GeneralizedRCNN`` that trains with AMC too: Faster, Mask, Keypoint and Cascade R-CNN.
 
-    A class's score in an image is the greatest logit that the box predictor, of a cascade the last
-    one, gives it in a region of interest.
+    A class's score in an image is its greatest logit in a region of interest. In a cascade the last
+    box predictor gives the logits.
 
     Args:
-        amc: what ``MODEL.AMC`` has, in lower case; see ``d2_plugins/config.py``.
-        detector: what ``GeneralizedRCNN`` takes.
+        amc: settings of ``MODEL.AMC`` in lower case; see ``d2_plugins/config.py``.
+        detector: arguments of ``GeneralizedRCNN``.
 
     Raises:
         ValueError: if a setting of AMC is wrong, or the RoI heads do not pool boxes by RoIAlign.
@@ -205,7 +205,7 @@ class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
 
     def _scored_modules(self) -> list[nn.Module]:
         heads = self.roi_heads
-        pooler = getattr(heads, "box_pooler", getattr(heads, "pooler", None))  # the latter of a C4
+        pooler = getattr(heads, "box_pooler", getattr(heads, "pooler", None))  # a C4 has "pooler"
         predictor = getattr(heads, "box_predictor", None)
         if isinstance(predictor, nn.ModuleList):  # of a cascade
             predictor = predictor[-1]
@@ -222,7 +222,7 @@ class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
         call = [call for call in calls if call.module is predictor][-1]
         logits = call.output[0]
         if isinstance(predictor, BatchFormerOutputLayers):
-            # Of the regions' own stream, which has no part in what cannot be differentiated twice
+            # The regions' own stream meets nothing that cannot be differentiated twice.
             logits = predictor.cls_score(call.args[0].flatten(1))
         return [[of_image] for of_image in logits.split([len(of_image) for of_image in boxes])]
 
@@ -237,8 +237,8 @@ class AMCRetinaNet(_AMCDetector, RetinaNet):
     A class's score in an image is its greatest logit of all levels, positions and anchors.
 
     Args:
-        amc: what ``MODEL.AMC`` has, in lower case; see ``d2_plugins/config.py``.
-        detector: what ``RetinaNet`` takes.
+        amc: settings of ``MODEL.AMC`` in lower case; see ``d2_plugins/config.py``.
+        detector: arguments of ``RetinaNet``.
 
     Raises:
         ValueError: if a setting of AMC is wrong.
@@ -272,17 +272,17 @@ def amc_arguments(cfg: CfgNode) -> dict[str, Any]:
 
 
 def is_amc(cfg: CfgNode) -> bool:
-    """Whether a config's meta-architecture reads ``MODEL.AMC``."""
+    """Tell whether a config's meta-architecture reads ``MODEL.AMC``."""
     name = cfg.MODEL.META_ARCHITECTURE
     kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
     return inspect.isclass(kind) and issubclass(kind, _AMCDetector)
 
 
 def amc_losses(*, classes: int = 1, **settings: Any) -> AttentionMaskConsistency:
-    """The losses of a detector's settings.
+    """Make the losses from a detector's settings.
 
     Args:
-        classes: how many of an image are taken, at random; 0 for all.
+        classes: number of an image's classes to take, at random; 0 for all.
         settings: the other arguments of :class:`plugin_core.AttentionMaskConsistency`.
 
     Raises:
@@ -301,13 +301,14 @@ def amc_regions(
 ) -> list[ScoredRegion]:
     """Find the classes that an image is annotated with, their best scores and their boxes.
 
-    Leave out boxes outside of the image, and a class that has no other; warn of the first.
+    Boxes outside of the image are left out, and so is a class without other boxes. The first such
+    box is warned of.
 
     Args:
         image: with "instances", as the detector takes it.
-        logits: of the image, of any shapes whose second dimension is the classes.
+        logits: of the image, in any shapes with the classes as second dimension.
         device: of the boxes.
-        otherwise: how to call an image without "file_name".
+        otherwise: name of an image without "file_name".
     """
     instances = image["instances"]
     boxes = instances.gt_boxes.tensor
@@ -336,7 +337,7 @@ _DEFORMABLE = (DeformConv, ModulatedDeformConv)
 
 
 def _last_stage(backbone: nn.Module) -> str:
-    """Name of the last stage of a detector's backbone."""
+    """Name the last stage of a detector's backbone; raises ValueError if it has no stages."""
     name, stages_of = "backbone", backbone
     if isinstance(getattr(backbone, "bottom_up", None), nn.Module):  # of an FPN
         name, stages_of = "backbone.bottom_up", backbone.get_submodule("bottom_up")
@@ -357,7 +358,7 @@ def _require_gradients(_module: nn.Module, _args: tuple[Any, ...], output: Any) 
 
 
 class _TwiceDifferentiablePooler(ROIPooler):
-    """``ROIPooler`` with second derivatives; a detector's own acts as it for the time of a step."""
+    """``ROIPooler`` with second derivatives; a detector's own pooler takes this class in a step."""
 
     def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
         pooled: Tensor = super().forward(x, box_lists)

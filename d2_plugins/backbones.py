@@ -1,7 +1,7 @@
 """Detectron2's ResNet backbones with block plugins.
 
-The builders call Detectron2's own and then insert the modules, so that every setting of
-``MODEL.RESNETS`` and ``MODEL.FPN`` means what it means there.
+The builders call Detectron2's own and then insert the modules. So every setting of
+``MODEL.RESNETS`` and ``MODEL.FPN`` keeps its meaning.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from d2_plugins.block_plugins import insert_plugins, plugins_of, read_plugins
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_plugin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
-    """``build_resnet_backbone`` with the block plugins of ``MODEL.RESNETS.PLUGINS``.
+    """Call ``build_resnet_backbone`` and insert the block plugins of ``MODEL.RESNETS.PLUGINS``.
 
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.
@@ -38,7 +38,7 @@ def build_resnet_plugin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet
 
 @BACKBONE_REGISTRY.register()
 def build_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``build_resnet_fpn_backbone`` with the block plugins of ``MODEL.RESNETS.PLUGINS``.
+    """Call ``build_resnet_fpn_backbone`` and insert ``MODEL.RESNETS.PLUGINS``.
 
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.
@@ -48,7 +48,7 @@ def build_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FP
 
 @BACKBONE_REGISTRY.register()
 def build_retinanet_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """``build_retinanet_resnet_fpn_backbone`` with the block plugins of ``MODEL.RESNETS.PLUGINS``.
+    """Call ``build_retinanet_resnet_fpn_backbone`` and insert ``MODEL.RESNETS.PLUGINS``.
 
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.
@@ -59,14 +59,14 @@ def build_retinanet_resnet_plugin_fpn_backbone(cfg: CfgNode, input_shape: ShapeS
 def build_resnet_with_plugins(
     *, plugins: Sequence[Mapping[str, Any]] = (), **resnet: Any
 ) -> ResNet:
-    """Detectron2's ``ResNet`` with block plugins, for a LazyConfig.
+    """Build Detectron2's ``ResNet`` with block plugins, for a LazyConfig.
 
-    In a config whose backbone is an FPN, ``model.backbone.bottom_up`` takes it as ``_target_``.
+    With an FPN, make this function the ``_target_`` of ``model.backbone.bottom_up``.
 
     Args:
-        plugins: as ``MODEL.RESNETS.PLUGINS`` has them, in lower case, such as
+        plugins: entries of ``MODEL.RESNETS.PLUGINS`` in lower case, such as
             ``[dict(name="triplet_attention", stages=["res4", "res5"], warm_start=True)]``.
-        resnet: what ``ResNet`` takes.
+        resnet: arguments of ``ResNet``.
 
     Raises:
         ValueError: if a plugin's setting is wrong; it names the setting.

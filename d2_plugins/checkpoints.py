@@ -1,4 +1,4 @@
-"""What converted weights are for in Detectron2, and how its checkpoints hold them."""
+"""Targets of converted weights in Detectron2, and the layout of its checkpoints."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ def checkpoint_of(
     """Lay out a checkpoint.
 
     Args:
-        tensors: without the prefix that a detector gives to its backbone, which Detectron2's
-            heuristics add.
-        pixels: that the weights want, for preflight; None if unknown.
-        as_arrays: of numpy, as a .pkl of the model zoo has them.
+        tensors: by names without the detector's prefix for its backbone; Detectron2's heuristics
+            add the prefix.
+        pixels: pixel format of the weights, for preflight; None if unknown.
+        as_arrays: write numpy arrays, as a .pkl of the model zoo holds.
     """
     model = {name: t.numpy() if as_arrays else t for name, t in tensors.items()}
     record = {} if pixels is None else {"pixel_format": asdict(pixels)}

@@ -1,4 +1,4 @@
-"""What the command lines of ``tools/train_net.py`` and ``tools/lazyconfig_train_net.py`` share."""
+"""Command line shared by ``tools/train_net.py`` and ``tools/lazyconfig_train_net.py``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("detectron2.plugins")
 
 
 def parse_args(description: str) -> argparse.Namespace:
-    """The arguments of Detectron2's own ``tools/train_net.py``, and ``--register-coco``."""
+    """Parse the arguments of Detectron2's own ``tools/train_net.py``, and ``--register-coco``."""
     parser = default_argument_parser()
     parser.description = description
     parser.add_argument(
@@ -42,7 +42,7 @@ def apply_arguments(args: argparse.Namespace) -> None:
     if args.config_file:
         args.config_file = find_config_file(args.config_file)  # Detectron2 opens it once more
     gpus = torch.cuda.device_count()
-    # Without any, the processes share the CPU.
+    # Without a GPU the processes share the CPU.
     if gpus and args.num_gpus > gpus:
         raise ValueError(f"--num-gpus {args.num_gpus}: PyTorch finds {gpus} GPUs here")
     for name, json_file, image_root in args.register_coco:
@@ -50,10 +50,10 @@ def apply_arguments(args: argparse.Namespace) -> None:
 
 
 def check_batch_size(args: argparse.Namespace, setting: str, batch_size: int | None) -> None:
-    """Check that the images of a batch can be shared by the processes of a training.
+    """Check that a training's processes can share the images of a batch evenly.
 
     Raises:
-        ValueError: if not; it names the setting.
+        ValueError: if they cannot; the message names the setting.
     """
     processes = max(1, args.num_gpus * args.num_machines)
     if not args.eval_only and batch_size is not None and batch_size % processes:
@@ -64,7 +64,7 @@ def check_batch_size(args: argparse.Namespace, setting: str, batch_size: int | N
 
 
 def warn(device: str, mismatches: Iterable[str]) -> None:
-    """Log what may be unexpected of a run: that it is on the CPU, and wrong pixel settings."""
+    """Warn that a run is on the CPU, and of wrong pixel settings."""
     if device == "cpu":
         logger.warning("Running on the CPU: PyTorch finds no GPU here, or the config says so.")
     for text in mismatches:
@@ -78,14 +78,16 @@ def run(
 ) -> None:
     """Run ``main(args, setup(args))`` in as many processes as the arguments ask for.
 
+    ``setup`` and ``main`` are functions of a module, so that processes can import them.
+
     Args:
         args: of :func:`parse_args`.
-        setup: makes the config; a ValueError of it is the user's to read, and is raised before any
-            process or folder is made.
-        main: trains or evaluates. Both are functions of a module, which processes can import.
+        setup: makes the config. A first call, before any process or folder is made, shows its
+            ValueErrors to the user.
+        main: trains or evaluates.
 
     Raises:
-        SystemExit: if the set-up fails, with what is wrong.
+        SystemExit: if the set-up fails; the message is the ValueError's.
     """
     try:
         cfg = setup(args)
@@ -105,4 +107,4 @@ def run(
 
 
 def _run_process(args: argparse.Namespace, setup: Callable, main: Callable) -> None:
-    main(args, setup(args))  # a process that was spawned has registered nothing yet
+    main(args, setup(args))  # a spawned process has registered nothing yet
