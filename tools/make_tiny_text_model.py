@@ -33,7 +33,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from plugin_core.files import unwritable_parent, whole_folder
+from whole_folder import unwritable_parent, whole_folder
 
 MARKER = "tiny_text_model.json"
 _OWN_FILES = {

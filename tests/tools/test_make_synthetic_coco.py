@@ -251,7 +251,7 @@ def _is_thing(segment: dict, categories: dict) -> bool:
 
 def test_keypoints_lie_on_their_person_or_are_marked_hidden() -> None:
     seen: Counter = Counter()
-    for index in range(60):
+    for index in range(25):
         rng = image_generator(5, "train", index)
         scene = sample_scene(rng, "train", Settings(classes=2))
         rendering = render(scene, SIZE, rng)
@@ -336,8 +336,8 @@ def companion_rates(split: str, settings: Settings, count: int) -> list[float]:
 @pytest.mark.parametrize("classes", [2, 3, 6, 7])
 def test_companions_appear_with_p_in_train_and_with_1_minus_p_in_val(classes: int) -> None:
     settings = Settings(classes=classes, context_bias=0.9)
-    assert companion_rates("train", settings, 3000) == pytest.approx([0.9] * classes, abs=0.04)
-    assert companion_rates("val", settings, 3000) == pytest.approx([0.1] * classes, abs=0.05)
+    assert companion_rates("train", settings, 1200) == pytest.approx([0.9] * classes, abs=0.04)
+    assert companion_rates("val", settings, 1200) == pytest.approx([0.1] * classes, abs=0.05)
 
 
 @pytest.mark.parametrize("settings", [Settings(), Settings(context_bias=1.0)])
@@ -376,7 +376,7 @@ def test_context_bias_file_holds_the_pairs(tmp_path: Path, dataset: Path) -> Non
 def class_counts(split: str, settings: Settings) -> list[int]:
     counts = Counter(
         category
-        for index in range(4000)
+        for index in range(2000)
         for category in sample_categories(image_generator(0, split, index), split, settings)
     )
     return [counts[category] for category in range(1, settings.classes + 1)]

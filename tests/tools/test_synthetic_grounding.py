@@ -18,7 +18,7 @@ from synthetic_coco.phrases import caption, caption_phrases, expressions
 from synthetic_coco.vocabulary import OBJECT_COLORS, TEXTURES, THINGS
 
 SEED, SIZE = 11, 96
-COUNTS: dict[str, Any] = {"train": 48, "val": 16}
+COUNTS: dict[str, Any] = {"train": 24, "val": 8}
 NAMES = ("odvg.jsonl", "flickr30k.json", "refcoco.json")
 PLURALS = {"people": "person", "crosses": "cross"}
 LOOK = rf"((?P<color>{'|'.join(OBJECT_COLORS)}) )?((?P<texture>{'|'.join(TEXTURES)}) )?"

@@ -21,6 +21,7 @@ from plugin_core import BlockPlugin, IDAClassifier, build_block_plugin
 from plugin_core.inspection import sheets
 from plugin_core.inspection.attention_maps import (
     Call,
+    Caption,
     Detections,
     Detector,
     Frame,
@@ -36,6 +37,7 @@ from plugin_core.inspection.choices import (
     find_class,
 )
 from plugin_core.inspection.grad_cam import make_cam
+from plugin_core.inspection.phrases import choose_grounder
 from plugin_core.inspection.pictures import explain, plugin_row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,10 +182,13 @@ def trained(request: pytest.FixtureRequest) -> Trained:
 load = functools.cache(visualize_attention.load)
 
 
-@pytest.fixture
-def detector(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> Detector:
-    """The trained detector, which the tool too is given, so that it is loaded once."""
+@pytest.fixture(autouse=True)
+def _load_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visualize_attention, "load", load)
+
+
+@pytest.fixture
+def detector(trained: Trained) -> Detector:
     return load(trained.side, trained.config, trained.weights, False)
 
 
@@ -239,7 +244,6 @@ def test_region_is_the_one_that_the_detection_was_made_from(detector, images):
     assert torch.equal(region, regions[nearest])
 
 
-@pytest.mark.usefixtures("detector")
 def test_layer_of_grad_cam_can_be_chosen(trained, images, tmp_path, monkeypatch):
     rows: list[Any] = []
     monkeypatch.setattr(visualize_attention, "write", lambda r, *_: rows.extend(r))
@@ -248,7 +252,6 @@ def test_layer_of_grad_cam_can_be_chosen(trained, images, tmp_path, monkeypatch)
     assert [p.title for p in rows[0].panels[1:]] == [f"Grad-CAM\n{trained.stage}"]
 
 
-@pytest.mark.usefixtures("detector")
 def test_baseline_has_the_same_grad_cams_in_a_row_of_its_own(trained, images, tmp_path):
     # Of the same detector, so that both are equal
     argv = [*trained.argv(images[0], out=tmp_path), "--methods", "gradcam"]
@@ -301,7 +304,6 @@ def test_missing_weights_are_an_error(trained, images, tmp_path):
     assert "there is no checkpoint 'nowhere.pth'" in error_of(*argv)
 
 
-@pytest.mark.usefixtures("detector")
 def test_unknown_class_is_an_error_with_the_likely_ones(trained, images, tmp_path, class_names):
     argv = trained.argv(images[0], out=tmp_path)
     assert class_names[0] in error_of(*argv, "--class", class_names[0][:-1])
@@ -309,14 +311,12 @@ def test_unknown_class_is_an_error_with_the_likely_ones(trained, images, tmp_pat
     assert f"has {last + 1} classes, 0 … {last}" in error_of(*argv, "--class", str(last + 1))
 
 
-@pytest.mark.usefixtures("detector")
 def test_unknown_layer_is_an_error_that_lists_the_attention(trained, images, tmp_path):
     message = error_of(*trained.argv(images[0], out=tmp_path), "--layer", "ida")
     assert "--layer ida: the model has no such module" in message
     assert f"{trained.backbone}." in message and "triplet_attention" in message
 
 
-@pytest.mark.usefixtures("detector")
 def test_layer_that_puts_out_no_map_of_the_image_is_reported(trained, images, tmp_path, capsys):
     name = "roi_heads.box_head" if trained.side == "d2_plugins" else "roi_head.bbox_head"
     argv = [*trained.argv(images[0], out=tmp_path), "--methods", "gradcam", "--layer", name]
@@ -324,14 +324,19 @@ def test_layer_that_puts_out_no_map_of_the_image_is_reported(trained, images, tm
     assert f"layer {name}: it puts out tuple, expected a feature map" in capsys.readouterr().err
 
 
+def test_detector_with_classes_reads_no_text(detector):
+    kind = type(detector.model).__name__
+    with pytest.raises(ValueError, match=f"--phrase: {kind} reads no text; choose by --class"):
+        choose_grounder(detector, Caption(("red",)), None)
+
+
 @pytest.mark.parametrize("config", [DETR_CONFIG, RETINANET_CONFIG], ids=["detr", "retinanet"])
-def test_mmdetection_without_regions_has_grad_cams(config, tmp_path, images, monkeypatch):
+def test_mmdetection_without_regions_has_grad_cams(config, tmp_path, images):
     pytest.importorskip("mmdet", reason="MMDetection is not installed")
     file = tmp_path / "config.py"
     file.write_text(config + SMALL_PIPELINE)
     weights = random_mmdet_weights(file, {})
     argv = [str(file), images[0], "--weights", weights, "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(visualize_attention, "load", load)
     visualize_attention.main([*argv, "--methods", "gradcam"])
     assert len(os.listdir(tmp_path / "out")) == 2
     message = error_of(*argv, "--methods", "ida-regions")

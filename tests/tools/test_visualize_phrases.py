@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -74,9 +75,17 @@ def grounding_dino(trained: Any) -> Detector:
     return load(trained("grounding-dino"))
 
 
+load_once = functools.cache(visualize_attention.load)
+
+
+@pytest.fixture(autouse=True)
+def _load_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visualize_attention, "load", load_once)
+
+
 def load(config: Path) -> Any:
     weights = str(config.with_name("model.pth"))
-    return visualize_attention.load("mm_plugins", str(config), weights, False)
+    return load_once("mm_plugins", str(config), weights, False)
 
 
 @pytest.fixture(scope="session")
@@ -202,9 +211,9 @@ def test_the_row_has_the_best_detection_and_marks_the_maximum(grounding_dino, im
     assert hooks == []
 
 
-def test_phrase_without_a_detection_is_drawn_all_the_same(trained, image):
+def test_phrase_without_a_detection_is_drawn_all_the_same(trained, image, monkeypatch):
     detector = load(trained("glip"))
-    detector.model.bbox_head.test_cfg["score_thr"] = 1.0
+    monkeypatch.setitem(detector.model.bbox_head.test_cfg, "score_thr", 1.0)
     caption = Caption(PHRASES[:1])
     rows = phrase_pictures.phrase_rows(detector, detector.grounder(caption), caption, image)
     assert rows[0].panels[0].title == "no detection"
@@ -273,26 +282,6 @@ def test_detectors_of_detectron2_read_no_text(image, tmp_path):
     (tmp_path / "some.yaml").touch()
     argv = argv_of(tmp_path / "some.yaml", image, tmp_path / "out", "--phrase", "red")
     assert "some.yaml is a config of Detectron2, whose detectors read no text" in error_of(argv)
-
-
-def test_detector_with_classes_reads_no_text(image, tmp_path):
-    pytest.importorskip("mmdet", reason="MMDetection is not installed")
-    from mmdet.registry import MODELS
-    from mmdet.utils import register_all_modules
-    from mmengine.registry import DefaultScope
-
-    from mm_plugins.analysis import load_config
-
-    register_all_modules(init_default_scope=False)
-    config = tmp_path / "config.py"
-    config.write_text(
-        f'_base_ = "{ROOT}/configs/mm/synthetic/faster-rcnn_r18-triplet_fpn_synthetic.py"'
-    )
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        model = MODELS.build(load_config(str(config)).model)
-    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth")
-    message = error_of(argv_of(config, image, tmp_path / "out", "--phrase", "red"))
-    assert "--phrase: FasterRCNN reads no text; choose by --class" in message
 
 
 def test_detector_that_reads_a_text_asks_for_a_phrase(trained, image, tmp_path):

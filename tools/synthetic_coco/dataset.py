@@ -14,8 +14,7 @@ from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
-
-from plugin_core.files import unwritable_parent, whole_folder
+from whole_folder import unwritable_parent, whole_folder
 
 from . import annotations
 from .captions import captions
