@@ -19,23 +19,23 @@ from yaml import YAMLError
 
 from plugin_core.errors import ArgumentError, did_you_mean
 
-# What Detectron2 reads although its own configs do not set it
+# Detectron2 reads these keys, although its own configs do not set them.
 _OPTIONAL_LAZY_KEYS = ("train.seed", "train.cudnn_benchmark", "train.float32_precision")
 
 
 def add_plugin_config(cfg: CN) -> None:
-    """Add the plugins' nodes to ``cfg``, as ``get_cfg()`` made it, before a file is merged in."""
+    """Add the plugins' nodes to the ``cfg`` of ``get_cfg()``, before a file is merged in."""
     # ---------------------------------------------------------------------------- #
     # Block plugins: modules in a ResNet's blocks, after the last norm of the residual branch.
-    # Read by the build_*resnet_plugin*_backbone builders, and of res5 by "Res5PluginROIHeads".
+    # Read by the build_*resnet_plugin*_backbone builders, and for res5 by "Res5PluginROIHeads".
     # ---------------------------------------------------------------------------- #
-    # In the order in which a block applies them, each a mapping with
-    # NAME: "triplet_attention", "ida" or another registered one; "timm:eca" and whatever else
-    #     timm.layers.create_attn makes; "my_package.blocks:MyAttention", a class of your own
-    # STAGES: whose blocks get it, for example ["res3", "res4", "res5"]
-    # WARM_START: whether it starts as the identity, which keeps the features of a ResNet that was
-    #     pretrained without it; False. Published checkpoints load the same with and without it.
-    # and the arguments of its constructor, such as KERNEL_SIZE: 7
+    # A list in the order in which a block applies the plugins. Each entry is a mapping with
+    # NAME: "triplet_attention", "ida" or another registered name; "timm:eca" or any other name
+    #     that timm.layers.create_attn takes; "my_package.blocks:MyAttention", a class of your own
+    # STAGES: the blocks of these stages get the plugin, for example ["res3", "res4", "res5"]
+    # WARM_START: whether the plugin starts as the identity; False. This keeps the features of a
+    #     ResNet that was pretrained without it. Published checkpoints load the same either way.
+    # and the arguments of the plugin's constructor, such as KERNEL_SIZE: 7
     cfg.MODEL.RESNETS.PLUGINS = []
 
     # ---------------------------------------------------------------------------- #
@@ -43,7 +43,7 @@ def add_plugin_config(cfg: CN) -> None:
     # MODEL.ROI_HEADS.NAME is "StandardPluginROIHeads" or "CascadePluginROIHeads".
     # ---------------------------------------------------------------------------- #
     cfg.MODEL.ROI_BOX_HEAD.IDA = CN()
-    # Heads, by which the channels of the regions' features can be divided
+    # Number of heads; it divides the channels of the regions' features
     cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS = 4
     # Whether to attend over the heads with two transformer layers and a projection
     cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = False
@@ -53,39 +53,39 @@ def add_plugin_config(cfg: CN) -> None:
     # "StandardPluginROIHeads", "CascadePluginROIHeads" or "Res5PluginROIHeads".
     # ---------------------------------------------------------------------------- #
     cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER = CN()
-    # Whether regions also train through it, each with the same target
+    # Whether regions also train through a BatchFormer, each with the same target
     cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED = False
-    # Heads, by which the width of the regions' features can be divided
+    # Number of heads; it divides the width of the regions' features
     cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.NUM_HEADS = 4
     # Rate in [0, 1)
     cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.DROPOUT = 0.5
-    # Layers one after the other
+    # Number of layers, one after the other
     cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.NUM_LAYERS = 1
-    # Whether regions also attend to those of the other processes of a distributed training
+    # Whether regions also attend to the other processes' regions in a distributed training
     cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.GATHER = False
 
     # ---------------------------------------------------------------------------- #
-    # Attention mask consistency: the heat of a class's score, over a feature map, shall lie in the
+    # Attention mask consistency: push the heat of a class's score, over a feature map, into the
     # class's boxes. Read where MODEL.META_ARCHITECTURE is "AMCGeneralizedRCNN" or "AMCRetinaNet".
     # ---------------------------------------------------------------------------- #
     cfg.MODEL.AMC = CN()
-    # Name of the module whose output is the feature map, such as "backbone.bottom_up.res4"; empty
-    # for the last stage of the backbone. It must come before the scores.
+    # Name of a module that puts out the feature map, such as "backbone.bottom_up.res4"; empty for
+    # the last stage of the backbone. The module must come before the scores.
     cfg.MODEL.AMC.ACTIVATION = ""
-    # Of a module with several feature maps, such as "backbone" with an FPN, the names of those that
-    # count, for example ("p3", "p4"); empty for all
+    # Names of the feature maps that count, for example ("p3", "p4"); empty for all. Only for a
+    # module with several feature maps, such as "backbone" with an FPN
     cfg.MODEL.AMC.LEVELS = ()
     # Weight of the loss of means
     cfg.MODEL.AMC.MEAN_WEIGHT = 1.0
     # Weight of the loss of maxima
     cfg.MODEL.AMC.MAX_WEIGHT = 1.0
-    # In [0, 1], by which the mean heat inside shall exceed the mean outside
+    # The mean heat inside shall exceed the mean outside by this margin in [0, 1]
     cfg.MODEL.AMC.MEAN_MARGIN = 0.1
-    # In [0, 1], by which the maximum inside shall exceed the maximum outside
+    # The maximum inside shall exceed the maximum outside by this margin in [0, 1]
     cfg.MODEL.AMC.MAX_MARGIN = 0.5
-    # The losses are taken in every n-th step only
+    # Take the losses in every n-th step only
     cfg.MODEL.AMC.EVERY = 1
-    # How many classes of an image are taken, at random; each costs a differentiation. 0 for all
+    # Number of an image's classes to take, at random; each costs a differentiation. 0 for all
     cfg.MODEL.AMC.CLASSES = 1
 
     # ---------------------------------------------------------------------------- #
@@ -93,8 +93,8 @@ def add_plugin_config(cfg: CN) -> None:
     # ---------------------------------------------------------------------------- #
     # "SGD", or "ADAMW", which takes no SOLVER.MOMENTUM
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # With ADAMW: pairs of a part of parameters' names and a factor of their learning rate, such as
-    # ["backbone", 0.1]; the first that fits counts.
+    # With ADAMW: pairs such as ["backbone", 0.1], a part of parameters' names and a factor of their
+    # learning rate. The first pair that fits counts.
     cfg.SOLVER.LR_FACTORS = []
     # With ADAMW, SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of all
     # gradients together.
@@ -106,8 +106,8 @@ def add_plugin_config(cfg: CN) -> None:
     # Its config: the path of a file, or one of MMDetection's own, such as
     # "mmdet::detr/detr_r50_8xb2-150e_coco.py"
     cfg.MODEL.MMDET.CONFIG = ""
-    # What to change in it, such as ["model.bbox_head.num_classes=20"], each as MMDetection's
-    # --cfg-options takes it. The command line replaces the whole list:
+    # Changes to the config, such as ["model.bbox_head.num_classes=20"], each in the syntax of
+    # MMDetection's --cfg-options. The command line replaces the whole list:
     # MODEL.MMDET.OVERRIDES "['model.bbox_head.num_classes=20']"
     cfg.MODEL.MMDET.OVERRIDES = []
 
@@ -128,7 +128,7 @@ def naming(node: str) -> Iterator[None]:
 def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) -> None:
     """Merge a config file and then command-line options into ``cfg``.
 
-    The file may be based on one of Detectron2's own configs, wherever Detectron2 is installed:
+    The file may be based on a config of Detectron2's model zoo:
     ``_BASE_: "model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"``. Otherwise this is
     ``cfg.merge_from_file`` and ``cfg.merge_from_list`` with errors that help.
 
@@ -138,8 +138,8 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
         options: keys and values in turn, such as ``["SOLVER.BASE_LR", "0.01"]``.
 
     Raises:
-        ValueError: if the file or a base of it is missing, a key does not exist (it names the
-            likely one), or a value is of the wrong type.
+        ValueError: if the file or one of its bases is missing, a key does not exist, or a value is
+            of the wrong type. For a key the message names the likely one.
     """
     if any(str(option).startswith("--") for option in options):
         raise ValueError(
@@ -174,7 +174,7 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
 
 
 def find_config_file(config_file: str) -> str:
-    """Path of a config file, which may be ``model_zoo://`` and the name of one of Detectron2's.
+    """Find a config file by its path, or by ``model_zoo://`` and a name in Detectron2's model zoo.
 
     Raises:
         ValueError: if there is no such file.
@@ -191,12 +191,12 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
     This is ``LazyConfig.load`` and ``LazyConfig.apply_overrides`` with errors that help.
 
     Args:
-        config_file: path of a Python file, or ``model_zoo://`` and the name of one of Detectron2's.
+        config_file: path of a Python file, or ``model_zoo://`` and a name in the model zoo.
         overrides: each as "train.max_iter=100".
 
     Raises:
-        ValueError: if the file is missing or does not load, an override cannot be read, or it sets
-            a key that nothing reads (it names the likely one).
+        ValueError: if the file is missing or does not load, or an override cannot be read or sets a
+            key that nothing reads. For a key the message names the likely one.
     """
     path = find_config_file(config_file)
     if not path.endswith(".py"):
@@ -209,7 +209,7 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
     except Exception as error:  # whatever the code in it raises
         raise ValueError(f"config file {config_file!r}: {error!r}") from error
     for override in overrides:
-        if not override.startswith("+"):  # which is to add a key
+        if not override.startswith("+"):  # "+" adds a key
             _check_lazy_key(cfg, override.partition("=")[0])
         try:
             LazyConfig.apply_overrides(cfg, [override])
@@ -221,7 +221,7 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
 
 
 def _check_lazy_key(cfg: DictConfig, key: str) -> None:
-    """Check that a key exists, or belongs to a call, which itself refuses wrong arguments."""
+    """Check that a key exists or belongs to a call. A call itself refuses wrong arguments."""
     node, parents = cfg, key.split(".")
     while parents and isinstance(node, DictConfig) and "_target_" not in node:
         name = parents.pop(0)
@@ -236,13 +236,13 @@ class _ModelZooBases(CN):
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
-        # A base arrives joined to the folder of the file that names it. For a base in the model zoo
-        # that folder is of no matter; for the base of such a base it is one of the model zoo.
+        # A base arrives joined to the folder of the file that names it. A base in the model zoo
+        # ignores the folder. A base of such a base is joined to a folder of the model zoo.
         return super()._open_cfg(_path_of(filename))
 
 
 def _path_of(filename: str) -> str:
-    """Path of a config, of which ``model_zoo://`` may be a part; raises FileNotFoundError."""
+    """Find a config by a path that may hold ``model_zoo://``; raises FileNotFoundError."""
     _, in_model_zoo, name = filename.rpartition("model_zoo://")
     if in_model_zoo:
         try:
@@ -255,7 +255,7 @@ def _path_of(filename: str) -> str:
 
 
 def _explain(error: Exception, cfg: CN, source: str) -> ValueError:
-    """What yacs says of a wrong key, with the key that was probably meant."""
+    """Make an error of yacs readable, and name the key that was probably meant."""
     reason = str(error.args[0])
     if isinstance(error, (AttributeError, TypeError)):
         return ValueError(f"{source}: not a yaml file of keys and values ({reason})")

@@ -44,7 +44,7 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
         with open(json_file, encoding="utf-8") as file:
             categories = json.load(file)["categories"]
         metadata = {
-            # As Detectron2 finds them when it reads the annotations; known before, for checks.
+            # Detectron2 finds the same when it reads the annotations. Checks need it earlier.
             "thing_classes": [c["name"] for c in sorted(categories, key=lambda c: c["id"])],
             **_keypoint_metadata(categories),
         }
@@ -57,7 +57,7 @@ def register_coco(name: str, json_file: str, image_root: str) -> None:
 
 
 def _keypoint_metadata(categories: list[dict[str, Any]]) -> dict[str, Any]:
-    """What Detectron2 has to know of keypoints: their names, and which ones a flip exchanges."""
+    """Collect Detectron2's metadata of keypoints: their names, and the pairs that a flip swaps."""
     names = next((c["keypoints"] for c in categories if c.get("keypoints")), None)
     if names is None:
         return {}
@@ -84,12 +84,11 @@ class PluginDatasetMapper(DatasetMapper):
 class ResumableTrainLoader:
     """Detectron2's train loader, able to go on where a training stopped.
 
-    Detectron2 begins its stream of samples anew when a training is resumed, and random numbers
-    depend on what ran before. With a seed in the config, this loader goes on with the batches that
-    the training would have had next, each image augmented as it would have been, whatever the
-    number of workers, and seeds PyTorch anew for each batch, as proposals are sampled at random.
-    The samples that are left out are not loaded. Without a seed (``cfg.SEED`` negative) it is
-    Detectron2's loader.
+    When a training is resumed, Detectron2 begins its stream of samples anew, and random numbers
+    depend on earlier work. With a seed in the config, this loader goes on with the next batches of
+    the stopped training, with the same augmentation, whatever the number of workers. It seeds
+    PyTorch anew for each batch, as proposals are sampled at random. It does not load the samples
+    that it leaves out. Without a seed (``cfg.SEED`` negative) it is Detectron2's loader.
 
     Args:
         cfg: the whole config.
@@ -107,7 +106,7 @@ class ResumableTrainLoader:
             self._loader = build_detection_train_loader(cfg, mapper=mapper)
             return
         random_state = np.random.get_state()
-        np.random.seed(derive_seed(self._seed))  # from which the sampler takes its own seed
+        np.random.seed(derive_seed(self._seed))  # the sampler draws its own seed from NumPy
         parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
         np.random.set_state(random_state)
         samples, mapper, sampler = (parts.pop(k) for k in ("dataset", "mapper", "sampler"))
@@ -123,8 +122,8 @@ class ResumableTrainLoader:
             groups = [s.get("width", 0) > s.get("height", 0) for s in samples]
         else:
             groups = [False] * len(samples)
-            # Workers would each fill batches of their own, so that these depended on how many
-            # workers there are; one by one the samples come in the stream's order.
+            # Each worker would fill batches of its own, so that batches depended on the number of
+            # workers. One by one, the samples come in the stream's order.
             parts["total_batch_size"] = comm.get_world_size()
         self._stream = _SampleStream(sampler, groups, self._batch_size)
         mapped = MapDataset(DatasetFromList(samples, copy=False), mapper)
@@ -154,7 +153,7 @@ class _SampleStream(Sampler):
 
     Args:
         sampler: gives an endless stream of indices, the same each time that it is iterated over.
-        groups: of each sample of the dataset; a batch holds samples of one group.
+        groups: group of each sample of the dataset; a batch holds samples of one group.
         batch_size: samples in a batch of this process.
     """
 
@@ -166,8 +165,8 @@ class _SampleStream(Sampler):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         stream = enumerate(iter(self.sampler))
-        # Batches are filled group by group, so a training that stopped after some batches also held
-        # samples that wait for their group's next one: these come first now.
+        # Each group fills batches of its own. So a stopped training also held samples that waited
+        # for their group's next batch. These come first now.
         waiting: dict[bool, list[tuple[int, int]]] = {False: [], True: []}
         batches = 0
         while batches < self.batches_done:
@@ -198,5 +197,5 @@ class _SeededDataset(Dataset):
 
 
 def derive_seed(*numbers: int) -> int:
-    """A 31-bit seed that depends on all of ``numbers``, which must not be negative."""
+    """Derive a 31-bit seed from all of ``numbers``, which must not be negative."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0] >> 1)

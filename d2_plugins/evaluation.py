@@ -1,4 +1,4 @@
-"""The evaluator that belongs to a dataset, as its metadata tells."""
+"""Evaluators of datasets, chosen by a dataset's metadata."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def build_evaluator(
     """Build the evaluator of a registered dataset.
 
     Args:
-        cfg: the whole config; says which tasks the model has and the keypoints' sigmas.
+        cfg: the whole config; gives the model's tasks and the keypoints' sigmas.
         dataset_name: a registered dataset with ``evaluator_type`` in its metadata.
         output_dir: for predictions in the dataset's format; ``OUTPUT_DIR/inference`` by default.
 
@@ -55,10 +55,10 @@ def build_evaluator(
 
 
 def check_evaluator(dataset_name: str) -> str:
-    """The ``evaluator_type`` of a registered dataset.
+    """Read and check the ``evaluator_type`` of a registered dataset.
 
     Raises:
-        ValueError: if it is missing or unknown.
+        ValueError: if the type is missing or unknown.
     """
     kind = MetadataCatalog.get(dataset_name).get("evaluator_type")
     if kind not in _WITH_OUTPUT and kind not in _WITHOUT_OUTPUT:
@@ -75,7 +75,7 @@ class _NumpyLVISEvaluator(LVISEvaluator):
     def evaluate(self) -> Any:
         if hasattr(np, "float"):
             return super().evaluate()
-        np.float = float  # type: ignore[attr-defined]  # the alias that it looks up
+        np.float = float  # type: ignore[attr-defined]  # lvis looks up this alias
         try:
             return super().evaluate()
         finally:

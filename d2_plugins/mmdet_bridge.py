@@ -6,16 +6,16 @@
         CONFIG: "mmdet::detr/detr_r50_8xb2-150e_coco.py"    # or the path of a file
         OVERRIDES: ["model.bbox_head.num_classes=20"]
 
-Detectron2 reads and augments the images, optimizes, saves and evaluates. The detector does what is
-between, beginning with the normalization of pixels. Of MMDetection's config nothing but ``model``
-is read: its data, optimizer, schedule and hooks do not take part. What a detector is not told here:
+Detectron2 reads and augments the images, optimizes, saves and evaluates. The detector normalizes
+pixels and computes losses and detections. Only ``model`` is read from MMDetection's config. Its
+data, optimizer, schedule and hooks take no part. A detector gets
 
-- the number of the epoch, only that of the iteration: TOOD evaluates and does not train;
-- a semantic map, unless it is panoptic: HTC and SCNet with a semantic branch evaluate and do not
-  train;
-- a text: Grounding DINO and GLIP do neither.
+- the number of the iteration, but no epoch: TOOD evaluates and does not train;
+- a semantic map only if the detector is panoptic: HTC and SCNet with a semantic branch evaluate and
+  do not train;
+- no text: Grounding DINO and GLIP neither train nor evaluate.
 
-No other module of this package may import MMDetection, and this one does so only in functions.
+Only this module of the package may import MMDetection, and only inside functions.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ _VOID = 255  # in semantic maps of both frameworks
 
 @META_ARCH_REGISTRY.register()
 class MMDetDetector(nn.Module):
-    """A detector of MMDetection, which takes and gives what Detectron2's do.
+    """A detector of MMDetection with the inputs and outputs of Detectron2's models.
 
     State dicts have the detector's own names. MMDetection's checkpoints are read as they are
-    (:class:`d2_plugins.trainer.PluginCheckpointer`); Detectron2's have the same tensors under
-    "model", where MMDetection looks for them under "state_dict".
+    (:class:`d2_plugins.trainer.PluginCheckpointer`). Detectron2 writes the same tensors under
+    "model"; MMDetection looks for them under "state_dict".
 
     Args:
-        detector: of MMDetection, with its data preprocessor. In a config it is what
-            :func:`build_detector` makes of ``MODEL.MMDET``. Without ``MODEL.WEIGHTS`` it begins as
-            MMDetection begins a training, its backbone pretrained where its config says so.
-        input_format: order of the images' channels, "BGR" or "RGB". What the detector's config
-            says of pixels holds for images in BGR, and is all that is done to them:
-            ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD`` are not read.
+        detector: of MMDetection, with its data preprocessor. From a config,
+            :func:`build_detector` makes it by ``MODEL.MMDET``. Without ``MODEL.WEIGHTS`` it starts
+            as in MMDetection, its backbone pretrained where its config says so.
+        input_format: order of the images' channels, "BGR" or "RGB". The pixel settings of the
+            detector's config hold for images in BGR. ``MODEL.PIXEL_MEAN`` and ``PIXEL_STD`` are
+            not read.
 
     Raises:
-        ValueError: if ``input_format`` is another one.
+        ValueError: if ``input_format`` is neither.
     """
 
     @configurable
@@ -84,7 +84,7 @@ class MMDetDetector(nn.Module):
         return next(self.parameters()).device
 
     def __getattr__(self, name: str) -> Any:
-        # So that a module or parameter is found by the name that it has in a state dict
+        # Modules and parameters are found by their names in the state dict.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -99,27 +99,27 @@ class MMDetDetector(nn.Module):
         return self.detector.load_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Where a parent loads, such as DDP or an average of weights: it asks for the state_dict
-        # above, but does not call load_state_dict.
+        # A parent, such as DDP or an average of weights, saves by the state_dict above, but does
+        # not load by the load_state_dict above.
         for name in [name for name in state_dict if name.startswith(prefix)]:
             state_dict[f"{prefix}detector.{name[len(prefix) :]}"] = state_dict.pop(name)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Losses or detections of a batch.
+        """Compute the losses or detections of a batch.
 
         Args:
             batched_inputs: of ``DatasetMapper``: "image" (C, H, W), 0 … 255, and, where the image
                 was resized, "height" and "width" of its file in pixels. For training "instances"
-                with ``gt_boxes``, ``gt_classes`` and for a detector that learns masks ``gt_masks``,
-                and for a panoptic one "sem_seg" (H, W) as Detectron2's separated panoptic datasets
-                have it: 0 for all things, then the stuff classes from 1 on, 255 for none.
+                with ``gt_boxes``, ``gt_classes`` and, if the detector learns masks, ``gt_masks``.
+                For training a panoptic detector also "sem_seg" (H, W) of Detectron2's separated
+                panoptic datasets: 0 for all things, then the stuff classes from 1 on, 255 for none.
 
         Returns:
-            In training the losses by name, whose sum is MMDetection's loss; what else it reports is
-            put into Detectron2's event storage, which there must be. Otherwise a dict for each
-            image: "instances", on the image of the file, and of a panoptic detector "panoptic_seg"
-            as ``PanopticFPN`` gives it.
+            In training the losses by name, whose sum is MMDetection's loss. MMDetection's other
+            reports go to Detectron2's event storage, which must exist. Otherwise a dict for each
+            image: "instances", on the image of the file, and from a panoptic detector
+            "panoptic_seg" in the form of ``PanopticFPN``.
 
         Raises:
             ValueError: if "sem_seg" is missing where a panoptic detector trains.
@@ -129,7 +129,7 @@ class MMDetDetector(nn.Module):
         if self.training:
             MessageHub.get_current_instance().update_info("iter", get_event_storage().iter)
         preprocessor = self.detector.data_preprocessor
-        # Which nn.Module.to does not tell it, unlike MMDetection's models
+        # nn.Module.to does not tell it the device. The `to` of MMDetection's models does.
         preprocessor.to(self.device)
         packed = [self._pack(one) for one in batched_inputs]
         data = preprocessor(
@@ -141,12 +141,12 @@ class MMDetDetector(nn.Module):
         losses = self.detector(**data, mode="loss")
         _, values = self.detector.parse_losses(losses)
         for name in losses:
-            if "loss" not in name:  # which is how MMDetection tells them
+            if "loss" not in name:  # MMDetection tells losses from reports by this
                 get_event_storage().put_scalar(name, float(values[name]))
         return {name: values[name] for name in losses if "loss" in name}
 
     def _pack(self, one: Mapping[str, Any]) -> tuple[Tensor, Any]:
-        """An image in BGR, and all that MMDetection is told of it."""
+        """Give MMDetection an image in BGR, and all that Detectron2 knows of it."""
         from mmdet.structures import DetDataSample
         from mmengine.structures import PixelData
 
@@ -171,7 +171,7 @@ class MMDetDetector(nn.Module):
         return image.flip(0) if self.input_format == "RGB" else image, sample
 
     def _pack_semantic(self, one: Mapping[str, Any]) -> Tensor:
-        """(H, W): classes as MMDetection numbers them, the stuff ones after those of things."""
+        """Number the classes of "sem_seg" (H, W) as MMDetection does: things, then stuff."""
         if "sem_seg" not in one:
             raise ValueError(
                 f"image {one.get('file_name')!r} has no 'sem_seg', and the detector learns "
@@ -179,7 +179,7 @@ class MMDetDetector(nn.Module):
                 "register_coco_panoptic_separated registers it"
             )
         semantic = one["sem_seg"]
-        fixed = (semantic == 0) | (semantic == _VOID)  # 0 is a thing's class there as well
+        fixed = (semantic == 0) | (semantic == _VOID)  # 0 is a thing's class in MMDetection as well
         return torch.where(fixed, semantic, semantic + self.detector.num_things_classes - 1)
 
     def _unpack(self, sample: Any) -> dict[str, Any]:
@@ -201,7 +201,7 @@ class MMDetDetector(nn.Module):
         return outputs
 
     def _unpack_panoptic(self, labels: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-        """Of (H, W), class + instance · INSTANCE_OFFSET, the segments as Detectron2 has them."""
+        """Turn a map (H, W) of class + instance · INSTANCE_OFFSET into Detectron2's segments."""
         from mmdet.evaluation.functional import INSTANCE_OFFSET
 
         num_things = self.detector.num_things_classes
@@ -211,7 +211,7 @@ class MMDetDetector(nn.Module):
         for label in labels.unique().tolist():
             category = label % INSTANCE_OFFSET
             if category >= num_classes:
-                continue  # of no segment, which is 0
+                continue  # a pixel of no segment is 0
             mask, isthing = labels == label, category < num_things
             segments[mask] = len(infos) + 1
             infos.append(
@@ -227,7 +227,7 @@ class MMDetDetector(nn.Module):
 
 
 def is_bridge(cfg: CfgNode) -> bool:
-    """Whether a config's meta-architecture is :class:`MMDetDetector`, or derived from it."""
+    """Tell whether a config's meta-architecture is :class:`MMDetDetector` or a subclass."""
     name = cfg.MODEL.META_ARCHITECTURE
     kind = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
     return inspect.isclass(kind) and issubclass(kind, MMDetDetector)
@@ -238,8 +238,8 @@ def load_config(config: str, overrides: Sequence[str] = ()) -> Any:
 
     Args:
         config: ``mmdet::`` and the name of one of MMDetection's own, or a path.
-        overrides: each as "model.bbox_head.num_classes=20", read as MMDetection's scripts read
-            their ``--cfg-options``.
+        overrides: each as "model.bbox_head.num_classes=20", in the syntax of ``--cfg-options`` of
+            MMDetection's scripts.
 
     Returns:
         mmengine's ``Config``.
@@ -258,7 +258,7 @@ def load_config(config: str, overrides: Sequence[str] = ()) -> Any:
         )
     try:
         cfg = mm_plugins.analysis.load_config(config)
-    except Exception as error:  # of mmengine's reader, or whatever the code in it raises
+    except Exception as error:  # of mmengine's reader, or of the config's own code
         raise ValueError(f"{setting}: {_in_a_line(error)}") from error
     for override in overrides:
         _override(cfg, override)
@@ -269,8 +269,8 @@ def build_detector(config: Any, *, pretrained: bool) -> nn.Module:
     """Build and initialize a detector of MMDetection.
 
     Args:
-        config: mmengine's, of which ``model`` and ``default_scope`` are read.
-        pretrained: whether to load the weights that its ``init_cfg``s name, or leave these random.
+        config: mmengine's; only ``model`` and ``default_scope`` are read.
+        pretrained: load the weights that ``init_cfg``s name; otherwise leave them random.
 
     Raises:
         ValueError: if the config's model cannot be built.
@@ -285,7 +285,7 @@ def build_detector(config: Any, *, pretrained: bool) -> nn.Module:
 
 
 def check_detector(cfg: CfgNode, *, eval_only: bool, resumed: bool) -> None:
-    """Check what can be known to be wrong with a config whose meta-architecture is this one.
+    """Find mistakes in a config for :class:`MMDetDetector` before training or evaluation.
 
     Args:
         cfg: the whole config.
@@ -293,7 +293,7 @@ def check_detector(cfg: CfgNode, *, eval_only: bool, resumed: bool) -> None:
         resumed: whether ``MODEL.WEIGHTS`` is not read.
 
     Raises:
-        ValueError: names the setting, its value and what would be right.
+        ValueError: names the setting, its value and the right ones.
     """
     try:
         from mm_plugins.preflight import check_config, check_weights
@@ -318,7 +318,7 @@ def check_detector(cfg: CfgNode, *, eval_only: bool, resumed: bool) -> None:
             "and GLIP do, and Detectron2's data has none; use tools/train_mmdet.py"
         )
     scope = config.get("default_scope") or "mmdet"
-    # Of a training there that has no data of its own, and whose weights are looked at below
+    # MMDetection's checks run without data. The weights are checked below.
     alone = {"model": config.model, "default_scope": scope, "load_from": cfg.MODEL.WEIGHTS}
     try:
         check_config(Config(alone), train=False, resumes=True)
@@ -341,7 +341,7 @@ def check_detector(cfg: CfgNode, *, eval_only: bool, resumed: bool) -> None:
 
 
 def _check_training(detector: Any, cfg: CfgNode) -> None:
-    """Check that the detector is given all that its losses ask for."""
+    """Check that Detectron2 can give the detector everything that its losses need."""
     config = cfg.MODEL.MMDET.CONFIG
     learns_masks = (
         getattr(detector, "with_mask", False)
@@ -367,7 +367,7 @@ def _check_training(detector: Any, cfg: CfgNode) -> None:
 
 
 def count_cost(cfg: CfgNode, image_size: tuple[int, int]) -> Report:
-    """What the detector of a config costs, as :func:`mm_plugins.analysis.analyze` counts it."""
+    """Count the cost of a config's detector by :func:`mm_plugins.analysis.analyze`."""
     from mm_plugins.analysis import analyze
 
     node: Any = cfg.MODEL.MMDET
@@ -375,7 +375,7 @@ def count_cost(cfg: CfgNode, image_size: tuple[int, int]) -> Report:
 
 
 def find_detector_mismatches(cfg: CfgNode) -> list[str]:
-    """How pixels disagree with the weights, as :mod:`mm_plugins.pixels` says it."""
+    """List the pixel settings that disagree with the weights, by :mod:`mm_plugins.pixels`."""
     from mm_plugins.pixels import find_mismatches
 
     node: Any = cfg.MODEL.MMDET
@@ -411,11 +411,11 @@ def _pack_instances(instances: Instances) -> Any:
         masks = instances.gt_masks
         if isinstance(masks, PolygonMasks):
             masks = BitMasks.from_polygon_masks(masks, height, width)
-        # MMDetection's are arrays, on every device.
+        # MMDetection's bitmaps are arrays, on every device.
         bitmaps = masks.tensor.cpu().numpy().astype("uint8")
         packed.masks = BitmapMasks(bitmaps, height, width)
     elif not len(instances):
-        # Without annotations there are no masks either, which MMDetection reads of every image.
+        # MMDetection reads masks of every image, also of one without annotations.
         packed.masks = BitmapMasks([], *instances.image_size)
     return packed
 
@@ -425,7 +425,7 @@ def _build_to_look_at(model_config: Any, scope: str) -> Any:
     try:
         with torch.device("meta"):
             return _build(copy.deepcopy(model_config), scope)
-    except ValueError:  # it is wrong, or a part of it computes with tensors when it is built
+    except ValueError:  # the config is wrong, or a part computes with tensors when it is built
         return _build(copy.deepcopy(model_config), scope)
 
 
@@ -443,7 +443,7 @@ def _build(model_config: Any, scope: str) -> Any:
 
 
 def _leave_random(node: Any) -> None:
-    """Take pretrained weights out of a model's config, which are to be overwritten anyway."""
+    """Take pretrained weights out of a model's config, as a checkpoint will overwrite them."""
     if isinstance(node, (list, tuple)):
         for part in node:
             _leave_random(part)
@@ -478,7 +478,7 @@ def _without_reports() -> Iterator[None]:
 
 
 def _check_classes(detector: nn.Module, config: str, setting: str, dataset: str) -> None:
-    """Compare numbers of classes, as far as the dataset's metadata and the detector tell them."""
+    """Compare numbers of classes, where the dataset's metadata and the detector tell them."""
     metadata = MetadataCatalog.get(dataset)
     known = {"thing": _number_of_classes(detector)}
     stuff = getattr(detector, "num_stuff_classes", 0)
@@ -495,7 +495,7 @@ def _check_classes(detector: nn.Module, config: str, setting: str, dataset: str)
 
 
 def _number_of_classes(detector: Any) -> int | None:
-    """How many classes of things a detector has; None if it cannot be told."""
+    """Count a detector's classes of things; None if it does not tell them."""
     if hasattr(detector, "num_things_classes"):
         return detector.num_things_classes
     owner = getattr(detector, "roi_head", detector)

@@ -1,8 +1,8 @@
-"""The optimizer of DETRs, which Detectron2's own settings do not reach: AdamW.
+"""AdamW, the optimizer of DETRs, which Detectron2's own settings do not offer.
 
-``SOLVER.OPTIMIZER`` chooses it, ``SOLVER.LR_FACTORS`` slows down parts of the model, and
-``SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model"`` clips the norm of all gradients together, where
-"norm" clips each parameter's by itself. All other settings are Detectron2's.
+``SOLVER.OPTIMIZER`` chooses AdamW, and ``SOLVER.LR_FACTORS`` slows down parts of the model.
+``SOLVER.CLIP_GRADIENTS.CLIP_TYPE "full_model"`` clips the norm of all gradients together; "norm"
+clips each parameter's gradient by itself. All other settings are Detectron2's.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build SGD as Detectron2 does, or AdamW.
 
     Args:
-        cfg: of which ``SOLVER`` is read.
-        model: whose trainable parameters are optimized.
+        cfg: only ``SOLVER`` is read.
+        model: its trainable parameters are optimized.
 
     Raises:
-        ValueError: if ``SOLVER.OPTIMIZER`` is unknown, or ``SOLVER.LR_FACTORS`` is wrong, with SGD
-            or names no parameter of the model.
+        ValueError: if ``SOLVER.OPTIMIZER`` is unknown, or ``SOLVER.LR_FACTORS`` is wrong, is set
+            with SGD or names no parameter of the model.
     """
     solver: Any = cfg.SOLVER
     check_solver(cfg)
@@ -61,7 +61,7 @@ def check_solver(cfg: CfgNode) -> None:
     """Check the settings that are not Detectron2's own.
 
     Raises:
-        ValueError: names the setting, its value and what would be right.
+        ValueError: names the setting, its value and the right ones.
     """
     solver: Any = cfg.SOLVER
     if solver.OPTIMIZER not in ("SGD", "ADAMW"):
@@ -104,10 +104,10 @@ class _Clipper:
 def _with_factors(
     groups: list[dict[str, Any]], model: nn.Module, factors: Sequence[tuple[str, float]]
 ) -> Iterator[dict[str, Any]]:
-    """One group for each parameter, slowed down by the first factor whose text its names have."""
+    """Give each parameter a group, slowed down by the first factor that fits its name."""
     names: dict[nn.Parameter, str] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter] = f"{names.get(parameter, '')} {name}"  # all of a shared one
+        names[parameter] = f"{names.get(parameter, '')} {name}"  # a shared parameter has several
     for text, _ in factors:
         if not any(text in all_names for all_names in names.values()):
             raise ValueError(

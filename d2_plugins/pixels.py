@@ -1,6 +1,6 @@
-"""Whether a config gives pretrained weights the pixels that they were trained on.
+"""Check that a config gives pretrained weights the same pixels as their training did.
 
-Detectron2 does not notice where it does not: the model trains, and is worse.
+Detectron2 does not notice a mismatch: the model trains, and is worse.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from plugin_core.checkpoints.pixel_format import PixelFormat, explain_mismatch, 
 
 
 def pixel_format(cfg: CfgNode) -> PixelFormat:
-    """What a config gives to its backbone."""
+    """Read the pixel format that a config gives to its backbone."""
     return PixelFormat(
         channel_order=cfg.INPUT.FORMAT,
         mean=tuple(cfg.MODEL.PIXEL_MEAN),
         std=tuple(cfg.MODEL.PIXEL_STD),
-        # A ResNet of basic blocks has no such convolution.
+        # A ResNet of basic blocks has no 1×1 convolution to stride in.
         stride_in_1x1=cfg.MODEL.RESNETS.STRIDE_IN_1X1 if cfg.MODEL.RESNETS.DEPTH >= 50 else None,
     )
 
 
 def pixel_settings(pixels: PixelFormat) -> dict[str, tuple[str, Any]]:
-    """Name and value of Detectron2's setting for each field of a pixel format."""
+    """Give the name and value of Detectron2's setting for each field of a pixel format."""
     return {
         "channel_order": ("INPUT.FORMAT", pixels.channel_order),
         "mean": ("MODEL.PIXEL_MEAN", list(pixels.mean)),
@@ -36,7 +36,7 @@ def pixel_settings(pixels: PixelFormat) -> dict[str, tuple[str, Any]]:
 
 
 def find_mismatches(cfg: CfgNode) -> list[str]:
-    """Settings that disagree with ``MODEL.WEIGHTS``, a sentence for each."""
+    """Describe the settings that disagree with ``MODEL.WEIGHTS``, a sentence for each."""
     if is_bridge(cfg):
         return find_detector_mismatches(cfg)
     weights = cfg.MODEL.WEIGHTS
@@ -47,7 +47,7 @@ def find_mismatches(cfg: CfgNode) -> list[str]:
 
 
 def find_lazy_mismatches(cfg: DictConfig) -> list[str]:
-    """The same of a LazyConfig, whose weights are ``train.init_checkpoint``."""
+    """Describe a LazyConfig's settings that disagree with ``train.init_checkpoint``."""
     model, weights = cfg.model, cfg.train.init_checkpoint
     wanted = find_pixel_format(weights) if weights else None
     if wanted is None or not {"input_format", "pixel_mean", "pixel_std"} <= set(model):

@@ -44,7 +44,7 @@ _WITH_PLUGINS = {
     "build_resnet_fpn_backbone": "build_resnet_plugin_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_plugin_fpn_backbone",
 }
-# Detectron2's meta-architectures that build none
+# Detectron2's meta-architectures that build no RoI heads
 _WITHOUT_ROI_HEADS = ("RetinaNet", "AMCRetinaNet", "ProposalNetwork", "SemanticSegmentor")
 
 # Folders that a dataset's metadata may name
@@ -53,7 +53,7 @@ _FOLDERS = {
     "panoptic_root": "panoptic annotations'",
     "sem_seg_root": "semantic annotations'",
 }
-# What Detectron2 needs besides itself for some datasets, and would miss only when it evaluates
+# Packages for evaluating some datasets. Without this check Detectron2 misses them after training.
 _PACKAGES = {
     "lvis": ("lvis", "pip install lvis"),
     "cityscapes_instance": ("cityscapesscripts", "pip install cityscapesscripts"),
@@ -66,7 +66,7 @@ _PACKAGES = {
 
 
 def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
-    """Check what can be known to be wrong before the model is built.
+    """Find mistakes in a config before the run.
 
     Args:
         cfg: the whole config.
@@ -74,7 +74,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         resume: whether weights come from ``cfg.OUTPUT_DIR`` where it has a checkpoint.
 
     Raises:
-        ValueError: names the setting, its value and what would be right.
+        ValueError: names the setting, its value and the right ones.
     """
     _check_meta_architecture(cfg)
     if not is_bridge(cfg):
@@ -104,12 +104,12 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
         resume: whether weights come from ``cfg.train.output_dir`` where it has a checkpoint.
 
     Raises:
-        ValueError: names the key, its value and what would be right.
+        ValueError: names the key, its value and the right ones.
     """
     for split in ("test",) if eval_only else ("train", "test"):
         key = f"dataloader.{split}.dataset.names"
         names = OmegaConf.select(cfg, key)
-        if names is not None:  # else a loader of another kind
+        if names is not None:  # another kind of loader has no names
             names = (names,) if isinstance(names, str) else tuple(names)
             _check_datasets(key, names, train=split == "train")
     _check_lazy_plugins(cfg)
@@ -130,7 +130,7 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
 
 
 def _lazy_depth(cfg: DictConfig) -> int | None:
-    """Depth of a ResNet whose stages are the usual ones; None for stages that are listed."""
+    """Read the depth of a ResNet with the usual stages; None if the config lists the stages."""
     stages = OmegaConf.select(cfg, "model.backbone.bottom_up.stages")
     return stages.get("depth") if isinstance(stages, DictConfig) else None
 
@@ -157,7 +157,7 @@ def _check_meta_architecture(cfg: CfgNode) -> None:
     """Check that the nodes of the plugins are read."""
     name = cfg.MODEL.META_ARCHITECTURE
     if name in META_ARCH_REGISTRY and _is_users_own(META_ARCH_REGISTRY.get(name)):
-        return  # and may read all of them
+        return  # a user's own class may read all nodes
     default = _default_config()
     if not is_amc(cfg) and cfg.MODEL.AMC != default.MODEL.AMC:
         hint = "use 'AMCRetinaNet'" if name == "RetinaNet" else "use 'AMCGeneralizedRCNN'"
@@ -191,7 +191,7 @@ def _check_backbone(cfg: CfgNode) -> None:
         hint = did_you_mean(name, [known for known, _ in BACKBONE_REGISTRY])
         raise ValueError(f"MODEL.BACKBONE.NAME: no backbone is registered as {name!r}{hint}")
     if not _has_resnet(cfg):
-        return  # a builder of the user's own, which may know other depths
+        return  # a user's own builder may know other depths
     if cfg.MODEL.RESNETS.DEPTH not in RESNET_DEPTHS:
         raise ValueError(
             f"MODEL.RESNETS.DEPTH: no ResNet of depth {cfg.MODEL.RESNETS.DEPTH}; "
@@ -235,7 +235,7 @@ def _check_roi_heads(cfg: CfgNode) -> None:
 
 
 def _check_model(cfg: CfgNode) -> None:
-    """Build the model once without memory, and say in one line what its parts raise."""
+    """Build the model once without memory, and raise its parts' errors in one line."""
 
     def build(device: str) -> None:
         on_device = cfg.clone()
@@ -247,7 +247,7 @@ def _check_model(cfg: CfgNode) -> None:
 
 
 def _check_kind_of_roi_heads(cfg: CfgNode, setting: str, *kinds: type) -> None:
-    """Check that there are RoI heads, of the kinds that read a setting."""
+    """Check that the config's RoI heads exist and read a setting."""
     if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_ROI_HEADS:
         raise ValueError(
             f"{setting}: a {cfg.MODEL.META_ARCHITECTURE} has no RoI heads, which read it; it takes "
@@ -265,7 +265,7 @@ def _check_kind_of_roi_heads(cfg: CfgNode, setting: str, *kinds: type) -> None:
 
 
 def _is_users_own(kind: Any) -> bool:
-    """Whether what is registered may read settings that are not known here."""
+    """Tell whether a registered class is the user's own, which may read any setting."""
     return not kind.__module__.startswith(("detectron2.", "d2_plugins."))
 
 
@@ -308,11 +308,11 @@ def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -
 
 
 def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
-    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # what follows are options of the loader
+    weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # the loader's options follow
     if not weights and eval_only:
         raise ValueError("MODEL.WEIGHTS: --eval-only needs the checkpoint that is to be evaluated")
     if not weights or "://" in weights:
-        return  # random weights, or a download that Detectron2 reports on
+        return  # random weights, or a download: Detectron2 reports its errors
     if _has_resnet(cfg):
         check_resnet_checkpoint(
             weights, cfg.MODEL.RESNETS.DEPTH, "MODEL.WEIGHTS", "MODEL.RESNETS.DEPTH"
@@ -326,8 +326,8 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
 def _check_spelling(weights: str, setting: str) -> None:
     """Check that Detectron2 will find the tensors in a file by their names.
 
-    In a file with matching_heuristics it matches names by their ends, before the attention can tell
-    its second spelling.
+    In a file with matching_heuristics, Detectron2 matches names by their ends. It does so before
+    triplet attention can rename its second spelling.
     """
     command = f"tools/convert_checkpoint.py {weights} converted.pth --to d2"
     check_resnet_names(weights, "res", setting, command)

@@ -27,9 +27,9 @@ from plugin_core import BatchFormer, IDAClassifier
 
 @ROI_HEADS_REGISTRY.register()
 class Res5PluginROIHeads(Res5ROIHeads):
-    """``Res5ROIHeads``, a C4 detector's, with the plugins of ``MODEL.RESNETS`` for res5.
+    """``Res5ROIHeads`` of a C4 detector, with the plugins of ``MODEL.RESNETS`` in res5.
 
-    Its predictor may have a BatchFormer.
+    The predictor may have a BatchFormer.
     """
 
     @classmethod
@@ -67,9 +67,9 @@ class CascadePluginROIHeads(CascadeROIHeads):
 
 @ROI_BOX_HEAD_REGISTRY.register()
 class IDABoxHead(FastRCNNConvFCHead):
-    """``FastRCNNConvFCHead`` that also hands on the map that it flattens, for IDA to classify.
+    """``FastRCNNConvFCHead`` that also hands on a feature map, for IDA to classify.
 
-    It is the pooled map, or where ``MODEL.ROI_BOX_HEAD.NUM_CONV`` is not 0 the last convolution's.
+    The map is the last convolution's, or the pooled map if ``MODEL.ROI_BOX_HEAD.NUM_CONV`` is 0.
     Parameters are named as in ``FastRCNNConvFCHead``.
     """
 
@@ -79,7 +79,7 @@ class IDABoxHead(FastRCNNConvFCHead):
         self.map_channels = conv_dims[-1] if conv_dims else input_shape.channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, C, H, W) of R regions → what ``FastRCNNConvFCHead`` gives, and (R, C', H, W)."""
+        """Give the output of ``FastRCNNConvFCHead`` and maps (R, C', H, W) for (R, C, H, W)."""
         layers, num_convs = list(self), len(self.conv_norm_relus)
         for conv in layers[:num_convs]:
             x = conv(x)
@@ -90,14 +90,14 @@ class IDABoxHead(FastRCNNConvFCHead):
 
 
 class IDAOutputLayers(FastRCNNOutputLayers):
-    """``FastRCNNOutputLayers`` that classifies by IDA, and regresses boxes as it does.
+    """``FastRCNNOutputLayers`` that classifies by IDA; boxes are regressed as before.
 
     Args:
-        input_shape: of what the box head gives the regression.
-        map_channels: of the map that it gives the classification.
+        input_shape: shape of the regression's input.
+        map_channels: channels of the map to classify.
         num_heads: of IDA; it divides ``map_channels``.
         heavy: whether IDA is of the heavy form.
-        output_layers: what ``FastRCNNOutputLayers`` takes.
+        output_layers: arguments of ``FastRCNNOutputLayers``.
 
     Raises:
         ValueError: if ``num_heads`` does not divide ``map_channels``.
@@ -125,7 +125,7 @@ class IDAOutputLayers(FastRCNNOutputLayers):
         return {**arguments, "num_heads": ida.NUM_HEADS, "heavy": ida.HEAVY}
 
     def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """What :class:`IDABoxHead` gives → scores (R, K + 1), and deltas as without IDA."""
+        """Predict scores (R, K + 1) and deltas from the output of :class:`IDABoxHead`."""
         features, feature_map = x
         return self.cls_score(feature_map), self.bbox_pred(features.flatten(1))
 
@@ -133,15 +133,15 @@ class IDAOutputLayers(FastRCNNOutputLayers):
 class BatchFormerOutputLayers(FastRCNNOutputLayers):
     """``FastRCNNOutputLayers`` that in training also predict from regions after a BatchFormer.
 
-    All M regions of a batch are one sequence. In training the layers get both streams, (2M, C), the
-    plain one first, and losses are means over both. Boxes that are predicted in training, for the
-    next stage of a cascade and the like, are the plain stream's. In evaluation there is no other,
-    and all is as in ``FastRCNNOutputLayers``.
+    All M regions of a batch are one sequence. In training the layers get two streams, (2M, C): the
+    plain regions first, then the BatchFormer's. Losses are means over both. Boxes predicted in
+    training, as for the next stage of a cascade, are the plain stream's. Evaluation has only the
+    plain stream, as in ``FastRCNNOutputLayers``.
 
     Args:
-        input_shape: of what the box head gives.
-        batchformer: arguments of :class:`plugin_core.BatchFormer`, but for its ``embed_dims``.
-        output_layers: what ``FastRCNNOutputLayers`` takes.
+        input_shape: shape of the box head's output.
+        batchformer: arguments of :class:`plugin_core.BatchFormer`, except ``embed_dims``.
+        output_layers: arguments of ``FastRCNNOutputLayers``.
 
     Raises:
         ValueError: if an argument of the BatchFormer is wrong.
@@ -164,7 +164,7 @@ class BatchFormerOutputLayers(FastRCNNOutputLayers):
         return {**arguments, "batchformer": batchformer_arguments(cfg)}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (M, K + 1) and deltas of (M, ...); of 2M regions in training."""
+        """Predict scores (M, K + 1) and deltas from (M, ...); for 2M regions in training."""
         if self.training:
             x = x.flatten(1)
             x = torch.cat((x, self.batchformer(x[:, None])[:, 0]))
@@ -193,7 +193,7 @@ class BatchFormerOutputLayers(FastRCNNOutputLayers):
         return super().predict_probs(self._plain(predictions), proposals)
 
     def _plain(self, predictions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Predictions of the plain stream."""
+        """Take the predictions of the plain stream."""
         if not self.training:
             return predictions
         scores, deltas = predictions
@@ -202,16 +202,16 @@ class BatchFormerOutputLayers(FastRCNNOutputLayers):
 
 
 def batchformer_arguments(cfg: CfgNode) -> dict[str, Any]:
-    """What ``MODEL.ROI_BOX_HEAD.BATCHFORMER`` says of the module itself."""
+    """Read the module's arguments from ``MODEL.ROI_BOX_HEAD.BATCHFORMER``."""
     node: Any = cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER
     return {key.lower(): value for key, value in node.items() if key != "ENABLED"}
 
 
 def check_batchformer(cfg: CfgNode) -> None:
-    """Check that a BatchFormer is not asked for together with IDA.
+    """Check that a config does not combine a BatchFormer with IDA.
 
     Raises:
-        ValueError: if it is.
+        ValueError: if it does.
     """
     box_head: Any = cfg.MODEL.ROI_BOX_HEAD
     if box_head.BATCHFORMER.ENABLED and box_head.NAME == "IDABoxHead":
@@ -225,11 +225,11 @@ def check_batchformer(cfg: CfgNode) -> None:
 def _predictor_for(
     before: nn.Module, predictor: FastRCNNOutputLayers, cfg: CfgNode
 ) -> FastRCNNOutputLayers:
-    """Give the predictor that a config wants, with the transform of the one that there is.
+    """Replace a predictor by the config's, with the same transform of boxes.
 
     Args:
-        before: the module whose output it predicts from.
-        predictor: that the framework has built for it.
+        before: module before the predictor.
+        predictor: the framework's predictor.
         cfg: the whole config.
     """
     check_batchformer(cfg)

@@ -37,9 +37,9 @@ class PluginCheckpointer(DetectionCheckpointer):
 class PluginTrainer(DefaultTrainer):
     """``DefaultTrainer`` that evaluates every dataset that Detectron2 has an evaluator for.
 
-    With a ``SEED``, a training that was stopped and resumed ends with the weights of one that was
-    not; ``TEST.PRECISE_BN`` aside, whose own stream of data begins anew. Evaluation with test-time
-    augmentation follows the training where ``TEST.AUG`` asks for it.
+    With a ``SEED``, a stopped and resumed training ends with the same weights as an uninterrupted
+    one. ``TEST.PRECISE_BN`` is an exception: its own stream of data begins anew. Where ``TEST.AUG``
+    asks for it, evaluation with test-time augmentation follows the training.
     """
 
     def train(self) -> Any:
@@ -54,7 +54,7 @@ class PluginTrainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
-        # Detectron2 v0.6 leaves the optimizer out, and with it momentum and learning rate.
+        # Detectron2 v0.6 leaves out the optimizer, and so momentum and learning rate.
         state["_trainer"] = self._trainer.state_dict()
         return state
 

@@ -1,4 +1,4 @@
-"""Running a trained detector of Detectron2 on an image, for a look at its attention."""
+"""Trained detectors of Detectron2, run on an image to look at their attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Detectron2Detector(Detector):
     Args:
         config_file: a yaml or a LazyConfig, as :func:`d2_plugins.analysis.load_config` takes it.
         weights: path of the checkpoint of the whole detector.
-        trust: whether what the checkpoint asks to run may be run.
+        trust: let the checkpoint run what it asks to run.
 
     Raises:
         ValueError: if the config is wrong, or the weights are missing or do not fit it.
@@ -61,7 +61,7 @@ class Detectron2Detector(Detector):
         load_weights(self.model, weights, trust=trust)
         number = getattr(model, "roi_heads", model).num_classes
         names = _class_names(datasets[0]) if datasets else ()
-        # Of another dataset than the model's, they would be wrong.
+        # Another number of names belongs to another dataset than the model's.
         self.class_names = names if len(names) == number else tuple(map(str, range(number)))
 
     def read(self, path: str) -> Picture:
@@ -100,7 +100,7 @@ class Detectron2Detector(Detector):
 
 
 def _class_names(dataset: str) -> tuple[str, ...]:
-    """Names that a dataset has for its classes; none if it is not known."""
+    """Read a dataset's names of its classes; none if the dataset is not known."""
     if "thing_classes" not in MetadataCatalog.get(dataset).as_dict() and dataset in DatasetCatalog:
-        DatasetCatalog.get(dataset)  # which gathers them from the annotations
+        DatasetCatalog.get(dataset)  # gathers the names from the annotations
     return tuple(MetadataCatalog.get(dataset).get("thing_classes", ()))
