@@ -1,4 +1,4 @@
-"""Counts what a detector of MMDetection costs, from its config; no weights and no data are read."""
+"""Cost of a detector of MMDetection, counted from its config without weights and data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def load_config(config_file: str) -> Config:
         config_file: path, or ``mmdet::`` and the name of one of MMDetection's own.
 
     Raises:
-        ValueError: if it defines no model.
+        ValueError: if the config defines no model.
     """
     in_package = config_file.startswith("mmdet::")
     cfg = get_config(config_file) if in_package else Config.fromfile(config_file)
@@ -40,13 +40,13 @@ def load_config(config_file: str) -> Config:
 def analyze(cfg: Config, image_size: tuple[int, int] | None = None) -> Report:
     """Count a detector's parameters, FLOPs and activations for one image, on the CPU.
 
-    It is counted as MMDetection's own tool does it, up to what the heads put out, but with as many
-    proposals as the config lets through at most. A mask head gets some of these: the first 100, or
-    in a cascade all.
+    Like MMDetection's own tool, this counts up to the heads' outputs. Unlike the tool, it takes as
+    many proposals as the config lets through at most. A mask head gets the first 100 of these, or
+    all in a cascade.
 
     Args:
         cfg: the whole config; it is not changed.
-        image_size: (height, width) in pixels; by default what the config tests at.
+        image_size: (height, width) in pixels; the config's test size by default.
 
     Raises:
         ValueError: if the config does not say at which size it tests.
@@ -62,12 +62,12 @@ def analyze(cfg: Config, image_size: tuple[int, int] | None = None) -> Report:
         regions = _count_regions(model)
         shape = {"ori_shape": (height, width), "img_shape": (height, width)}
         sample = DetDataSample(metainfo={"img_id": 0, "scale_factor": (1.0, 1.0), **shape})
-        # Some heads look for ground truth, and do not use it.
+        # Some heads look for ground truth without using it.
         none = {"bboxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
         sample.gt_instances = InstanceData(**none)
         image = torch.zeros(3, height, width, dtype=torch.uint8)
         data = model.data_preprocessor({"inputs": [image], "data_samples": [sample]})
-        # As MMDetection's own tool for FLOPs does it: all but the pixels is bound beforehand.
+        # Bind all but the pixels beforehand, as MMDetection's own tool for FLOPs does.
         model.forward = partial(model.forward, data_samples=data["data_samples"])
         with torch.no_grad():
             flops = _by_module(FlopAnalyzer(model, data["inputs"]))
@@ -91,7 +91,7 @@ def _test_size(cfg: Config) -> tuple[int, int]:
 
 
 def _count_regions(model: nn.Module) -> dict[str, int]:
-    """How many boxes the heads are given, once the model has run."""
+    """Note the numbers of boxes that the heads get when the model runs."""
     regions: dict[str, int] = {}
 
     def note(what: str, _module: nn.Module, args: tuple[Any, ...]) -> None:

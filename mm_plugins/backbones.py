@@ -1,4 +1,4 @@
-"""Backbones with plugins where MMDetection's own take none: ResNet-18, ResNet-34, MobileNetV2."""
+"""ResNet-18, ResNet-34 and MobileNetV2 with plugins, which MMDetection's own do not take."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class PluginMobileNetV2(MobileNetV2):
         **kwargs: of ``MobileNetV2``.
 
     Raises:
-        ArgumentError: if a plugin's position is another one, or its stages are not seven.
+        ArgumentError: if a plugin has another position, or its stages are not seven.
     """
 
     def __init__(self, *, plugins: list[dict] | None = None, **kwargs: Any) -> None:
@@ -93,16 +93,16 @@ class PluginMobileNetV2(MobileNetV2):
             for index, wanted in enumerate(stages, start=1):
                 for block in getattr(self, f"layer{index}") if wanted else ():
                     _insert_after_linear_conv(block, plugin["cfg"])
-        # As ResNet does. MobileNetV2 freezes when the training starts, which is after a distributed
-        # one has been told to wait for these parameters' gradients.
+        # Freeze at once, as ResNet does. MobileNetV2 freezes when the training starts. By then a
+        # distributed training waits for these parameters' gradients.
         self._freeze_stages()
 
 
 def _insert_after_linear_conv(block: InvertedResidual, cfg: dict) -> None:
     conv = block.linear_conv
     names = Bottleneck.make_block_plugins(block, conv.out_channels, [cfg])
-    # ConvModule applies `activate` after its norm. Before the shortcut it has none: so that is the
-    # place.
+    # ConvModule applies `activate` after its norm. The last one before the shortcut has no
+    # activation. So the place is free.
     if not conv.with_activation:
         conv.with_activation, conv.activate = True, ApplyChildren(block)
     conv.activate.names += names

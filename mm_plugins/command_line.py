@@ -1,4 +1,4 @@
-"""Hands over to the scripts that MMDetection installs, after the plugins are registered."""
+"""Command line that registers the plugins and hands over to MMDetection's installed scripts."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from mm_plugins.preflight import check_config
 def run(name: str) -> None:
     """Run MMDetection's script ``tools/<name>.py`` with the arguments of this process.
 
-    The config is checked before, with the script's own arguments, so that a mistake in it is one
-    clear line and no work folder is touched.
+    The config is checked first, with the script's own arguments. A mistake in it is one clear line,
+    and no work folder is touched.
 
-    Where there is a GPU but mmcv's operators were built without CUDA, everything runs on the CPU.
-    Several processes of torchrun do so where there is no GPU.
+    If mmcv's operators were built without CUDA, everything runs on the CPU, even beside a GPU.
+    Without a GPU, several processes of torchrun run on the CPU, too.
 
     Args:
         name: "train" or "test".
 
     Raises:
-        SystemExit: if the config is wrong, with what is wrong.
+        SystemExit: if the config is wrong; the message says how.
     """
     if torch.cuda.is_available() and not has_cuda_operators():
         print(
@@ -39,7 +39,7 @@ def run(name: str) -> None:
             "setup` builds them where nvcc is installed.",
             flush=True,
         )
-        # mmengine looks for a GPU when it is imported, which has happened: start anew.
+        # mmengine has looked for a GPU already, when it was imported. So start anew.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.execv(sys.executable, sys.orig_argv)
     path = Path(mmdet.__file__).parent / ".mim" / "tools" / f"{name}.py"
@@ -48,7 +48,7 @@ def run(name: str) -> None:
         sys.exit(f"error: this MMDetection has no {path}; install it with pip or mim")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")  # mpirun's, which MMDetection ignores
+    local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")  # of mpirun; MMDetection ignores it
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", local_rank)
     args = script.parse_args()
@@ -72,7 +72,7 @@ def run(name: str) -> None:
     script.main()
 
 
-# What starts the processes, and what it tells them by
+# Launcher → program that starts the processes, and the variable that it sets in them
 _LAUNCHERS = {
     "pytorch": ("torchrun --nproc_per_node …", "RANK"),
     "slurm": ("srun", "SLURM_PROCID"),
@@ -92,7 +92,7 @@ def _read(config: str, options: dict[str, Any] | None) -> Config:
     try:
         cfg = Config.fromfile(config)
         cfg.merge_from_dict(options or {})
-    except Exception as error:  # of mmengine's reader, or whatever the code in it raises
+    except Exception as error:  # of mmengine's reader, or of the config's own code
         reason = " ".join(str(error).split()) or "it cannot be read as a config of MMDetection"
         raise ValueError(f"config {config!r}: {type(error).__name__}: {reason[:500]}") from error
     if "model" not in cfg:
@@ -101,11 +101,11 @@ def _read(config: str, options: dict[str, Any] | None) -> Config:
 
 
 def _distribute_over_cpus(cfg: Config) -> None:
-    """Make torchrun's processes train together on the CPU, which mmengine takes for GPUs'."""
-    # mmengine keeps a process group that it finds, and lets a config say how a model is wrapped.
+    """Make torchrun's processes train together on the CPU. mmengine would ask for GPUs."""
+    # mmengine keeps an existing process group, and lets a config choose the model's wrapper.
     distributed.init_process_group("gloo")
     wrapper: dict[str, Any] = {"device_ids": None}
-    if not cfg.get("model_wrapper_cfg"):  # what mmengine does by itself
+    if not cfg.get("model_wrapper_cfg"):  # mmengine's own default
         wrapper |= {
             "type": "MMDistributedDataParallel",
             "find_unused_parameters": cfg.get("find_unused_parameters", False),
@@ -115,5 +115,5 @@ def _distribute_over_cpus(cfg: Config) -> None:
 
 
 def has_cuda_operators() -> bool:
-    """Whether mmcv's operators run on a GPU."""
+    """Tell whether mmcv's operators run on a GPU."""
     return get_compiling_cuda_version() != "not available"

@@ -1,6 +1,6 @@
-"""Whether a config gives pretrained weights the pixels that they were trained on.
+"""Check that a config gives pretrained weights the same pixels as their training did.
 
-MMDetection does not notice where it does not: the model trains, and is worse.
+MMDetection does not notice a mismatch: the model trains, and is worse.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from plugin_core.checkpoints.pixel_format import PixelFormat, explain_mismatch, 
 
 
 def pixel_format(model: ConfigDict, backbone: ConfigDict) -> PixelFormat | None:
-    """What a model's config gives to its backbone; None if it does not say."""
+    """Read the pixel format that a model's config gives to its backbone; None if it gives none."""
     pixels = model.get("data_preprocessor")
     if not isinstance(pixels, dict) or pixels.get("mean") is None or pixels.get("std") is None:
         return None
@@ -27,7 +27,7 @@ def pixel_format(model: ConfigDict, backbone: ConfigDict) -> PixelFormat | None:
 
 
 def pixel_settings(pixels: PixelFormat) -> dict[str, tuple[str, Any]]:
-    """Name and value of MMDetection's setting for each field of a pixel format."""
+    """Give the name and value of MMDetection's setting for each field of a pixel format."""
     return {
         "channel_order": ("model.data_preprocessor.bgr_to_rgb", pixels.channel_order == "RGB"),
         "mean": ("model.data_preprocessor.mean", list(pixels.mean)),
@@ -37,11 +37,10 @@ def pixel_settings(pixels: PixelFormat) -> dict[str, tuple[str, Any]]:
 
 
 def find_mismatches(cfg: Config) -> list[str]:
-    """Settings of a config that disagree with its pretrained weights, a sentence for each.
+    """Describe the settings that disagree with a config's weights, a sentence for each.
 
     Args:
-        cfg: the whole config. Its weights are ``load_from``, or those of the backbone's
-            ``init_cfg``.
+        cfg: the whole config. ``load_from`` names the weights, or else the backbone's ``init_cfg``.
     """
     model = cfg.get("model", {})
     backbone = model.get("backbone")

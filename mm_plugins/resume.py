@@ -1,4 +1,4 @@
-"""Resuming: reading mmengine's checkpoints on PyTorch 2.6 and newer, and doing it exactly."""
+"""Resuming a training exactly, and reading mmengine's checkpoints on PyTorch 2.6 and newer."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from torch.torch_version import TorchVersion
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let ``torch.load`` read what mmengine puts into a checkpoint, and no more than that.
+    """Let ``torch.load`` read mmengine's checkpoints, and no other objects.
 
-    Since PyTorch 2.6 it refuses all but tensors and plain containers by default, while mmengine
-    0.10 saves its history of scalars, a class of its own around numpy arrays. What is allowed here
-    makes numbers and runs nothing else; a checkpoint with anything more is still refused.
+    Since PyTorch 2.6, ``torch.load`` refuses all but tensors and plain containers by default.
+    mmengine 0.10 also saves its history of scalars, a class of its own around numpy arrays. The
+    functions allowed here make numbers and run nothing else. A checkpoint with anything more is
+    still refused.
     """
     if TorchVersion(torch.__version__) < "2.6":
-        return  # nothing is refused
+        return  # an older PyTorch refuses nothing
     array = np.zeros(1)
     make_array, make_number = array.__reduce__()[0], array[0].__reduce__()[0]
     harmless: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
@@ -37,9 +38,9 @@ def allow_mmengine_checkpoints() -> None:
 
 
 def _statistic_of_history_buffer(owner: Any, name: str) -> Any:
-    """Stands in for ``getattr``, which could reach anything, in checkpoints that are being read.
+    """Replace ``getattr``, which could reach anything, while a checkpoint is read.
 
-    A :class:`HistoryBuffer` is saved with references to four of its methods.
+    A saved :class:`HistoryBuffer` holds references to four of its methods.
     """
     if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
         raise pickle.UnpicklingError(f"refused: attribute {name!r} of {owner!r}")
@@ -51,15 +52,15 @@ allow_mmengine_checkpoints()
 
 @HOOKS.register_module()
 class ExactResumeHook(Hook):
-    """Makes a resumed training end with the weights of one that was not interrupted.
+    """Makes a resumed training end with the same weights as an uninterrupted one.
 
-    What a checkpoint does not hold is the state of the random numbers from which proposals are
-    sampled and images augmented, so they are seeded anew for each iteration and, for data that is
-    loaded in the main process, for each epoch. It needs ``randomness = dict(seed=…)``.
+    A checkpoint lacks the state of the random numbers that sample proposals and augment images. So
+    they are seeded anew for each iteration. Where the main process loads the data, they are seeded
+    for each epoch, too. The hook needs ``randomness = dict(seed=…)``.
 
-    It is exact with an iteration-based loop, which mmengine takes to the place in the data where it
-    stopped, and with an epoch-based loop unless ``persistent_workers`` carry their random numbers
-    from epoch to epoch.
+    With an iteration-based loop the hook is exact, as mmengine goes on at the same place in the
+    data. With an epoch-based loop it is exact unless ``persistent_workers`` carry their random
+    numbers from epoch to epoch.
     """
 
     priority = "VERY_HIGH"
@@ -75,7 +76,7 @@ class ExactResumeHook(Hook):
             )
 
     def before_train_epoch(self, runner: Runner) -> None:
-        # An iteration-based loop calls this once, before it skips the data that it has had.
+        # An iteration-based loop calls this once, before it skips data that was used already.
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             seed = _derive_seed(runner.seed, get_rank(), runner.epoch, 0)
             random.seed(seed)

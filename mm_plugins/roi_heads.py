@@ -17,7 +17,7 @@ from plugin_core import BatchFormer, IDAClassifier
 from plugin_core.errors import ArgumentError
 from plugin_core.stand_ins import view
 
-# Any other value would take the classifier's map away, or leave parameters without a gradient.
+# Any other value would deny the classifier its map, or leave parameters without a gradient.
 _FIXED = MappingProxyType(
     {
         "num_cls_fcs": 0,
@@ -33,22 +33,23 @@ _FIXED = MappingProxyType(
 class IDABBoxHead(ConvFCBBoxHead):
     """``Shared2FCBBoxHead`` that classifies a region's feature map by IDA.
 
-    In place of a ``Shared4Conv1FCBBoxHead`` it takes ``num_shared_convs=4, num_shared_fcs=1``.
+    To replace a ``Shared4Conv1FCBBoxHead``, set ``num_shared_convs=4, num_shared_fcs=1``.
 
-    Boxes are regressed as the framework does it, under the same names; fully connected layers
-    serve regression alone:
+    Boxes are regressed as in MMDetection, under the same names. Fully connected layers serve
+    regression alone:
 
         shared convs -> cls convs -> :class:`plugin_core.IDAClassifier`
                      -> reg convs or shared fcs -> reg fcs -> reg
 
-    The classifier keeps its own initial weights. With the deviation of 0.01 that MMDetection gives
-    to a linear one, the norms that its scores are divided by would come near beta, a step would
-    turn the weights some 35 times as far, and the scales of a heavy one's norms would start at 0.
+    The classifier keeps its own initial weights. MMDetection would draw them with a deviation of
+    0.01, as for a linear classifier. Then the norms that divide scores would come near beta, and a
+    step would turn the weights some 35 times as far. The norms' scales of the heavy form would
+    start at 0.
 
     Args:
-        num_shared_fcs: as in ``ConvFCBBoxHead``, which has 0 by default.
-        num_cls_convs: the same, but together with shared fcs too.
-        num_heads: of the classifier, by which the channels of the map can be divided.
+        num_shared_fcs: as in ``ConvFCBBoxHead``, where the default is 0.
+        num_cls_convs: as in ``ConvFCBBoxHead``, but also allowed with shared fcs.
+        num_heads: of the classifier; it divides the channels of the map.
         heavy: the classifier attends with two transformer layers and a projection.
         **kwargs: of ``ConvFCBBoxHead``.
 
@@ -79,7 +80,7 @@ class IDABBoxHead(ConvFCBBoxHead):
                 "must be 0 where num_reg_convs is not, as fully connected layers leave no map, "
                 f"got {num_shared_fcs}",
             )
-        # Without a classifier, not to build a linear one that is thrown away
+        # No classifier, as a linear one would be thrown away
         super().__init__(num_shared_fcs=num_shared_fcs, with_cls=False, **kwargs)
         self.with_cls = True
         self.num_cls_convs = num_cls_convs
@@ -92,7 +93,7 @@ class IDABBoxHead(ConvFCBBoxHead):
         self.fc_cls = IDAClassifier(channels, num_scores, num_heads, heavy=heavy)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores (M, K + 1) and deltas of boxes for the maps (M, C, H, W) of M regions."""
+        """Predict scores (M, K + 1) and deltas of boxes for the maps (M, C, H, W) of M regions."""
         for conv in self.shared_convs:
             x = conv(x)
         x_cls = x_reg = x
@@ -110,21 +111,22 @@ class IDABBoxHead(ConvFCBBoxHead):
 class BatchFormerBBoxHead(ConvFCBBoxHead):
     """``Shared2FCBBoxHead`` that in training also predicts from regions after a BatchFormer.
 
-    In place of a ``Shared4Conv1FCBBoxHead`` it takes ``num_shared_convs=4, num_shared_fcs=1``.
+    To replace a ``Shared4Conv1FCBBoxHead``, set ``num_shared_convs=4, num_shared_fcs=1``.
 
-    All M regions of a batch are one sequence, after the shared layers. In training what follows
-    these gets both streams, (2M, C), the plain one first, and losses are means over both. Boxes for
-    the next stage of a cascade are the plain stream's. In evaluation there is no other, and all is
-    as in ``ConvFCBBoxHead``.
+    After the shared layers, all M regions of a batch are one sequence. In training the later layers
+    get two streams, (2M, C): the plain regions first, then the BatchFormer's. Losses are means over
+    both. Boxes for the next stage of a cascade are the plain stream's. Evaluation has only the
+    plain stream, as in ``ConvFCBBoxHead``.
 
     Args:
-        num_shared_fcs: as in ``ConvFCBBoxHead``, which has 0 by default.
-        batchformer: arguments of :class:`plugin_core.BatchFormer`, but for its ``embed_dims``.
+        num_shared_fcs: as in ``ConvFCBBoxHead``, where the default is 0.
+        batchformer: arguments of :class:`plugin_core.BatchFormer`, except ``embed_dims``.
             MMDetection's default initialization leaves its parameters as they are.
         **kwargs: of ``ConvFCBBoxHead``.
 
     Raises:
-        ValueError: if an argument of the BatchFormer is wrong, or another leaves it no vectors.
+        ValueError: if an argument of the BatchFormer is wrong, or another argument leaves it
+            no vectors.
     """
 
     def __init__(
@@ -152,12 +154,12 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Scores and deltas for the maps (M, C, H, W) of M regions; of 2M regions in training."""
-        # Where there is no gradient there is no training: a teacher's predictions are plain.
+        """Predict scores and deltas for maps (M, C, H, W) of M regions; for 2M in training."""
+        # Without gradients there is no training: a teacher's predictions are plain.
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(x)
         # MMDetection's own forward runs twice: up to the branches on M regions, and from there on
-        # 2M. Parts that are not to run are others in a view of the head.
+        # 2M. A view of the head replaces the parts that shall not run.
         branches = {"cls_fcs": nn.ModuleList(), "reg_fcs": nn.ModuleList()}
         predictors = {"fc_cls": nn.Identity(), "fc_reg": nn.Identity()}
         until = view(self, **branches, **predictors)
@@ -176,7 +178,7 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
         *targets: Tensor,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Losses of both streams in training, for the regions and targets of one."""
+        """Compute the losses of both streams in training, from one stream's regions and targets."""
         predictions = bbox_pred if cls_score is None else cls_score
         if predictions is not None and len(predictions) == 2 * len(rois):
             rois, targets = _twice(rois), tuple(map(_twice, targets))
@@ -188,7 +190,7 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
         bbox_results: dict[str, Any],
         batch_img_metas: list[dict],
     ) -> list[InstanceData] | None:
-        """Boxes of the plain stream for the next stage."""
+        """Refine the plain stream's boxes for the next stage."""
         count = len(bbox_results["rois"])
         plain = {name: bbox_results[name][:count] for name in ("cls_score", "bbox_pred")}
         return super().refine_bboxes(sampling_results, {**bbox_results, **plain}, batch_img_metas)

@@ -1,7 +1,7 @@
-"""Backbones in state dicts: which one it is, whatever its spelling, and its tensors for another.
+"""Backbones in state dicts: find one in any spelling, and convert its tensors for another model.
 
-Every spelling is translated into one, torchvision's for a ResNet and MMDetection's for a
-MobileNetV2, with our names of block plugins' parameters. Names that are then alike are the same.
+Every spelling is translated into a common one: torchvision's for a ResNet, MMDetection's for a
+MobileNetV2, and our names of block plugins' parameters. Equal names then mean the same tensor.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from plugin_core.checkpoints.resnet_names import RESNET_DEPTHS, resnet_depth
 
 _NAME = re.compile(r"(conv[12]|bn1|fc|layer\d\.\d+)\.")
 _BLOCK = re.compile(r"layer\d\.\d+\.")
-_PLUGIN = re.compile(  # a child of a block that is no part of a ResNet or MobileNetV2
+_PLUGIN = re.compile(  # a child of a block, other than the parts of a ResNet or MobileNetV2
     r"(layer(\d)\.\d+)\."
     r"((?!(?:conv\d|bn\d|downsample|expand_conv|depthwise_conv|linear_conv)\.)[^.]+)\.(.+)"
 )
 _BLOCK_CONVOLUTION = re.compile(r"layer([1-4])\.(\d+)\.conv([123])\.weight")
-# A C4 detector has its last stage in its RoI head: Detectron2's, MMDetection's.
+# A C4 detector of Detectron2 or MMDetection has its last stage in its RoI head.
 _STAGE_OF_ROI_HEAD = re.compile(r"(?:roi_heads|roi_head\.shared_head)\.((?:res5|layer4)\..+)")
-# Caffe2 joins these with underscores.
+# Caffe2 joins these parts of names with underscores.
 _CAFFE2_PARTS = {
     **{"branch1": "shortcut", "branch2a": "conv1", "branch2b": "conv2", "branch2c": "conv3"},
     **{"bn": "norm", "gn": "norm", "fc1000": "linear"},
     **{"w": "weight", "b": "bias", "s": "weight", "rm": "running_mean", "riv": "running_var"},
 }
-# torchvision numbers MobileNetV2's blocks, and the parts of a block. The first expands nothing.
+# torchvision numbers MobileNetV2's blocks and a block's parts. The first block has no expansion.
 _INVERTED_RESIDUALS = [
     f"layer{stage}.{block}"
     for stage, blocks in enumerate((1, 2, 3, 4, 3, 3, 1), start=1)
@@ -56,9 +56,9 @@ class Backbone:
 
     Attributes:
         depth: of a ResNet; None for MobileNetV2.
-        spelling: "torchvision", "Detectron2", "Caffe2" or "MMDetection", whose names it has.
-        prefix: what stands before its names.
-        names: the state dict's names by those of the common spelling; its classifier is ``fc``.
+        spelling: "torchvision", "Detectron2", "Caffe2" or "MMDetection", the origin of its names.
+        prefix: beginning of all its names.
+        names: common name → name in the state dict; the classifier is ``fc``.
     """
 
     depth: int | None
@@ -68,7 +68,7 @@ class Backbone:
 
     @property
     def architecture(self) -> str:
-        """Such as "ResNet-50", or "MobileNetV2"."""
+        """Name the architecture, such as "ResNet-50" or "MobileNetV2"."""
         return "MobileNetV2" if self.depth is None else f"ResNet-{self.depth}"
 
     def __str__(self) -> str:
@@ -81,11 +81,11 @@ class Backbone:
         return f"{self.architecture}{has}, {self.spelling}'s names{below}"
 
     def plugins(self) -> dict[str, dict[str, dict[str, str]]]:
-        """The block plugins by the names of their blocks' children.
+        """List the block plugins.
 
         Returns:
-            Of each child the blocks that have it, and of each block the state dict's names by
-            those that the plugin itself has for its parameters.
+            Child of a block → block → the plugin's own name of a parameter → name in the state
+            dict.
         """
         found: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
         for common, name in self.names.items():
@@ -100,10 +100,10 @@ class FoundPlugin:
     """A block plugin that was found in a state dict.
 
     Attributes:
-        name: as configs name it.
-        stages: from 1 on, whose blocks have it.
+        name: its name in configs.
+        stages: stages with the plugin in their blocks, counted from 1.
         warm_start: whether it was trained with a warm start.
-        arguments: of its constructor, as far as its tensors tell them.
+        arguments: arguments of its constructor that its tensors tell.
     """
 
     name: str
@@ -117,11 +117,11 @@ class Conversion:
     """A backbone's tensors for a target.
 
     Attributes:
-        tensors: by the target's names, in its data types.
+        tensors: the target's names and data types, with the source's values.
         matched: names of the target that the source has too.
-        implied: names of the target whose values follow from what the source has.
+        implied: names of the target with values that follow from the source's tensors.
         fresh: names of the target that keep their initial values.
-        unused: names of the source that the target has no place for.
+        unused: names of the source without a place in the target.
     """
 
     tensors: dict[str, Tensor]
@@ -138,7 +138,7 @@ def find_backbone(names: Iterable[str]) -> Backbone:
         names: of the state dict's tensors.
 
     Raises:
-        ValueError: if there is none that is known, or there are several.
+        ValueError: if there is no known backbone, or several.
     """
     known = dict.fromkeys(names)
     found: list[tuple[_Spelling, str]] = []
@@ -176,7 +176,7 @@ def find_backbone(names: Iterable[str]) -> Backbone:
 
 
 def _ours(common: str) -> str:
-    """A name with our spelling of the block plugin's parameter in it."""
+    """Replace the name of a block plugin's parameter in a name by ours."""
     match = _PLUGIN.fullmatch(common)
     kind = registered_block_plugins().get(match[3]) if match else None
     if match is None or kind is None:
@@ -187,10 +187,10 @@ def _ours(common: str) -> str:
 
 
 def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
-    """The block plugins of the backbone in a state dict, as a config would ask for them.
+    """Find the block plugins of the backbone in a state dict, as entries for a config.
 
     Raises:
-        ValueError: if there is no backbone, or a block has a child that no plugin's name tells.
+        ValueError: if there is no backbone, or a block has a child that is no known plugin.
     """
     found = []
     for child, blocks in find_backbone(state_dict).plugins().items():
@@ -211,15 +211,15 @@ def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
 
 
 def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Conversion:
-    """Give a target the tensors of the backbone in a source, whatever the spelling of each.
+    """Convert the tensors of the backbone in a source for a target, in any spelling.
 
     Args:
         source: a state dict that holds a backbone, maybe among other things.
-        target: state dict of the backbone that the tensors are for.
+        target: state dict of the backbone that gets the tensors.
 
     Raises:
-        ValueError: if there is no backbone in one of them, they are of different architectures, a
-            tensor's shape differs, or the target would compute something else without an error.
+        ValueError: if one has no backbone, the architectures or a tensor's shapes differ, or the
+            target would silently compute something else.
     """
     from_backbone, to_backbone = find_backbone(source), find_backbone(target)
     if from_backbone.architecture != to_backbone.architecture:
@@ -252,7 +252,7 @@ def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Conve
             continue
         if value.shape != target[name].shape:
             misfits.append(f"{name} is {tuple(value.shape)}, not {tuple(target[name].shape)}")
-        # A copy: of a view or a parameter more than the values would be written.
+        # A copy, as saving a view or a parameter writes more than the values.
         conversion.tensors[name] = value.detach().to(target[name].dtype, copy=True).contiguous()
     if misfits:
         more = f" and {len(misfits) - 3} more" if len(misfits) > 3 else ""
@@ -270,7 +270,7 @@ def _renamed_plugins(
     source_tensors: Mapping[str, Tensor],
     target_tensors: Mapping[str, Tensor],
 ) -> dict[str, str]:
-    """The source's names, a block plugin's as the target names the plugin that has such tensors.
+    """Rename the source's block plugins as the target names plugins with tensors of these shapes.
 
     A framework or a user may name the same plugin differently.
     """
@@ -297,7 +297,7 @@ def _renamed_plugins(
 
 
 def _check_same_function(source: Backbone, names: Mapping[str, str], target: Backbone) -> None:
-    """Check that the source's blocks have nothing that the target's do without."""
+    """Check that the source's blocks have no parameter that the target's blocks lack."""
     blocks = {match[0] for match in map(_BLOCK.match, target.names) if match}
     for common, name in names.items():
         block = _BLOCK.match(common)
@@ -329,10 +329,10 @@ def _check_same_function(source: Backbone, names: Mapping[str, str], target: Bac
 
 
 def _implied(name: str, values: Mapping[str, Tensor]) -> Tensor | None:
-    """The value of a parameter that the source does without, if that is known."""
+    """Find the known value of a parameter that the source lacks; None if there is none."""
     module, _, parameter = name.rpartition(".")
     scale = values.get(f"{module}.weight")
-    # Caffe2's norms are scale and shift alone: so is one with these statistics.
+    # Caffe2's norms only scale and shift. With these statistics a norm does the same.
     if scale is not None and parameter == "running_mean":
         return torch.zeros_like(scale)
     if scale is not None and parameter == "running_var":
@@ -392,7 +392,7 @@ def _from_torchvision_mobilenet(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Spelling:
-    """How names are spelled: two that tell it, and how one is translated; None for unsupported."""
+    """A spelling: two names that identify it, and its translation; None if it is unsupported."""
 
     owner: str
     stem: str

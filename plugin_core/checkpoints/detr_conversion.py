@@ -1,10 +1,9 @@
-"""Whole detectors of the original DETR repositories, as MMDetection names their tensors.
+"""Conversion of the original repositories' DETRs, as whole detectors, for MMDetection.
 
 DETR (facebookresearch/detr), Conditional DETR (Atten4Vis/ConditionalDETR), Deformable DETR
 (fundamentalvision/Deformable-DETR) and BatchFormerV2's versions of them (zhihou7/BatchFormer).
 
-All names follow from a detector's few sizes, so that both what a checkpoint lacks and what it has
-besides is known.
+All names follow from a detector's few sizes. So missing and superfluous tensors are both noticed.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from plugin_core.checkpoints.conversion import find_backbone
 
 _BODY = "backbone.0.body."
 _OF_PANOPTIC_MODEL = "detr."
-# One module under two names
+# Modules that a state dict has under two names
 _DUPLICATES = {
     "transformer.encoder.bf.": "transformer.bf.",
     "transformer.decoder.bbox_embed.": "bbox_embed.",
@@ -29,7 +28,7 @@ _DUPLICATES = {
 _BATCHFORMER = re.compile(
     r"transformer\.bf\.(?:(\d+)\.)?(?:layers\.(\d+)\.)?(?:self_attn|linear[12]|norm[12])\."
 )
-# The original heads have an output for each of COCO's ids, of which 80 are categories.
+# The original heads have an output for each of COCO's ids. These 80 are categories.
 _COCO_IDS = [i for i in range(91) if i not in (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
 # Stems, to which "weight" and "bias" are appended: the original's, MMDetection's.
@@ -85,7 +84,7 @@ class DetrConversion:
         detector: MMDetection's class: "DETR", "ConditionalDETR" or "DeformableDETR".
         tensors: by MMDetection's names, BatchFormer's as
             :class:`mm_plugins.batchformer.TwoStreams` names them.
-        settings: that MMDetection's config of the model must have, nested as it is.
+        settings: needed in MMDetection's config of the model, with the config's nesting.
         batchformer: arguments of :class:`mm_plugins.batchformer.TwoStreams`; empty without it.
         from_coco_ids: whether the classifier's 91 ids of COCO became MMDetection's 80 classes.
     """
@@ -98,7 +97,7 @@ class DetrConversion:
 
 
 def is_original_detr(names: Iterable[str]) -> bool:
-    """Whether a state dict is a detector's with the original DETR's names, or one like it."""
+    """Tell whether a state dict is a DETR's in an original repository's spelling."""
     return any(
         name.removeprefix(_OF_PANOPTIC_MODEL).startswith("transformer.encoder.layers.0.")
         for name in names
@@ -106,19 +105,19 @@ def is_original_detr(names: Iterable[str]) -> bool:
 
 
 def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrConversion:
-    """Give MMDetection a detector of one of the original repositories.
+    """Convert a detector of an original repository for MMDetection.
 
-    It computes what the original does, with one exception: a softmax over MMDetection's classes
-    lacks the ids that are no category of COCO. The original gives them a score, if a small one.
+    It computes the same as the original, with one exception: a softmax over MMDetection's classes
+    lacks the ids that are no category of COCO. The original gives them a small score.
 
     Args:
-        source: its state dict.
+        source: state dict of the detector.
         args: the arguments of its training, which the repositories save beside it; may be empty.
-            BatchFormers with shared weights are inserted after the layers of ``insert_idx``; the
-            first, if it is not there. They alone are not told by the state dict.
+            Read for BatchFormers with shared weights only, as the state dict does not tell their
+            layers: ``insert_idx`` lists them, or else it is the first.
 
     Raises:
-        ValueError: if tensors are missing or MMDetection has no place for them, or it has no such
+        ValueError: if tensors are missing, or MMDetection has no place for a tensor or no such
             detector.
     """
     if args.get("dilation"):
@@ -139,7 +138,7 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
         known.setdefault(name, tensor)
     detector = _detector(known)
     two_stage = "transformer.enc_output.weight" in known
-    # Without any, what is missing is told of the first.
+    # Without any layer, report the first one's tensors as missing.
     encoder_layers = _count("transformer.encoder.layers.", known) or 1
     decoder_layers = _count("transformer.decoder.layers.", known) or 1
     num_levels = _count("input_proj.", known) or 1
@@ -157,7 +156,7 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
     backbone = find_backbone(source)
     names.update({n: n.replace(_BODY, "backbone.") for n in known if n.startswith(_BODY)})
 
-    # Copies: of a view more than the values would be written.
+    # Copies, as saving a view writes more than the values.
     tensors = {new: known[old].detach().clone().contiguous() for old, new in names.items()}
     classifiers = [new for old, new in names.items() if old.startswith("class_embed.")]
     num_outputs = len(tensors[classifiers[0]])
@@ -167,7 +166,7 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
         for name in classifiers:
             rows = [*_COCO_IDS, 91] if no_object else _COCO_IDS
             if two_stage and name.startswith(f"bbox_head.cls_branches.{decoder_layers}."):
-                # Of the encoder's proposals the first output alone counts: is there any object?
+                # For the encoder's proposals only the first output counts: is there any object?
                 rows = [0, *_COCO_IDS[1:]]
             tensors[name] = tensors[name][rows]
         num_outputs = len(rows)
@@ -186,7 +185,7 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
             "num_feature_levels": num_levels,
             "with_box_refine": any("transformer.decoder.bbox_embed." in name for name in source),
             "as_two_stage": two_stage,
-            # Its own default leaves the convolutions before a norm without.
+            # MMDetection's default leaves out the bias of convolutions before a norm.
             "neck": {"bias": True},
         }
     return DetrConversion(detector, tensors, settings, batchformer, from_coco_ids)
@@ -201,7 +200,7 @@ def _detector(names: Collection[str]) -> str:
 
 
 def _count(prefix: str, names: Iterable[str]) -> int:
-    """How many numbered modules there are below a prefix."""
+    """Count the numbered modules below a prefix."""
     numbers = (n.removeprefix(prefix).partition(".")[0] for n in names if n.startswith(prefix))
     return max((int(number) for number in numbers if number.isdigit()), default=-1) + 1
 
@@ -211,7 +210,7 @@ def _parameters(source: str, target: str) -> Iterator[tuple[str, str]]:
 
 
 def _layer_names(detector: str, encoder: int, decoder: int) -> Iterator[tuple[str, str]]:
-    """Names of the layers in the original, and in MMDetection."""
+    """Pair the layers' names in the original with MMDetection's."""
     encoder_layer = _ENCODER_LAYER
     if detector == "DeformableDETR":
         encoder_layer = _DEFORMABLE_ENCODER_LAYER
@@ -222,13 +221,13 @@ def _layer_names(detector: str, encoder: int, decoder: int) -> Iterator[tuple[st
         for i in range(num_layers):
             for source, target in layer.items():
                 if source == "ca_qpos_proj." and i > 0:
-                    continue  # only the first layer's queries have a position of their own
+                    continue  # only the first layer projects the queries' positions
                 prefix = f"{part}.layers.{i}."
                 yield from _parameters(f"transformer.{prefix}{source}", prefix + target)
 
 
 def _single_level_names(detector: str) -> Iterator[tuple[str, str]]:
-    """Names of what DETR and Conditional DETR have besides their layers."""
+    """Pair the other names of DETR and Conditional DETR with MMDetection's."""
     yield "query_embed.weight", "query_embedding.weight"
     for source, target in (
         ("transformer.decoder.norm.", "decoder.post_norm."),
@@ -248,7 +247,7 @@ def _single_level_names(detector: str) -> Iterator[tuple[str, str]]:
 def _deformable_names(
     source: Mapping[str, Tensor], num_levels: int, decoder_layers: int, two_stage: bool
 ) -> Iterator[tuple[str, str]]:
-    """Names of what Deformable DETR has besides its layers."""
+    """Pair the other names of Deformable DETR with MMDetection's."""
     yield "transformer.level_embed", "level_embed"
     if two_stage:
         for stem, target in (("enc_output", "memory_trans"), ("pos_trans", "pos_trans")):
@@ -257,7 +256,7 @@ def _deformable_names(
     else:
         yield "query_embed.weight", "query_embedding.weight"
         yield from _parameters("transformer.reference_points.", "reference_points_fc.")
-    num_maps = 0  # that the backbone gives; levels beyond it are made by convolutions of 3×3
+    num_maps = 0  # of the backbone; convolutions of 3×3 make the levels beyond
     for level in range(num_levels):
         kernel = source.get(f"input_proj.{level}.0.weight")
         if kernel is not None and kernel.shape[-1] == 1:

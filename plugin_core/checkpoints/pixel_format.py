@@ -1,6 +1,6 @@
-"""What images a pretrained backbone was trained on: order of channels, mean and deviation.
+"""Pixel formats of pretrained backbones: order of channels, mean and deviation.
 
-Weights work on no others, and a framework does not notice.
+Weights need the pixel format of their training. A framework does not notice a wrong one.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from torch import Tensor
 from plugin_core.checkpoints.conversion import find_backbone
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 
-# Of 255. Means that differ by less are averages over other images of the same set.
+# In units of 0 … 255. Means that differ by less come from other images of the same data set.
 _TOLERANCE = 3.0
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """Pixels that a backbone takes, and where it strides, which goes with them.
+    """A backbone's input pixels, and the place of its strides, which goes with them.
 
     Attributes:
         channel_order: "RGB" or "BGR".
         mean: of each channel in that order, 0 … 255; it is subtracted.
         std: of each channel in that order; it is divided by.
-        stride_in_1x1: whether a stage's stride is in its first 1×1 convolution, as Caffe2's is, or
-            in its 3×3; None if that is unknown, or of no matter to the architecture.
+        stride_in_1x1: True if a stage strides in its first 1×1 convolution, as in Caffe2; False if
+            it strides in its 3×3; None if this is unknown or the architecture has no such choice.
     """
 
     channel_order: str
@@ -40,7 +40,7 @@ class PixelFormat:
 TORCHVISION = PixelFormat("RGB", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), False)
 MSRA = PixelFormat("BGR", (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), True)
 
-# Of the frameworks' own catalogs, by a part of the address
+# Formats of the frameworks' own catalogs, by a part of the address
 _CATALOGS = {
     "ImageNetPretrained/MSRA/": MSRA,
     "ImageNetPretrained/torchvision/": TORCHVISION,
@@ -54,15 +54,15 @@ _CATALOGS = {
 
 
 def find_pixel_format(weights: str) -> PixelFormat | None:
-    """The pixel format of pretrained weights; None if it is unknown.
+    """Find the pixel format of pretrained weights; None if it is unknown.
 
     Args:
-        weights: path of a checkpoint, or an address of one of the frameworks' catalogs. A file that
-            cannot be read is unknown too.
+        weights: path of a checkpoint, or an address of one of the frameworks' catalogs. The format
+            of an unreadable file is unknown.
     """
     if "://" in weights:
         return next((known for part, known in _CATALOGS.items() if part in weights), None)
-    path = os.path.expanduser(weights.partition("?")[0])  # what follows is for Detectron2's loader
+    path = os.path.expanduser(weights.partition("?")[0])  # options of Detectron2's loader follow
     try:
         return pixel_format_of(read_checkpoint(path))
     except ValueError:
@@ -70,10 +70,10 @@ def find_pixel_format(weights: str) -> PixelFormat | None:
 
 
 def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
-    """The pixel format of a checkpoint's content; None if it is unknown.
+    """Find the pixel format of a checkpoint's content; None if it is unknown.
 
     Args:
-        checkpoint: as :func:`plugin_core.checkpoints.reading.read_checkpoint` returns it.
+        checkpoint: from :func:`plugin_core.checkpoints.reading.read_checkpoint`.
     """
     meta = checkpoint.get("meta")
     for holder in (checkpoint, meta if isinstance(meta, Mapping) else {}):
@@ -89,7 +89,7 @@ def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
     names = backbone.names
     wanted = None
     if backbone.spelling == "Caffe2":
-        # Those with groups (ResNeXt) or GroupNorm are others', and were trained on other pixels.
+        # ResNets with groups (ResNeXt) or GroupNorm have other origins, and other pixels.
         inner = state_dict[names["layer1.0.conv2.weight"]]
         if inner.shape[0] == inner.shape[1] and "res_conv1_bn_s" in state_dict:
             wanted = MSRA
@@ -101,15 +101,14 @@ def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
     elif checkpoint.get("__author__") == "torchvision":
         wanted = TORCHVISION
     if wanted is not None and "layer1.0.conv3.weight" not in names:
-        wanted = replace(wanted, stride_in_1x1=None)  # there is no 1×1 convolution to stride in
+        wanted = replace(wanted, stride_in_1x1=None)  # no 1×1 convolution to stride in
     return wanted
 
 
 def describe_mismatch(wanted: PixelFormat, used: PixelFormat) -> list[str]:
-    """Names of the fields in which ``used`` has to change to be ``wanted``, in their order.
+    """Name the fields in which ``used`` differs from ``wanted``, in their order.
 
-    Means and deviations that are a few units apart count as the same, and a stride that is unknown
-    as any.
+    Means and deviations a few units apart count as equal. An unknown stride equals any.
     """
     names = []
     for field in fields(PixelFormat):
@@ -131,12 +130,12 @@ def explain_mismatch(
     used: PixelFormat,
     settings: Callable[[PixelFormat], Mapping[str, tuple[str, Any]]],
 ) -> list[str]:
-    """A sentence for each setting that disagrees with the weights.
+    """Write a sentence for each setting that disagrees with the weights.
 
     Args:
         weights: path or address.
         wanted: the weights' pixel format.
-        used: that of the config.
+        used: the config's pixel format.
         settings: gives a framework's setting and its value for each field of a pixel format.
     """
     right, wrong = settings(wanted), settings(used)

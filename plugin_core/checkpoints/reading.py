@@ -1,4 +1,4 @@
-"""Reading checkpoints of any origin without running anything that is in them."""
+"""Reading checkpoints of any origin without running their code."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Where a state dict stands in a checkpoint: MMDetection's and most ImageNet trainings',
-# Detectron2's, Caffe2's detectors'.
+# Keys of the state dict in a checkpoint: of MMDetection and most ImageNet trainings, of Detectron2,
+# of Caffe2's detectors.
 _STATE_DICT_KEYS = ("state_dict", "model", "blobs")
 
 
 def read_checkpoint(path: str, *, trust: bool = False) -> Mapping[str, Any]:
-    """Read what PyTorch, pickle (Detectron2's ``.pkl``) or safetensors wrote.
+    """Read a file of PyTorch, pickle (Detectron2's ``.pkl``) or safetensors.
 
     Args:
         path: of the file.
-        trust: whether what the file asks to run may be run.
+        trust: let the file run what it asks to run.
 
     Returns:
         The whole content, tensors on the CPU.
 
     Raises:
-        ValueError: if the file is missing, is no checkpoint, or holds more than tensors, arrays and
-            plain values while it is not trusted.
+        ValueError: if the file is missing, is no checkpoint, or is not trusted and holds more than
+            tensors, arrays and plain values.
     """
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint {path!r}")
@@ -59,7 +59,7 @@ def read_checkpoint(path: str, *, trust: bool = False) -> Mapping[str, Any]:
 
 
 def find_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, arrays as tensors, without DataParallel's prefix."""
+    """Find a checkpoint's tensors by name, arrays as tensors, without DataParallel's prefix."""
     state = checkpoint
     while True:
         nested = [state[key] for key in _STATE_DICT_KEYS if isinstance(state.get(key), Mapping)]
@@ -69,7 +69,7 @@ def find_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {}
     for name, value in state.items():
         if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-            value = torch.tensor(value)  # a copy: what is read may not be writable
+            value = torch.tensor(value)  # a copy, as the array may be read-only
         if isinstance(name, str) and isinstance(value, Tensor):
             tensors[name.removeprefix("module.")] = value.detach()
     return tensors
@@ -84,17 +84,17 @@ def _read(path: str, trust: bool) -> Any:
         return safetensors.load_file(path)
     is_zip = zipfile.is_zipfile(path)
     if path.endswith(".pkl") and not is_zip:
-        # latin1, as Detectron2 reads them: the oldest were written by Python 2.
+        # latin1, as in Detectron2, because Python 2 wrote the oldest files.
         with open(path, "rb") as file:
             if trust:
                 return pickle.load(file, encoding="latin1")
             return _WeightsUnpickler(file).load()
-    # Mapped, so that finding out about a file of some GB does not read them.
+    # Mapped into memory, so that a look at a file of some GB does not read all of it.
     return torch.load(path, map_location="cpu", weights_only=not trust, mmap=is_zip)
 
 
 class _WeightsUnpickler(pickle.Unpickler):
-    """Makes numpy arrays and plain containers, and nothing else."""
+    """Unpickler of numpy arrays and plain containers, and nothing else."""
 
     _NUMPY_CORE = {
         "multiarray._reconstruct": np.zeros(0).__reduce__()[0],

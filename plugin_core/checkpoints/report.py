@@ -1,4 +1,4 @@
-"""Saying what a conversion did, and what pixels the weights want."""
+"""Reports on conversions, and on the pixels that the weights want."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ SHOWN = 6  # names or groups of names in a line
 
 @dataclass(frozen=True)
 class Target:
-    """What the weights are for.
+    """The model that gets the weights.
 
     Args:
-        state_dict: names and shapes that the model has for them.
+        state_dict: the model's names and shapes.
         pixel_settings: gives name and value of the framework's setting for each field of a format.
-        pixel_format: what the config gives to the model; None if it does not say.
+        pixel_format: the model's pixel format by its config; None if the config gives none.
     """
 
     state_dict: Mapping[str, Tensor]
@@ -74,7 +74,7 @@ def in_short(names: Sequence[str]) -> str:
 
 
 def report_pixels(wanted: PixelFormat | None, target: Target) -> str:
-    """Say by which settings the weights get the pixels that they were trained with."""
+    """Say which settings give the weights the pixels of their training."""
     if wanted is None:
         return "pixels: unknown; set those that the weights were trained with"
     settings = target.pixel_settings(wanted)

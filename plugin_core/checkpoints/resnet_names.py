@@ -1,4 +1,4 @@
-"""Which ResNets a checkpoint file holds, found by its parameters' names without loading it."""
+"""Checks of the ResNets in a checkpoint file, by its parameters' names without loading it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 _BLOCK_PARAMETER = re.compile(
     rb"(?:res([2-5])|layer([1-4]))[._](\d{1,2})[._](?:conv|branch2)([1-3abc])[._]"
 )
-# The name of the network, which comes before a parameter's, after a length that pickle may write.
+# The name of the network, before a parameter's name. pickle may write a length before it.
 _NETWORK = re.compile(rb"(?:\x8c[\s\S]|[^\w.]|^)([\w.]*)$")
 _STAGES = (1, 2, 3, 4)
 # (blocks of the four stages, whether a block has a third convolution) → depth
@@ -26,16 +26,16 @@ RESNET_DEPTHS = tuple(_RESNET_DEPTHS.values())
 
 
 def check_resnet_checkpoint(path: str, depth: int, setting: str, depth_setting: str) -> None:
-    """Check that the ResNet in a checkpoint, if it is one, has the depth of the model.
+    """Check that the ResNet in a checkpoint, if there is one, has the depth of the model.
 
-    The frameworks load what fits and only log the rest, so that a model silently starts from a part
-    of another one's weights.
+    The frameworks load the tensors that fit and only log the rest. A model would silently start
+    from a part of another one's weights.
 
     Args:
         path: of the checkpoint.
         depth: of the model's ResNet.
-        setting: that names the checkpoint, for the message.
-        depth_setting: that names the depth, for the message.
+        setting: setting that names the checkpoint, for the message.
+        depth_setting: setting of the depth, for the message.
 
     Raises:
         ValueError: if the file is missing, empty, or holds a ResNet of another depth.
@@ -54,22 +54,22 @@ def check_resnet_checkpoint(path: str, depth: int, setting: str, depth_setting: 
 
 
 def check_resnet_names(path: str, spelling: str, setting: str, command: str) -> set[str]:
-    """Check that the ResNets in a checkpoint, if there are any, have names that a framework loads.
+    """Check that a framework knows the names of the ResNets in a checkpoint, if there are any.
 
-    A framework finds none of its own in the others and goes on with random weights.
+    With names of the other kind, a framework finds no tensor and goes on with random weights.
 
     Args:
         path: of a non-empty checkpoint.
         spelling: "res" for Detectron2's and Caffe2's names, "layer" for torchvision's and
             MMDetection's.
-        setting: that names the checkpoint, for the message.
-        command: that converts it, for the message.
+        setting: setting that names the checkpoint, for the message.
+        command: command that converts the checkpoint, for the message.
 
     Returns:
-        What comes before the names of each ResNet, such as "backbone."; empty if there is none.
+        The prefixes of the ResNets' names, such as "backbone."; empty if there is no ResNet.
 
     Raises:
-        ValueError: if all have names of the other kind.
+        ValueError: if all ResNets have names of the other kind.
     """
     found = {
         ("res" if match[1] else "layer", network.decode())
@@ -85,18 +85,18 @@ def check_resnet_names(path: str, spelling: str, setting: str, command: str) -> 
 
 
 def find_resnet_depths(path: str) -> set[int]:
-    """Depths of the ResNets whose parameters a checkpoint file holds; empty if that is unclear.
+    """Find the depths of the ResNets in a checkpoint file; empty if they are unclear.
 
-    The names of the parameters stand in the file as they are, whether PyTorch, pickle or
-    safetensors wrote it, so they are searched for and nothing of the file is executed.
+    PyTorch, pickle and safetensors all write the parameters' names as plain text. So the names are
+    searched for, and nothing of the file is executed.
 
     Args:
-        path: of a non-empty file with parameters named as torchvision (``layer1.0.conv1``),
-            Detectron2 (``res2.0.conv1``) or Caffe2 (``res2_0_branch2a``) names them. Networks
-            beside one another, such as teacher and student, differ in what comes before.
+        path: of a non-empty file with parameters named as in torchvision (``layer1.0.conv1``),
+            Detectron2 (``res2.0.conv1``) or Caffe2 (``res2_0_branch2a``). Several networks, such as
+            teacher and student, differ in their prefixes.
     """
     blocks: defaultdict[bytes, set[tuple[int, int]]] = defaultdict(set)
-    deep: set[bytes] = set()  # networks whose blocks have a third convolution
+    deep: set[bytes] = set()  # networks with a third convolution in their blocks
     for network, match in _block_parameters(path):
         res, layer, block, convolution = match.groups()
         blocks[network].add((int(res) - 1 if res else int(layer), int(block)))
@@ -114,9 +114,9 @@ def find_resnet_depths(path: str) -> set[int]:
 
 
 def resnet_depth(blocks: tuple[int, ...], has_third_convolution: bool) -> int | None:
-    """Depth of the ResNet whose four stages have so many blocks; None if there is none.
+    """Find the depth of a ResNet by the number of blocks in its four stages; None if none fits.
 
-    The last stage may have 0: a C4 detector has it in its RoI head.
+    The last stage may have 0 blocks: a C4 detector has this stage in its RoI head.
     """
     for (known, has_third), depth in _RESNET_DEPTHS.items():
         if has_third == has_third_convolution and blocks in (known, (*known[:3], 0)):
@@ -125,7 +125,7 @@ def resnet_depth(blocks: tuple[int, ...], has_third_convolution: bool) -> int | 
 
 
 def _block_parameters(path: str) -> Iterator[tuple[bytes, re.Match[bytes]]]:
-    """Each parameter of a ResNet's block that a file names, after the name of its network."""
+    """Find each parameter of a ResNet's block in a file, as (network's name, match)."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for match in _BLOCK_PARAMETER.finditer(data):
             before = _NETWORK.search(data[max(0, match.start() - 128) : match.start()])
