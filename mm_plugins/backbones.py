@@ -24,7 +24,7 @@ class PluginBasicBlock(BasicBlock):
         plugins: as :class:`Bottleneck` takes them, at the position ``after_conv2``.
 
     Raises:
-        ArgumentError: if a plugin's position is another one.
+        ArgumentError: if a plugin has another position.
     """
 
     make_block_plugins = Bottleneck.make_block_plugins

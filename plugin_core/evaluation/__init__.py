@@ -1,1 +1,1 @@
-"""What a detector's results say, and what a dataset's files do."""
+"""Reading and checking a dataset's files, and measuring a detector's contextual bias."""

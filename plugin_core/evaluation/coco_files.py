@@ -12,12 +12,12 @@ from typing import Any
 from plugin_core.evaluation.datasets import check_coco_json
 
 Record = dict[str, Any]
-Checks = dict[str, Callable[[Any], bool]]  # key → whether a value of it can be used
+Checks = dict[str, Callable[[Any], bool]]  # key → check of its value
 
 
 @dataclass(frozen=True)
 class Source:
-    """A file, and the option or setting that names it; messages have both."""
+    """A file, and the option or setting that names it; error messages show both."""
 
     option: str
     path: str
@@ -31,10 +31,10 @@ def read_annotations(source: Source, iou_type: str | None = None) -> Record:
 
     Args:
         source: of the file.
-        iou_type: "bbox" or "segm" to check what that evaluation needs; None where classes suffice.
+        iou_type: "bbox" or "segm" to check the fields of this evaluation; None for classes alone.
 
     Raises:
-        ValueError: if the file, or a record of it, cannot be used.
+        ValueError: if the file or one of its records cannot be used.
     """
     check_coco_json(source.path, source.option, needs_annotations=True)
     content = read_json(source)
@@ -62,16 +62,16 @@ def read_annotations(source: Source, iou_type: str | None = None) -> Record:
 def read_results(
     source: Source, iou_type: str, content: Record, annotations: Source
 ) -> list[Record]:
-    """Read the detections that Detectron2 or MMDetection has written.
+    """Read a file of detections by Detectron2 or MMDetection.
 
     Args:
         source: of the file.
-        iou_type: "bbox" or "segm", which the detections must allow.
-        content: of the annotation file of the same images.
-        annotations: where that is from.
+        iou_type: "bbox" or "segm"; the detections must have boxes or masks for it.
+        content: content of the annotation file of the same images.
+        annotations: the annotation file.
 
     Raises:
-        ValueError: if the file, or a record of it, cannot be used.
+        ValueError: if the file or one of its records cannot be used.
     """
     results = read_json(source)
     if not isinstance(results, list):
@@ -82,7 +82,7 @@ def read_results(
     hint = "; are both of the same dataset and split?"
     check_references(results, content, f"{source}: detections", str(annotations), hint)
     if iou_type == "segm":
-        for detection in results:  # as the frameworks do: pycocotools would go by the boxes' areas
+        for detection in results:  # as in the frameworks, or pycocotools would use the boxes' areas
             detection.pop("bbox", None)
     return results
 
@@ -98,7 +98,7 @@ def read_json(source: Source) -> Any:
 
 
 def check_records(records: Iterable[Any], what: str, checks: Checks) -> None:
-    """Check that each record has all the keys, with values that can be used."""
+    """Check that each record has all the keys, with usable values."""
     for index, record in enumerate(records):
         if not isinstance(record, dict):
             raise ValueError(f"{what} {index}: expected an object, not {record!r:.40}")
@@ -110,27 +110,27 @@ def check_records(records: Iterable[Any], what: str, checks: Checks) -> None:
 
 
 def is_id(value: Any) -> bool:
-    """Whether an image or a category can have this id."""
+    """Tell whether an image or a category can have this id."""
     return isinstance(value, int | str)
 
 
 def is_name(value: Any) -> bool:
-    """Whether a category can have this name."""
+    """Tell whether a category can have this name."""
     return isinstance(value, str)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number."""
+    """Tell whether a value is a finite number."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
 def is_box(value: Any) -> bool:
-    """Whether it is a list of four finite numbers."""
+    """Tell whether a value is a list of four finite numbers."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
 
 
 def is_rle(value: Any) -> bool:
-    """Whether a mask is compressed as both frameworks do, the only way that pycocotools reads."""
+    """Tell whether a mask is compressed as in both frameworks. pycocotools reads no other."""
     return isinstance(value, dict) and isinstance(value.get("counts"), str) and "size" in value
 
 
@@ -146,7 +146,7 @@ def check_unique(records: Iterable[Record], key: str, what: str) -> None:
 def check_references(
     records: list[Record], content: Record, what: str, listed_in: str, hint: str = ""
 ) -> None:
-    """Check that the records are of images and categories that an annotation file lists."""
+    """Check that an annotation file lists the records' images and categories."""
     for key, entries in (("image_id", "images"), ("category_id", "categories")):
         known = {entry["id"] for entry in content[entries]}
         in_order = sorted(known, key=lambda i: (isinstance(i, str), i))

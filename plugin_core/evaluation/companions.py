@@ -1,4 +1,4 @@
-"""Choosing the companion of each class, the other class that it is seen with."""
+"""Choosing the companion of each class: another class that often comes with it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from plugin_core.evaluation.coco_files import (
     read_json,
 )
 
-Companions = dict[int, int | None]  # by category id; None of a class that has none
+Companions = dict[int, int | None]  # category id → companion's category id, or None
 
 
 def classes_by_image(content: Mapping[str, Any]) -> dict[int, set[int]]:
-    """List the category ids of each image of a COCO-format file, of images without objects too.
+    """List the category ids of each image of a COCO-format file, empty images included.
 
     A crowd counts: it is company, and a detection on it is no false positive.
     """
@@ -32,13 +32,13 @@ def classes_by_image(content: Mapping[str, Any]) -> dict[int, set[int]]:
 
 
 def frequent_companions(images: Iterable[set[int]]) -> dict[int, int]:
-    """Find for each class the other one that is in most of its images; of equals the lowest id.
+    """Find for each class the other class in most of its images; of equals the lowest id.
 
     Args:
         images: category ids of each image.
 
     Returns:
-        Companions by category id, without the classes that share no image with another one.
+        Companions by category id, without classes that never share an image.
     """
     shared: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for classes in images:
@@ -57,14 +57,14 @@ def choose_companions(
     """Choose the companion of each class to report.
 
     Args:
-        content: of the annotation file that is evaluated on.
-        annotations: where that is from.
+        content: content of the annotation file for the evaluation.
+        annotations: this annotation file.
         pairs: path of a file of companions, as tools/make_synthetic_coco.py writes it.
         train: without ``pairs``, path of the annotations in which companions are counted; None for
-            the evaluated ones.
+            the evaluated annotations.
 
     Returns:
-        The companions, and in words where they are from.
+        The companions, and their origin in words.
 
     Raises:
         ValueError: if a file cannot be used.

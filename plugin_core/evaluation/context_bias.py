@@ -1,14 +1,14 @@
-"""Contextual bias of a detector: is a class found as well without the class that it comes with?
+"""Contextual bias of a detector: does it find a class as well without the class's companion?
 
 For a class c and its companion d, the ground truth splits the images into four groups:
 
     in company       c and d        alone     c without d
     companion only   d without c    neither   neither of them
 
-A detector that leans on d finds c less well alone (a lower AP), and sees a c that is not there
-where d is (more false positives than in images with neither). Images with both classes hold more
-objects too, which makes them harder: what is left of the gap between images that hold equally many
-objects is d's. All APs are pycocotools' own.
+A detector that leans on d finds c less well alone: its AP is lower there. It also sees a c in
+images with d only: it has more false positives there than in images with neither. Images with both
+classes hold more objects, too, which makes them harder. The gap at equal counts compares only
+images with equally many objects, and so leaves the effect of d. All APs are pycocotools' own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from plugin_core.evaluation.companions import classes_by_image
 
-# What can be averaged over classes, in percent or percentage points: attribute → header
+# Numbers to average over classes, in percent or percentage points: attribute → header
 NUMBERS = {
     "ap": "AP",
     "ap_in_company": "AP in company",
@@ -39,7 +39,7 @@ NUMBERS = {
 
 
 class ImageGroups(NamedTuple):
-    """Image ids in ascending order, by which of a class and its companion an image holds."""
+    """Image ids in ascending order, grouped by the presence of a class and its companion."""
 
     in_company: list[int]
     alone: list[int]
@@ -49,26 +49,28 @@ class ImageGroups(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassBias:
-    """What is known of one class; None is what cannot be measured.
+    """Measurements of one class; None where nothing can be measured.
 
     Attributes:
         category_id: of the class.
         name: of the class.
-        companion_id: category id of its companion; None if it has none, and then no numbers.
+        companion_id: category id of its companion. Without a companion this and all numbers are
+            None.
         companion: name of its companion.
         images_in_company: number of images with both; likewise the next three.
-        objects_in_company: number of the class's objects with the companion, without crowds.
-        objects_alone: the same without the companion.
+        objects_in_company: number of the class's objects in images with the companion, without
+            crowds.
+        objects_alone: number of the class's objects in images without the companion.
         ap: COCO's AP over all images, in percent.
-        ap_in_company: over the images with both.
-        ap_alone: over the images with the class but without the companion.
+        ap_in_company: AP over the images with both.
+        ap_alone: AP over the images with the class but without the companion.
         gap: ``ap_in_company`` - ``ap_alone``, in percentage points.
-        gap_at_equal_counts: the same between images that hold equally many objects of any class:
-            the mean over the numbers of objects that there are on both sides, each as often as
-            objects of the class have it in company.
-        fp_rate_companion_only: share of the images with the companion only that have a detection
-            of the class, in percent.
-        fp_rate_neither: the same of the images with neither.
+        gap_at_equal_counts: weighted mean of the gaps between images that hold equally many objects
+            of any class, in percentage points. A gap's weight is the number of the class's objects
+            in its images in company.
+        fp_rate_companion_only: percentage of the images with only the companion in which the class
+            is detected.
+        fp_rate_neither: percentage of the images with neither in which the class is detected.
     """
 
     category_id: int
@@ -93,7 +95,7 @@ class ClassBias:
 def split_images(
     images: Mapping[int, set[int]], category_id: int, companion_id: int
 ) -> ImageGroups:
-    """Split images, given as the category ids of each, by a class and its companion."""
+    """Split images, given by their category ids, by a class and its companion."""
     groups = ImageGroups([], [], [], [])
     for image_id, classes in sorted(images.items()):
         index = 2 * (category_id not in classes) + (companion_id not in classes)
@@ -125,7 +127,7 @@ def evaluate(
     evaluation = COCOeval(truth, detections, iou_type)
     params = evaluation.params
     params.catIds, params.imgIds = [category_id], list(image_ids)
-    # Only what AP is made of: the other areas and limits would take most of the time
+    # Only the areas and limits of AP: the others would take most of the time
     params.areaRng, params.areaRngLbl = params.areaRng[:1], params.areaRngLbl[:1]
     params.maxDets = params.maxDets[-1:]
     with redirect_stdout(io.StringIO()):
@@ -135,7 +137,7 @@ def evaluate(
 
 
 def average_precision(evaluation: COCOeval) -> float | None:
-    """Read off AP in percent, over IoU 0.50:0.95; None if there is no object."""
+    """Read AP in percent, over IoU 0.50:0.95; None if there is no object."""
     precision = evaluation.eval["precision"]
     measured = precision[precision > -1]
     return 100 * float(measured.mean()) if measured.size else None
@@ -178,7 +180,7 @@ def measure(
 
     def measure_class(category_id: int, companion_id: int) -> ClassBias:
         def ap(image_ids: Sequence[int]) -> float | None:
-            if not image_ids:  # which COCOeval would take for all of them
+            if not image_ids:  # COCOeval would take an empty list for all images
                 return None
             return average_precision(evaluate(truth, detections, iou_type, category_id, image_ids))
 
@@ -225,7 +227,7 @@ def measure(
 
 
 def means(classes: Sequence[ClassBias]) -> dict[str, tuple[float | None, int]]:
-    """Average each of ``NUMBERS`` over the classes that have it; also give their number."""
+    """Average each of ``NUMBERS`` over the classes that have it, and count these classes."""
     result: dict[str, tuple[float | None, int]] = {}
     for number in NUMBERS:
         values = [value for c in classes if (value := getattr(c, number)) is not None]

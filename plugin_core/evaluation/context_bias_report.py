@@ -19,15 +19,15 @@ GEOMETRY = {"bbox": "box", "segm": "mask"}  # by IoU type
 
 @dataclass(frozen=True)
 class Report:
-    """What was measured, and of what.
+    """Measurements of a detector's contextual bias, and their description.
 
     Args:
-        classes: what was measured.
+        classes: the measurements.
         iou_type: "bbox" or "segm".
         score_threshold: of a false positive, 0…1.
-        companions: in words where they are from.
-        title: in words what was measured.
-        note: to be said below the table, if any.
+        companions: origin of the companions, in words.
+        title: results and annotations, in words.
+        note: text for below the table, if any.
     """
 
     classes: Sequence[ClassBias]
@@ -38,7 +38,7 @@ class Report:
     note: str = ""
 
     def text(self) -> str:
-        """Return the title, the table, and what its numbers are."""
+        """Return the title, the table, and an explanation of its numbers."""
         notes = [
             f"AP ({GEOMETRY[self.iou_type]}) and FP rates in percent, gap in percentage points; "
             "-: nothing to measure.",
@@ -94,7 +94,7 @@ def table(classes: Sequence[ClassBias]) -> str:
 
 
 def cell(number: str, value: float | None) -> str:
-    """Write a number of ``NUMBERS`` as the table has it."""
+    """Write a number of ``NUMBERS`` for the table."""
     if value is None:
         return "-"
     rounded = round(value, 1) + 0.0  # -0.0 becomes 0.0
@@ -112,14 +112,14 @@ def draw(classes: Sequence[ClassBias], iou_type: str, score_threshold: float) ->
     fp = {"fp_rate_companion_only": "companion only", "fp_rate_neither": "neither"}
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, numbers in ((left, ap), (right, fp)):
-        largest = 1.0  # of the axis, where all is 0
+        largest = 1.0  # end of the axis if all values are 0
         for number, shift, color in zip(numbers, (-0.2, 0.2), ("C0", "C1"), strict=True):
             values = [*(getattr(c, number) for c in classes), averages[number][0]]
             rows = [row + shift for row in range(len(values))]
             widths = [value or 0 for value in values]
             axes.barh(rows, widths, 0.4, color=color, label=numbers[number])
             for row, value in zip(rows, values, strict=True):
-                if value is None:  # which is not 0
+                if value is None:  # not the same as 0
                     axes.text(0, row, " n/a", color=color, va="center", fontsize=7)
             largest = max(largest, *widths)
         axes.axhline(len(classes) - 0.5, color="black", linewidth=0.8)

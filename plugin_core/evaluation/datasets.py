@@ -1,4 +1,4 @@
-"""Checks of a dataset's files, which read as little as possible of them."""
+"""Checks of a dataset's files that read as little as possible of them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def check_coco_json(path: str, setting: str, *, needs_annotations: bool = False)
 
     Args:
         path: of the JSON file.
-        setting: what the user has to change, for the message.
-        needs_annotations: whether it must list annotations too, as to train on it alone.
+        setting: setting that the user has to change, for the message.
+        needs_annotations: whether the file must list annotations too, as for a training.
 
     Raises:
         ValueError: if the file is missing, empty or cut off, or one of its lists is empty.
@@ -33,7 +33,7 @@ def check_coco_json(path: str, setting: str, *, needs_annotations: bool = False)
             )
         if not _EMPTY_LIST.search(data):
             return
-    # Somewhere a list is empty. Only parsing tells whether it is one of the file's own.
+    # Some list is empty. Only parsing tells whether it is one of the file's own lists.
     try:
         with open(path, encoding="utf-8") as text:
             content = json.load(text)

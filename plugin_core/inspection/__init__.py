@@ -1,1 +1,1 @@
-"""What a model costs and where it looks."""
+"""Cost of a model, and pictures of its attention."""

@@ -1,7 +1,7 @@
-"""Maps over an image of what a detector attended to when it made a detection.
+"""Maps over an image of a detector's attention in a detection.
 
-A framework's side says how its detectors are run (:class:`Detector`). Hooks record what they
-compute, and are gone afterwards (:func:`run`). :class:`Frame` lays it over the image.
+A framework's side runs its detectors (:class:`Detector`). :func:`run` records the calls of modules
+by hooks, which it removes afterwards. :class:`Frame` lays maps over the image.
 
 Sizes are (height, width) and boxes (x1, y1, x2, y2), in pixels of the image file unless another
 unit is given. The cells of a map (..., H', W') of features divide the padded input evenly.
@@ -35,13 +35,13 @@ _OPTIONAL = {"pixel_mean", "pixel_std", "cell_anchors", "num_batches_tracked"}
 
 @dataclass(frozen=True)
 class Picture:
-    """An image, and the input that a detector makes of it.
+    """An image, and a detector's input made from it.
 
     Args:
         image: (H, W, 3), RGB, 0 … 255.
         pixels: (1, 3, h, w), float, 0 … 255: the resized image, in the detector's channel order.
         input_size: the part of ``pixels`` that the image fills.
-        meta: what else the framework needs to run.
+        meta: other data that the framework needs to run.
     """
 
     image: np.ndarray
@@ -205,7 +205,7 @@ class Frame:
         scale = torch.tensor([i / n for i, n in zip(self.image_size, self.input_size, strict=True)])
         y1, x1, y2, x2 = (region.detach().cpu()[[1, 0, 3, 2]] * scale.repeat(2)).tolist()
         height, width = self.image_size
-        # Of each pixel's middle, the place in the region, which is from -1 to 1
+        # Place of each pixel's middle in the region, which goes from -1 to 1
         v = (torch.arange(height) + 0.5 - y1) / max(y2 - y1, 1e-6) * 2 - 1
         u = (torch.arange(width) + 0.5 - x1) / max(x2 - x1, 1e-6) * 2 - 1
         grid = torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=2)[None]
@@ -229,7 +229,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Run:
-    """What a detector found in a picture, and the recorded calls of its modules."""
+    """A detector's detections in a picture, and the recorded calls of its modules."""
 
     picture: Picture
     frame: Frame
@@ -343,11 +343,12 @@ def load_weights(model: nn.Module, path: str, *, trust: bool = False) -> Mapping
         The content of the checkpoint.
 
     Raises:
-        ValueError: if it cannot be read, or lacks a tensor of the model or has it of another shape.
+        ValueError: if the file cannot be read, or a tensor of the model is missing or of another
+            shape in it.
     """
     content = read_checkpoint(path, trust=trust)
     state = OrderedDict(find_state_dict(content))
-    # Modules tell by it how old the names in a file are.
+    # Modules read the age of a file's names from its metadata.
     saved = content.get("state_dict", content.get("model", content))
     setattr(state, "_metadata", getattr(saved, "_metadata", None))  # noqa: B010  # mypy
     try:

@@ -1,4 +1,4 @@
-"""Choosing what to draw of a detector: the class, the modules, and what a baseline is asked.
+"""Choosing the class and the modules of a detector to draw, and a baseline's feature map.
 
 Messages name the options of tools/visualize_attention.py.
 """
@@ -72,9 +72,9 @@ def choose_layers(
     """Choose the module that each method draws.
 
     Args:
-        detector: to draw of.
-        methods: to draw by; None for all that the detector has modules for.
-        layers: names of modules in place of the default, which is the last one of each method.
+        detector: detector to draw.
+        methods: methods to draw; None for every method that fits a module of the detector.
+        layers: names of modules to draw; a method without one gets its last module.
 
     Returns:
         Names of modules by method; Grad-CAMs first.
@@ -133,13 +133,13 @@ def _kind(method: str) -> str:
 def choose_baseline_layer(
     detector: Detector, baseline: Detector, layers: Mapping[str, str], names: Sequence[str]
 ) -> str:
-    """Name the feature map that the baseline's Grad-CAMs are made of.
+    """Name the baseline's feature map for Grad-CAMs.
 
     Args:
-        detector: that the baseline is compared with.
-        baseline: with the same classes.
-        layers: of :func:`choose_layers`.
-        names: the layers that were asked for.
+        detector: detector to compare with the baseline.
+        baseline: another detector of the same classes.
+        layers: from :func:`choose_layers`.
+        names: layers that the user named.
 
     Raises:
         ValueError: if the two cannot be compared.

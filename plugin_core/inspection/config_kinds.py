@@ -1,4 +1,4 @@
-"""Telling which framework a config is of, without importing either."""
+"""Telling a config's framework, without importing either framework."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FRAMEWORKS = {"d2_plugins": "Detectron2", "mm_plugins": "MMDetection"}
 
 
 def common_side(config: str, baseline: str | None) -> str:
-    """Name the package for a config and what it is compared with.
+    """Name the package for a config and its baseline.
 
     Raises:
         ValueError: if there is no such file, or the two are of different frameworks.
@@ -41,9 +41,9 @@ def side_of(config: str) -> str:
 
 
 def is_lazy_config(path: str) -> bool:
-    """Tell whether a .py config is in Detectron2's style, which imports it or other configs.
+    """Tell whether a .py config is in Detectron2's style: it imports Detectron2 or other configs.
 
-    MMDetection's new style imports other configs too, but below ``with read_base():``.
+    MMDetection's new style imports other configs, too, but below ``with read_base():``.
     """
     try:
         nodes = list(ast.walk(ast.parse(Path(path).read_bytes())))

@@ -1,12 +1,12 @@
-"""What a detector costs, stage by stage, and what its attention adds.
+"""Cost of a detector, stage by stage, and the share of its attention.
 
-The frameworks count; what is shared is here: each of their counts, which are by module and include
-the modules below, is given to one stage, so that the stages add up to the whole model.
+The frameworks count by module, each with the modules below it. This file gives every count to one
+stage, so that the stages add up to the whole model.
 
-A stage is called as its module is: ``backbone.bottom_up.res3`` in Detectron2, ``backbone.layer2``
-in MMDetection. Some stages have no module of their own: ``….stem`` is all that comes before the
-first stage of a backbone, ``backbone.fpn`` what Detectron2 puts on top of one, and ``other`` what
-the detector does itself, outside of its modules.
+A stage has the name of its module: ``backbone.bottom_up.res3`` in Detectron2, ``backbone.layer2``
+in MMDetection. Some stages have no module of their own: ``….stem`` is everything before the first
+stage of a backbone, ``backbone.fpn`` is Detectron2's pyramid on top of one, and ``other`` is the
+detector's own work outside of its modules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ATTENTION = (BlockPlugin, IDAClassifier, BatchFormer)
 _PYRAMID_BASES = ("bottom_up", "net")
 _STEM = {"stem", "conv1", "bn1", "gn1", "norm1", "patch_embed"}
 _NUMBERED = {"layers", "stages"}  # modules that hold the stages of a backbone
-# Rows in the order in which an image passes: definitions often have another one.
+# Rows in the order in which an image passes the stages, as modules are often defined in another.
 _BACKBONE, _FPN, _NECK, _ENCODER, _DECODER, _PROPOSALS, _HEADS, _OTHER = range(8)
 
 
@@ -37,9 +37,9 @@ class Cost:
     """Parameters, and FLOPs and activations for one image.
 
     A norm that Detectron2 has frozen has buffers in place of parameters. FLOPs are multiply-adds,
-    as in the papers; activations are elements that convolutions and matrix products put out. Which
-    operators are counted is the frameworks' choice: no pooling, no sum or product of maps, no
-    deformable convolution.
+    as in the papers. Activations are the output elements of convolutions and matrix products. The
+    frameworks choose the counted operators: no pooling, no sum or product of maps, no deformable
+    convolution.
     """
 
     parameters: int = 0
@@ -67,10 +67,10 @@ class Report:
 
     Args:
         image_size: (height, width) in pixels, before the model pads the image.
-        regions: how many boxes the heads worked on, such as ``{"proposals": 1000}``.
+        regions: numbers of boxes that the heads worked on, such as ``{"proposals": 1000}``.
         stages: cost of each stage, in the order in which an image passes them.
-        attention_modules: how many modules of attention there are.
-        attention: what they cost together; it is part of the stages' cost too.
+        attention_modules: number of modules of attention.
+        attention: total cost of the attention; the stages' costs include it.
     """
 
     image_size: tuple[int, int]
@@ -84,7 +84,7 @@ class Report:
         return sum(self.stages.values(), Cost())
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON has it, with the total."""
+        """Make the report a dict for JSON, with the total."""
         return {
             "image_size": list(self.image_size),
             "regions": dict(self.regions),
@@ -97,9 +97,9 @@ class Report:
 def prepare_model(model: nn.Module) -> nn.Module:
     """Put ``model`` into evaluation mode and set its parameters to zero.
 
-    What a detector does depends on its weights: random ones move boxes out of the image, where they
-    are dropped. With zeros every anchor stays where it is and every score is the same, so that the
-    number of proposals and detections depends on nothing but the config.
+    The number of boxes depends on a detector's weights: random ones move boxes out of the image,
+    where they are dropped. With zeros, every anchor stays in place and all scores are equal. The
+    numbers of proposals and detections then depend on the config alone.
     """
     with torch.no_grad():
         for parameter in model.parameters():
@@ -117,9 +117,9 @@ def make_report(
     """Give the costs of all modules to stages.
 
     Args:
-        model: that was counted.
-        flops: of each module together with those below it, by its name in ``model``; "" for all.
-        activations: the same.
+        model: the counted model.
+        flops: of each module with the modules below it, by its name in ``model``; "" for all.
+        activations: likewise.
         image_size: for the report.
         regions: for the report.
     """
@@ -146,7 +146,7 @@ def make_report(
 def _own_costs(
     model: nn.Module, flops: Mapping[str, float], activations: Mapping[str, float]
 ) -> dict[str, Cost]:
-    """What each module costs without those below it, in the order of ``model.named_modules()``."""
+    """Compute each module's cost without its children's, in the order of ``named_modules()``."""
     parameters: Counter[str] = Counter()
     for name, parameter in model.named_parameters():  # shared ones come once
         parameters[name.rpartition(".")[0]] += parameter.numel()
@@ -167,7 +167,7 @@ def _without_children(counts: Mapping[str, float]) -> Counter[str]:
 
 
 def _stage(name: str, model: nn.Module) -> tuple[int, str]:
-    """Place in the order of stages, and stage, of the module ``name``."""
+    """Find the stage of the module ``name``, and the stage's place in the order of rows."""
     parts = name.split(".")
     first = parts[0]
     if first == "backbone":
@@ -187,7 +187,7 @@ def _stage(name: str, model: nn.Module) -> tuple[int, str]:
 
 
 def _backbone_stage(name: str, base: str) -> str:
-    """Stage of the module ``name``, which is the network ``base`` or is in it."""
+    """Name the stage of the module ``name``, which is the network ``base`` or in it."""
     child, *rest = name.removeprefix(base).lstrip(".").split(".")
     if child in _STEM:
         child = "stem"

@@ -1,4 +1,4 @@
-"""Laying out what a detector costs, also beside a baseline."""
+"""Table of a detector's cost, also beside a baseline."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ QUANTITIES = [
 
 
 def describe(report: Report, baseline: Report | None) -> str:
-    """Lay out the costs as a table, and say for what image and how many boxes they hold.
+    """Lay out the costs as a table, and name its image size and numbers of boxes.
 
     Args:
         report: of the model.
-        baseline: beside it, with the difference.
+        baseline: of a model to compare with; the table gets the differences.
     """
     other = Report(report.image_size, {}, {}, 0, Cost()) if baseline is None else baseline
     stages = dict.fromkeys([*report.stages, *other.stages])

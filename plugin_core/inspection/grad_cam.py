@@ -24,7 +24,7 @@ CAMS = {"gradcam": "GradCAM", "gradcam++": "GradCAMPlusPlus"}  # classes of pyto
 
 
 def grad_cam(method: str) -> Callable[..., Any]:
-    """Import a class of grad-cam; raises ValueError that says how to install it."""
+    """Import a class of grad-cam; raises ValueError with the command to install it."""
     try:
         library = importlib.import_module("pytorch_grad_cam")
     except ImportError as error:
@@ -41,8 +41,8 @@ def cam_panels(
     """Draw the class activation maps of a detection.
 
     Args:
-        detector: that made it.
-        done: that recorded the layer.
+        detector: detector that made the detection.
+        done: run that recorded the layer.
         index: of the detection.
         layer: name of the module whose feature map is explained.
         methods: of ``CAMS``.
@@ -79,7 +79,7 @@ class _DetectorOfPadded(nn.Module):
 
 def make_cam(method: str, detector: Detector, done: Run, index: int, layer: nn.Module) -> Tensor:
     """Compute the class activation map of a detection's score: (H, W) over the image, 0 … 1."""
-    # grad-cam stretches the map over what the model is given, so that is the padded image.
+    # grad-cam stretches the map over the model's input. So give the model the padded image.
     pixels = done.picture.pixels
     (height, width), (rows, columns) = pixels.shape[2:], done.frame.padded_size
     padded = F.pad(pixels, (0, columns - width, 0, rows - height)).requires_grad_()
@@ -88,7 +88,7 @@ def make_cam(method: str, detector: Detector, done: Run, index: int, layer: nn.M
     def score(detections: Detections) -> Tensor:
         return detections.scores[detections.best(class_id)]
 
-    # A copy, as the layers that follow may change the map in place.
+    # A copy, as later layers may change the map in place.
     model = _DetectorOfPadded(detector, done.picture)
     cam = grad_cam(method)(model, [layer], reshape_transform=torch.clone)
     try:

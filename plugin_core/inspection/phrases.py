@@ -1,4 +1,4 @@
-"""Drawing the heatmaps of phrases, of detectors that read a text."""
+"""Drawing heatmaps of phrases for detectors that read a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROW_TITLE = 32  # characters in a line
 
 
 def choose_grounder(detector: Detector, caption: Caption, layer: str | None) -> Grounder:
-    """Make what looks for phrases; raises ValueError, as :meth:`Detector.grounder`, if it cannot.
+    """Make a detector's grounder; raises ValueError as :meth:`Detector.grounder` does.
 
     Messages name the options of tools/visualize_attention.py.
     """
@@ -27,12 +27,12 @@ def choose_grounder(detector: Detector, caption: Caption, layer: str | None) -> 
 
 
 def phrase_rows(detector: Detector, ground: Grounder, caption: Caption, path: str) -> list[Row]:
-    """Draw a row for each phrase: what is detected, and the heatmap.
+    """Draw a row for each phrase: its detection and its heatmap.
 
     Args:
-        detector: that reads the image.
-        ground: of :func:`choose_grounder`.
-        caption: that it was made for.
+        detector: reads the image.
+        ground: from :func:`choose_grounder`.
+        caption: the grounder's caption.
         path: of the image.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Drawing what a detector's attention does when it makes a detection: the rows of a sheet."""
+"""Drawing a detector's attention in a detection, as rows of a sheet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plugin_core.inspection.choices import method_of
 from plugin_core.inspection.grad_cam import CAMS, cam_panels
 from plugin_core.inspection.sheets import Panel, Row, overlay, with_box
 
-SHOWN = 4  # maps of a block plugin that offers more
+SHOWN = 4  # most maps of a block plugin
 
 
 def explain(
@@ -26,16 +26,16 @@ def explain(
     *,
     warn: Callable[[str], None],
 ) -> list[Row]:
-    """Draw all rows of an image's sheet that can be drawn.
+    """Draw every possible row of an image's sheet.
 
     Args:
-        detector: that is explained.
+        detector: detector to explain.
         path: of the image.
-        class_id: whose best detection is explained; None for the best of all.
-        layers: what to draw, as :func:`plugin_core.inspection.choices.choose_layers` gives it.
-        baseline: whose Grad-CAMs are drawn below.
-        baseline_layer: that they are made of.
-        warn: called with what cannot be drawn.
+        class_id: class whose best detection is explained; None for the best of all classes.
+        layers: modules to draw, from :func:`plugin_core.inspection.choices.choose_layers`.
+        baseline: another detector; its Grad-CAMs are drawn below.
+        baseline_layer: feature map of the baseline's Grad-CAMs.
+        warn: called with a message for each row that cannot be drawn.
 
     Raises:
         ValueError: if nothing can be drawn.
@@ -81,7 +81,7 @@ def explain(
 
 
 def no_detection(detector: Detector, done: Run, class_id: int | None) -> str:
-    """Say that a class is not detected, and which ones are."""
+    """Say that a class is not detected, and list the detected ones."""
     what = "no detection" if class_id is None else f"no {label(detector, class_id)}"
     best = [(k, done.detections.best(k)) for k in range(len(detector.class_names))]
     scores = done.detections.scores
@@ -104,10 +104,10 @@ def detection_row(title: str, detector: Detector, done: Run, index: int) -> Row:
 
 
 def plugin_row(detector: Detector, done: Run, index: int, name: str) -> Row:
-    """Draw the maps of a block plugin; of many, those that are most in the detection's box.
+    """Draw the maps of a block plugin; if there are many, the ones most in the detection's box.
 
     Raises:
-        ValueError: if it offers none for its input.
+        ValueError: if the plugin offers no maps for its input.
     """
     plugin: Any = detector.model.get_submodule(name)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Recording the calls of modules: what they are given, and what they give."""
+"""Recording the calls of modules: their inputs and outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Call:
 
 @contextmanager
 def record_calls(modules: Iterable[nn.Module]) -> Iterator[list[Call]]:
-    """Record the calls of some modules, in their order; nothing is copied and nothing changed."""
+    """Record the calls of some modules, in their order, without a copy or a change."""
     calls: list[Call] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

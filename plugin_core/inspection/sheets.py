@@ -24,9 +24,9 @@ class Panel:
     """A picture of the sheet.
 
     Args:
-        title: above it.
+        title: text above the picture.
         picture: (H, W, 3), RGB.
-        file: by which name it is written as a file of its own too.
+        file: name of a file for this picture alone.
     """
 
     title: str
@@ -57,7 +57,7 @@ def with_colours(image: np.ndarray, heat: Tensor) -> np.ndarray:
     if known.any():
         low, high = values[known].min(), values[known].max()
         colours = 255 * colormaps["turbo"]((values[known] - low) / max(high - low, 1e-12))[:, :3]
-        grey = image[known].mean(1, keepdims=True)  # whose own colours do not mix with the map's
+        grey = image[known].mean(1, keepdims=True)  # the image's colours would mix with the map's
         image[known] = (grey / 2 + colours / 2).round()
     return image
 
@@ -82,7 +82,7 @@ def with_cross(image: np.ndarray, row: int, column: int) -> np.ndarray:
 
 
 def write(rows: Sequence[Row], path: str, out: Path) -> None:
-    """Write an image's sheet, ``<image>_attention.png``, and the panels that are files too.
+    """Write an image's sheet, ``<image>_attention.png``, and the panels with files of their own.
 
     Args:
         rows: of the sheet.
@@ -105,7 +105,7 @@ def sheet(rows: Sequence[Row], title: str) -> Figure:
 
     columns = max(len(row.panels) for row in rows)
     height, width = rows[0].panels[0].picture.shape[:2]
-    # Panels as high as the image wants them, within reason
+    # Panels in the image's shape, within limits
     panel_height = PANEL_INCHES * min(max(height / width, 0.5), 1.5) + 0.6
     size = (columns * PANEL_INCHES + 0.8, len(rows) * panel_height + 0.5)
     figure = Figure(figsize=size, layout="constrained")
@@ -124,5 +124,5 @@ def sheet(rows: Sequence[Row], title: str) -> Figure:
 
 
 def _no_formula(text: str) -> str:
-    """Escape dollars: Matplotlib takes what is between two of them for TeX."""
+    """Escape dollars: Matplotlib takes text between two of them for TeX."""
     return text.replace("$", r"\$")

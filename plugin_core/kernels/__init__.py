@@ -40,7 +40,7 @@ def choice() -> str:
 
 
 def is_plain_tensor(x: Tensor) -> bool:
-    """Whether a kernel may read x from memory, and nothing records or transforms operators."""
+    """Tell whether a kernel may read x from memory, and nothing records or transforms operators."""
     return (
         type(x) in (Tensor, nn.Parameter)
         and x.layout is torch.strided
@@ -63,7 +63,7 @@ def _has_storage(x: Tensor) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module runs hooks, which may also change its parameters."""
+    """Tell whether a call of the module runs hooks, which may also change its parameters."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

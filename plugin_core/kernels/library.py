@@ -33,7 +33,7 @@ def library() -> ctypes.CDLL | None:
 
 @functools.cache
 def _load() -> ctypes.CDLL | str:
-    """The library, or the reason why there is none."""
+    """Load the library; returns the reason if there is none."""
     folder = Path(__file__).parent
     files = [folder / f"_library{suffix}" for suffix in EXTENSION_SUFFIXES]
     file = next((file for file in files if file.is_file()), None)

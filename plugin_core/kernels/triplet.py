@@ -216,7 +216,7 @@ class _Layout:
 
     @property
     def exchanged(self) -> tuple[bool, ...]:
-        """Whether rows and columns of cw, hc and hw are exchanged."""
+        """Tell whether rows and columns of cw, hc and hw are exchanged."""
         return (True, False, False) if self._channels_last else (False, True, False)
 
     def upright(self, maps: Sequence[Tensor]) -> list[Tensor]:

@@ -95,7 +95,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _shape(x: Tensor) -> _Shape:
-    """The sizes, and a number of parts of P that keeps all threads equally busy."""
+    """Choose the sizes, and a number of parts of P that keeps all threads equally busy."""
     batch, p = x.shape[:2]
     threads = torch.get_num_threads()
     parts = -(-threads // batch)

@@ -172,13 +172,13 @@ class CudaPasses:
         )[1]
 
     def _tiles(self, x: Tensor) -> tuple[int, int, int]:
-        """The number of blocks, of planes in a part, and of parts."""
+        """Choose the number of blocks, of planes in a part, and of parts."""
         b, _, q, r = x.shape
         blocks = b * -(-q // _BLOCK["BLOCK_Q"]) * -(-r // _BLOCK["BLOCK_R"])
         return blocks, *self._parts(x, blocks, _AT_ONCE)
 
     def _parts(self, x: Tensor, blocks: int, at_once: int) -> tuple[int, int]:
-        """The number of planes in a part and of parts of P that occupy the whole GPU."""
+        """Choose the number of planes in a part and of parts of P to occupy the whole GPU."""
         _, p, q, r = x.shape
         at_once *= self._processors
         # Take the fewest well filled rounds of programs: a round with few lasts as long.
@@ -218,7 +218,7 @@ def _tile(
     p: tl.tensor, q: tl.tensor, r: tl.tensor, planes: tl.tensor,
     BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """This program's image (64 bits), first plane, number of planes, first row and column."""
+    """Find this program's image (64 bits), first plane, number of planes, first row and column."""
     program = tl.program_id(0)
     column_blocks, row_blocks = tl.cdiv(r, BLOCK_R), tl.cdiv(q, BLOCK_Q)
     column = program % column_blocks * BLOCK_R
@@ -231,7 +231,7 @@ def _tile(
 
 @_kernel
 def _block(r: tl.tensor, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr) -> Any:
-    """Rows and columns of a block, and the offsets of its elements from its first one.
+    """Find a block's rows and columns, and the offsets of its elements from its first one.
 
     A block has the axes (rows, columns / 32, 32). The warps share the rows. A thread holds several
     columns of a row, which leaves less to exchange between threads.
@@ -416,7 +416,7 @@ def _product(
     batch: tl.tensor, p: tl.tensor, q: tl.tensor, r: tl.tensor, planes: tl.tensor,
     BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Partial maps (parts, batch, rows, columns), sums of g x over each axis."""
+    """Write partial maps (parts, batch, rows, columns), sums of g x over each axis."""
     image, first, own_planes, row, column = _tile(p, q, r, planes, BLOCK_Q, BLOCK_R)
     rows, columns, offsets = _block(r, BLOCK_Q, BLOCK_R)
     in_rows, in_columns = rows < q - row, columns < r - column
@@ -504,7 +504,7 @@ _CHECKED: dict[tuple[torch.device, torch.dtype], CudaPasses | str] = {}
 
 
 def _fills_blocks(x: Tensor) -> bool:
-    """Whether blocks suit the features x (B, C, H, W): neither tiny nor huge."""
+    """Tell whether blocks suit the features x (B, C, H, W): neither tiny nor huge."""
     _, c, h, w = x.shape
     q, r = (h, w) if x.is_contiguous() else (w, c)
     in_blocks = (q + -q % _BLOCK["BLOCK_Q"]) * (r + -r % _BLOCK["BLOCK_R"])
@@ -517,7 +517,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _checked(device: torch.device, dtype: torch.dtype) -> CudaPasses | str:
-    """The passes if they work on this GPU, or the reason why there are none."""
+    """Return the passes if they work on this GPU, or the reason why there are none."""
     if triton is None:
         return "Triton, which compiles the kernels, is not installed"
     properties = torch.cuda.get_device_properties(device)
