@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Count a detector's parameters, GFLOPs and activations, by stage, and what its attention costs.
+"""Count a detector's parameters, GFLOPs and activations, by stage and for its attention alone.
 
     tools/analyze_model.py configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml \\
         --baseline model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml
     tools/analyze_model.py configs/mm/triplet_attention/faster-rcnn_r50-triplet_fpn_1x_coco.py \\
         --baseline mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py --shape 800 1333
 
-A config is one of Detectron2 (.yaml, or .py in LazyConfig's style) or of MMDetection (.py); only
+A config is one of Detectron2 (.yaml, or .py in LazyConfig's style) or of MMDetection (.py). Only
 its framework need be installed. No weights are loaded and no data is read. The frameworks count one
 image, with as many proposals and detections as the config lets through at most. FLOPs are
 multiply-adds of convolutions, matrix products and norms; pooling, sums and products of maps and
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--json {args.json}: there is no folder {str(args.json.parent)!r}")
         side = common_side(args.config, args.baseline)
         report = count(side, args.config, image_size)
-        # Both at the same size, or else they could not be compared
+        # Both at the same size, for a fair comparison
         baseline = count(side, args.baseline, report.image_size) if args.baseline else None
         if args.json:
             with replacing(args.json) as file:

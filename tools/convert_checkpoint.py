@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes pretrained weights for Detectron2 or MMDetection out of other ones.
+"""Convert pretrained weights for Detectron2 or MMDetection.
 
     tools/convert_checkpoint.py SOURCE OUT.pth --to d2 --config your.yaml
     tools/convert_checkpoint.py SOURCE OUT.pth --to mm --config your_config.py
@@ -11,12 +11,12 @@ either framework. Use OUT as
     MODEL.WEIGHTS OUT.pth                                                       in Detectron2
     model.backbone.init_cfg = dict(type="Pretrained", checkpoint="OUT.pth")     in MMDetection
 
-Without --config OUT is for a backbone with SOURCE's block plugins, or if it has none, with triplet
-attention in every block.
+Without --config, OUT is for a backbone with SOURCE's block plugins. If SOURCE has none, OUT is for
+a backbone with triplet attention in every block.
 
 SOURCE may also be a whole DETR, Conditional DETR or Deformable DETR of the original repositories,
-with BatchFormerV2 or without it. OUT is then MMDetection's (--to mm), `load_from` in its config; it
-is the backbone alone with --to d2 or --backbone.
+with BatchFormerV2 or without it. With --to mm, OUT is then a whole detector, for `load_from` in
+MMDetection's config. With --to d2 or --backbone, OUT is the backbone alone.
 """
 
 from __future__ import annotations
@@ -102,13 +102,13 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert, report and write; raises ValueError or OSError, and then nothing is written."""
+    """Convert, report and write; raises ValueError or OSError, before anything is written."""
     check_out(args.out, args.source, args.to)
-    # What mmengine's checkpoints hold besides tensors is allowed by this import, where MMDetection
-    # is installed with versions that fit it.
+    # This import allows the objects in mmengine's checkpoints that are no tensors. It works only
+    # where MMDetection is installed with fitting versions.
     with contextlib.suppress(ImportError, AssertionError):
         import_module("mm_plugins")
-    # The original DETRs save their arguments, plain values; an older PyTorch has no such list.
+    # The original DETRs save their arguments, plain values. An older PyTorch has no list to allow.
     if hasattr(torch.serialization, "add_safe_globals"):
         torch.serialization.add_safe_globals([argparse.Namespace])
     checkpoint = read_checkpoint(args.source, trust=args.trust)
@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> None:
 def run_detr(
     args: argparse.Namespace, checkpoint: Mapping[str, Any], source: Mapping[str, Tensor]
 ) -> None:
-    """Like :func:`run`, for a whole detector of the original repositories."""
+    """Convert, report and write a whole detector of the original repositories, as :func:`run`."""
     training = checkpoint.get("args")
     if isinstance(training, argparse.Namespace):
         training = vars(training)
@@ -183,7 +183,7 @@ def check_out(out: str, source: str, to: str) -> None:
 def build_target(
     args: argparse.Namespace, backbone: Backbone, source: Mapping[str, Tensor]
 ) -> Target:
-    """Build what the config says, or the same backbone with plugins; raises ValueError."""
+    """Build the config's model, or the same backbone with plugins; raises ValueError."""
     if args.to == "d2" and backbone.depth is None:
         raise ValueError(f"{args.source}: Detectron2 has no MobileNetV2; convert it with --to mm")
     with saying_where(args):
@@ -200,18 +200,18 @@ def build_target(
 
 @contextlib.contextmanager
 def saying_where(args: argparse.Namespace) -> Iterator[None]:
-    """Turn what the framework, or its absence, raises inside into a ValueError that says where."""
+    """Turn errors of the framework, or of its absence, into a ValueError that names the option."""
     try:
         yield
     except ImportError as error:
         raise ValueError(f"--to {args.to}: {error}") from error
-    except Exception as error:  # the frameworks raise anything for a setting that is wrong
+    except Exception as error:  # the frameworks raise anything for a wrong setting
         where = f"--config {args.config}" if args.config else f"--to {args.to}"
         raise ValueError(f"{where}: {error}") from error
 
 
 def checkpoints(to: str) -> Any:
-    """The framework's side; says what to install where the framework is missing."""
+    """Import the framework's side. Without the framework, its ImportError says what to install."""
     return import_module(f"{to}_plugins.checkpoints")
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
-"""Trains and evaluates Faster R-CNN with triplet attention under both frameworks' own trainers.
+"""Train and evaluate Faster R-CNN with triplet attention under both frameworks' own trainers.
 
-It draws a small COCO-format dataset, runs the command lines that a user would type, compares each
-detector with the same one without attention, and draws detections on val images. Everything is
-written below work_dirs/demo; a table comes last. Some minutes for each framework on 2 CPU cores.
+The demo draws a small COCO-format dataset and runs the command lines that a user would type. It
+compares each detector with the plain one, draws detections on val images, and ends with a table.
+Everything is written below work_dirs/demo. Each framework takes some minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("work_dirs/demo")
 DATA = OUT / "coco"
-# Names, annotations and images, as tools/train_net.py takes them
+# Names, annotations and images, for tools/train_net.py
 SPLITS = [
     (f"synthetic_{part}", f"{DATA}/annotations/instances_{part}2017.json", f"{DATA}/{part}2017")
     for part in ("train", "val")
 ]
 D2_CONFIG = "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"
 MM_CONFIG = "configs/mm/synthetic/faster-rcnn_r18-triplet_fpn_synthetic.py"
-IMAGE_SIZE = 128  # pixels of a side, of the image that FLOPs are counted for
-PROPOSALS = 100  # for the same image: as many in every model, so that FLOPs can be compared
+IMAGE_SIZE = 128  # side in pixels of the image for counting FLOPs
+PROPOSALS = 100  # in this image, the same number in every model, so that FLOPs compare
 PICTURES = 8
 ENLARGE = 4  # pictures, as the images are small
-SCORE = 0.4  # detections of less are not drawn
+SCORE = 0.4  # least score of a drawn detection
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -84,7 +84,7 @@ def say(text: str) -> None:
 
 
 def run(*command: str, log: Path | None = None, steps: int = 0) -> None:
-    """Run a tool of this project; with ``log`` its output goes there and steps are shown here."""
+    """Run a tool of this project; with ``log``, write its output there and show its steps here."""
     print("$ python", shlex.join(command), flush=True)
     full = [sys.executable, *command]
     if log is None:
@@ -102,14 +102,14 @@ def run(*command: str, log: Path | None = None, steps: int = 0) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """What the framework wrote of its last run, from first to last."""
+    """Read the records that the framework wrote in its last run, in order."""
     files = [folder / "metrics.json", *sorted(folder.glob("*/vis_data/scalars.json"))]
     lines = [line for f in files if f.exists() for line in f.read_text().splitlines()]
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def last_step(folder: Path) -> int:
-    """How many steps are done: Detectron2 counts from 0, and evaluates after the last one."""
+    """Count the finished steps: Detectron2 counts from 0, and evaluates after the last step."""
     steps = [r.get("iteration", r.get("step", 0) - 1) + 1 for r in records(folder)]
     return max(steps, default=0)
 
@@ -118,7 +118,7 @@ def last_step(folder: Path) -> int:
 
 
 def train_detectron2() -> tuple[float, float]:
-    """Box AP and AP50, in percent."""
+    """Train and evaluate; returns box AP and AP50, in percent."""
     from detectron2.config import get_cfg
 
     register = [argument for dataset in SPLITS for argument in ("--register-coco", *dataset)]
@@ -159,7 +159,7 @@ def measure_detectron2() -> list[Row]:
         rows.append(Row("Detectron2", name, cost.parameters, cost.flops / 1e9, 0.0))
         model = build_model(detectron2_config(get_cfg(), *options)).train()
         steps.append(training_step(model, lambda m=model: sum(m(batch).values())))
-    with EventStorage():  # where the losses are logged to
+    with EventStorage():  # losses are logged there
         for row, seconds in zip(rows, time_alternately(steps), strict=True):
             row.seconds_a_step = seconds
     return rows
@@ -195,7 +195,7 @@ def draw_detectron2() -> None:
 
 
 def train_mmdetection() -> tuple[float, float]:
-    """Box AP and AP50, in percent."""
+    """Train and evaluate; returns box AP and AP50, in percent."""
     out = fresh(OUT / "mmdetection")
     command = ["tools/train_mmdet.py", MM_CONFIG, "--work-dir", str(out), "--cfg-options"]
     settings = mmdetection_options()
@@ -226,7 +226,7 @@ def mmdetection_config() -> Any:
 
 
 def mmdetection_device() -> str:
-    """The GPU, if mmcv's operators were built for it."""
+    """Choose the GPU if mmcv's operators were built for it, otherwise the CPU."""
     from mm_plugins.command_line import has_cuda_operators
 
     return DEVICE if has_cuda_operators() else "cpu"
@@ -291,14 +291,14 @@ def draw_mmdetection() -> None:
 
 
 def fresh(folder: Path) -> Path:
-    """An empty folder of the demo's own: what an earlier demo left in it goes."""
+    """Make an empty folder of the demo's own, without an earlier demo's files."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], float]:
-    """A function that makes one training step and returns how many seconds it took."""
+    """Make a function that runs one training step and returns its seconds."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
 
     def step() -> float:
@@ -314,7 +314,7 @@ def training_step(model: nn.Module, loss: Callable[[], torch.Tensor]) -> Callabl
 
 
 def time_alternately(steps: list[Callable[[], float]], rounds: int = 9) -> list[float]:
-    """Median of each in seconds; in turns, so that what else the machine does hits all alike."""
+    """Take each step's median in seconds; in turns, as the machine's other work then hits all."""
     for step in steps:
         step()
     times = [[step() for step in steps] for _ in tqdm(range(rounds), desc="timing", unit="round")]

@@ -1,6 +1,6 @@
-"""What a machine needs before the environment can be set up on it.
+"""Checks of the machine before the environment is set up on it.
 
-Each check returns what is missing, as one sentence for the user, or None. The syntax is kept to
+Each check returns one sentence for the user on what is missing, or None. The syntax is kept to
 Python 3.6's, as in setup_environment.py.
 """
 
@@ -16,7 +16,7 @@ DISK_GB = 12  # torch with its CUDA libraries, pip's downloads and mmcv's build
 
 
 def check_python(version: Tuple[int, ...]) -> Optional[str]:
-    """Return what is wrong with this version of Python, or None."""
+    """Return the fault of this version of Python, or None."""
     if OLDEST_PYTHON <= tuple(version[:2]) <= NEWEST_PYTHON:
         return None
     return (
@@ -26,7 +26,7 @@ def check_python(version: Tuple[int, ...]) -> Optional[str]:
 
 
 def check_venv() -> Optional[str]:
-    """Return what `python -m venv` lacks, or None."""
+    """Return the module that `python -m venv` lacks, or None."""
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401

@@ -1,4 +1,4 @@
-"""What constraints.txt and setup.py ask for, what is installed, and how the two differ.
+"""Versions: asked for by constraints.txt and setup.py, installed, and the difference.
 
 The syntax is kept to Python 3.6's, as in setup_environment.py.
 """
@@ -18,7 +18,7 @@ class SetupError(Exception):
 
 
 class Change(NamedTuple):
-    """A package whose installed version is not the pinned one."""
+    """A package with another version than the pinned one."""
 
     name: str
     installed: Optional[str]  # None: not installed
@@ -36,7 +36,7 @@ def normalize(name: str) -> str:
 
 
 def marker_applies(marker: str, version: Tuple[int, int]) -> bool:
-    """Evaluate `python_version < "3.11"` or `>=`, the two markers that constraints.txt uses."""
+    """Evaluate `python_version < "3.11"` or `>=`, the only markers in constraints.txt."""
     match = re.match(r'^python_version\s*(<|>=)\s*"(\d+)\.(\d+)"$', marker.strip())
     if not match:
         raise SetupError(
@@ -123,13 +123,13 @@ def same_version(installed: str, pinned: str) -> bool:
 def changed_pins(
     pins: Dict[str, str], installed: Dict[str, str], wanted: Iterable[str] = ()
 ) -> List[Change]:
-    """List what differs from the pins.
+    """List the packages that differ from the pins.
 
     Args:
         pins: pinned versions.
         installed: installed versions.
-        wanted: names that must be installed. A pin of any other name, say of a library that
-            torch needs on another platform, counts only where the package is installed.
+        wanted: names that must be installed. Any other pin counts only if its package is
+            installed: it may be a library that torch needs on another platform.
 
     Returns:
         One entry per package to install, sorted by name.

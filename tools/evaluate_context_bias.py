@@ -5,18 +5,18 @@
         --results output/inference/coco_instances_results.json \\
         --train-annotations annotations/instances_train2017.json --out bias
 
-Takes COCO-format ground truth and the results file that Detectron2 (OUTPUT_DIR/inference/
+Takes COCO-format ground truth and a results file of Detectron2 (OUTPUT_DIR/inference/
 coco_instances_results.json) or MMDetection (CocoMetric's outfile_prefix: PREFIX.bbox.json,
-PREFIX.segm.json) writes. Each class has one companion: from --pairs, the context_bias.json of
-tools/make_synthetic_coco.py --context-bias, or else the class that is in most of the images that
-hold it, of --train-annotations or, without them, of --annotations.
+PREFIX.segm.json). Each class has one companion. --pairs names a file of companions, the
+context_bias.json of tools/make_synthetic_coco.py --context-bias. Without --pairs, a class's
+companion is the other class in most of its images in --train-annotations, or else --annotations.
 
-For each class it prints AP (COCO's, in percent) over all images, over those of its images that hold
-the companion (in company) and those that do not (alone), and the gap between the two, as it is and
-between images with equally many objects; and, of the images without the class, the share in which
-it is detected nevertheless (false positives), where the companion is and where it is not. A last
-row has the means over the classes. --out DIR writes context_bias.json, context_bias.md and
-context_bias.png there.
+For each class it prints COCO's AP in percent: over all images, over the class's images with the
+companion (in company), and over its images without the companion (alone). It prints the gap between
+the last two, and the same gap between images with equally many objects. It prints the share of the
+images without the class in which the class is detected (false positives): with the companion only,
+and with neither. A last row has the means over the classes. --out DIR writes context_bias.json,
+context_bias.md and context_bias.png there.
 """
 
 from __future__ import annotations

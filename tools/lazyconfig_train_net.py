@@ -52,7 +52,7 @@ def main(args: argparse.Namespace, cfg: DictConfig) -> Any:
     warn(cfg.train.device, find_lazy_mismatches(cfg))
     model = instantiate(cfg.model).to(cfg.train.device)
     if cfg.train.device == "cpu":
-        cfg.train.ddp.device_ids = None  # of several processes; else they are those of GPUs
+        cfg.train.ddp.device_ids = None  # several processes on the CPU have no ids of GPUs
     if args.eval_only:
         model = create_ddp_model(model, **cfg.train.ddp)
         PluginCheckpointer(model).load(cfg.train.init_checkpoint)
@@ -67,7 +67,7 @@ def train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> None:
     model = create_ddp_model(model, **cfg.train.ddp)
     make_trainer = AMPTrainer if cfg.train.amp.enabled else SimpleTrainer
     trainer = make_trainer(model, loader, optimizer)
-    # The trainer's state has the optimizer's, so that --resume goes on with both.
+    # The trainer's state includes the optimizer's. So --resume goes on with both.
     checkpointer = PluginCheckpointer(model, cfg.train.output_dir, trainer=trainer)
     all_hooks = [
         hooks.IterationTimer(),

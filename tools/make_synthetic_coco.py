@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Makes a small dataset of drawn scenes in the exact layout of COCO 2017.
+"""Make a small dataset of drawn scenes in the exact layout of COCO 2017.
 
     python tools/make_synthetic_coco.py OUT --train 400 --val 100 --size 128 --seed 0
 
@@ -15,10 +15,10 @@ writes
 Object classes, with their category ids: person 1, disk 2, square 3, triangle 4, star 5,
 ring 6, cross 7. Stuff classes: grass 8, sand 9, water 10, brick 11, stone 12, sky 13.
 
-The grounding files are those of MMDetection's ODVGDataset, Flickr30kDataset and
-MDETRStyleRefCocoDataset: a caption of noun phrases, each with the boxes of exactly the objects
-that it fits, and expressions of one object each, such as "the large disk left of the square.".
-A mirrored image swaps left and right: train on them without RandomFlip.
+The grounding files are for MMDetection's ODVGDataset, Flickr30kDataset and
+MDETRStyleRefCocoDataset. They have captions of noun phrases, each with the boxes of exactly the
+objects that it fits. They also have expressions of one object each, such as "the large disk left
+of the square.". A mirrored image swaps left and right: train on them without RandomFlip.
 
 ``--context-bias P``: each class has one companion, another object class: person ↔ disk,
 square ↔ triangle, star → ring → cross → star with all 7 classes (with fewer: pairs in the
@@ -43,7 +43,7 @@ __all__ = ["ArgumentError", "Summary", "main", "make_dataset"]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code, 2 for an argument that cannot be used."""
+    """Run the command line; returns the exit code, 2 for an argument that cannot be used."""
     options = vars(_parser().parse_args(argv))
     try:
         summary = make_dataset(**options)

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Makes a small BERT of random weights whose words are those of given annotation files.
+"""Make a small BERT of random weights, with the words of given annotation files.
 
     python tools/make_tiny_text_model.py OUT --texts FILE [FILE…]
         [--hidden-size 64 --layers 2 --heads 2 --seed 0] [--force]
 
-For trying Grounding DINO on a small machine where no pretrained BERT is at hand, for example on
-the data of tools/make_synthetic_coco.py: ``language_model=dict(name="OUT")`` and
-``tokenizer_name="OUT"`` in MMDetection. The weights are random: a training from scratch learns
-them. Pretrained models are better where they can be had: ``bert-base-uncased``.
+Use it to try Grounding DINO on a small machine without a pretrained BERT, for example on the data
+of tools/make_synthetic_coco.py: ``language_model=dict(name="OUT")`` and ``tokenizer_name="OUT"``
+in MMDetection. The weights are random: a training from scratch learns them. Where you can get a
+pretrained model, it is better: ``bert-base-uncased``.
 
 Words are taken, in lower case, from
 
@@ -54,7 +54,7 @@ class ArgumentError(ValueError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code, 2 for an argument that cannot be used."""
+    """Run the command line; returns the exit code, 2 for an argument that cannot be used."""
     options = vars(_parser().parse_args(argv))
     try:
         count = make_text_model(**options)
@@ -81,13 +81,13 @@ def make_text_model(
     *,
     force: bool = False,
 ) -> int:
-    """Writes a BERT of random weights with its tokenizer; returns the number of tokens.
+    """Write a BERT of random weights with its tokenizer; returns the number of tokens.
 
     Args:
         out: folder to write; must not exist unless ``force``.
-        texts: files whose words become tokens.
+        texts: files; their words become tokens.
         hidden_size: size of a token's embedding, a multiple of ``heads``; the layers inside
-            the blocks have twice as many.
+            the blocks are twice as wide.
         layers: number of transformer blocks, ≥ 1.
         heads: number of attention heads, ≥ 1.
         seed: ≥ 0, of the weights.
@@ -102,7 +102,7 @@ def make_text_model(
     _check_target(target, force)
     try:
         tokens = vocabulary({word for path in texts for word in words_of(Path(path))})
-        # After the arguments were checked, as it takes seconds.
+        # Imported after the check of the arguments, as it takes seconds.
         import torch
         from transformers import BertConfig, BertModel, BertTokenizerFast
     except ImportError as error:
@@ -132,7 +132,7 @@ def make_text_model(
 
 
 def words_of(path: Path) -> set[str]:
-    """The words and marks of a file's texts, split and written as BERT's tokenizer does.
+    """Read the words and marks of a file's texts, split and spelled as BERT's tokenizer does.
 
     Raises:
         ArgumentError: the file cannot be read, or has no words.
@@ -144,7 +144,7 @@ def words_of(path: Path) -> set[str]:
         texts = list(_texts(path.read_text(encoding="utf-8"), suffix))
     except OSError as error:
         raise ArgumentError(f"--texts: cannot read '{path}': {error.strerror}") from None
-    except ValueError as error:  # also what is not UTF-8
+    except ValueError as error:  # also of a file that is not UTF-8
         kind = {".json": "JSON", ".jsonl": "JSON lines"}.get(suffix, "text")
         raise ArgumentError(f"--texts: '{path}' is not readable as {kind}: {error}") from None
     normal, split = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
@@ -160,7 +160,7 @@ def words_of(path: Path) -> set[str]:
 
 
 def vocabulary(words: set[str]) -> list[str]:
-    """Tokens in the order of their ids: BERT's special ones, characters, endings, words."""
+    """List the tokens in the order of their ids: special ones, characters, endings, words."""
     characters = set(string.ascii_lowercase + string.digits).union(*words)
     single = {*characters, *string.punctuation}
     endings = sorted(f"##{character}" for character in characters)
@@ -168,7 +168,7 @@ def vocabulary(words: set[str]) -> list[str]:
 
 
 def _texts(content: str, suffix: str) -> Iterator[str]:
-    """The texts of a file whose name ends in ``suffix``."""
+    """Find the texts of a file with the ending ``suffix``."""
     if suffix == ".jsonl":
         for line in content.splitlines():
             if line.strip():
@@ -204,7 +204,7 @@ def _mappings(records: Any) -> list[dict[str, Any]]:
 
 
 def _strings(records: Any, key: str) -> list[str]:
-    """The texts under ``key`` of those records that have one."""
+    """List the texts under ``key`` in the records that have one."""
     values = [record.get(key) for record in _mappings(records)]
     return [value for value in values if isinstance(value, str)]
 
@@ -223,7 +223,7 @@ def _check_numbers(hidden_size: int, layers: int, heads: int, seed: int) -> None
 
 
 def _check_target(target: Path, force: bool) -> None:
-    """Refuses a folder that may not be made or replaced."""
+    """Refuse a folder that may not be made or replaced."""
     if (parent := unwritable_parent(target)) is not None:
         raise ArgumentError(f"OUT: cannot write in '{parent}'; give a place that can be written")
     if not os.path.lexists(target):

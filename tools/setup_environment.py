@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Set up .venv, or bring it up to date: what `make setup` runs.
+"""Set up .venv, or bring it up to date. `make setup` runs this.
 
 Installs exactly the versions of constraints.txt, builds mmcv with its ops once, and packs
-Detectron2 from packaging/detectron2. Each step looks at what is there and does only what is
-missing, so an interrupted set-up is continued by the next run, and a changed pin reinstalls only
-what changed. When nothing is to be done it says so within a second.
+Detectron2 from packaging/detectron2. Each step does only the missing work. So the next run
+continues an interrupted set-up, and a changed pin reinstalls only its own package. When nothing is
+to be done, it says so within a second.
 
 Standard library only. The syntax is kept to Python 3.6's, so that an older Python can still read
 the file and say which one is needed.
@@ -73,7 +73,7 @@ def cpu_count() -> int:
 
 
 def wants_cuda() -> bool:
-    """Whether mmcv's CUDA ops are asked for, by the variable that mmcv's own build reads."""
+    """Tell whether the user asks for mmcv's CUDA ops, by the variable of mmcv's own build."""
     return os.environ.get("FORCE_CUDA") == "1"
 
 
@@ -81,11 +81,11 @@ def wants_cuda() -> bool:
 
 
 class Environment:
-    """The virtual environment, and what has to be done to it.
+    """The virtual environment, and the work that it needs.
 
     Args:
-        venv: its folder.
-        root: the repository.
+        venv: folder of the environment.
+        root: folder of the repository.
     """
 
     def __init__(self, venv: Path, root: Path) -> None:
@@ -106,7 +106,7 @@ class Environment:
             self.stamp = {}
 
     def refresh(self) -> None:
-        """Look again at what is installed."""
+        """Look again at the installed versions."""
         self.installed = installed_versions(self.site)
 
     def _read_stamp(self) -> Dict[str, Any]:
@@ -117,7 +117,7 @@ class Environment:
         return stamp if isinstance(stamp, dict) else {}
 
     def write_stamp(self) -> None:
-        """Record what this set-up was made from; written last, so it vouches for all steps."""
+        """Record the inputs of this set-up. The stamp is written last: it vouches for all steps."""
         self.refresh()
         mmcv = self.mmcv_key() if self.mmcv_needed() else self.stamp["mmcv"]
         stamp = dict(
@@ -131,7 +131,7 @@ class Environment:
         (self.venv / STAMP_NAME).write_text(text + "\n", "utf-8")
 
     def hashes(self) -> Dict[str, str]:
-        """Return hashes of what is installed from this repository."""
+        """Return hashes of the parts of this repository that are installed."""
         packaging = self.root / "packaging" / "detectron2"
         return {
             "detectron2": hash_files(packaging / name for name in ("backend.py", "pyproject.toml")),
@@ -193,10 +193,10 @@ class Environment:
         return "%s-torch%s-cp%d%d-%s" % ((self.pins["mmcv"], torch) + self.version + (platform,))
 
     def mmcv_needed(self) -> bool:
-        """Whether mmcv is missing, of another version, or built for another torch."""
+        """Tell whether mmcv is missing, of another version, or built for another torch."""
         if self.installed.get("mmcv") != self.pins["mmcv"]:
             return True
-        # One built for CUDA also serves those who do not ask for CUDA again.
+        # A build for CUDA serves without CUDA, too.
         return self.stamp.get("mmcv") not in (self.mmcv_key(), self.mmcv_key() + "_cuda")
 
     def cached_mmcv(self) -> Optional[Path]:
@@ -205,24 +205,24 @@ class Environment:
         return wheels[0] if wheels else None
 
     def detectron2_needed(self) -> bool:
-        """Whether our wheel is missing or outdated. A Detectron2 of the user's own is kept."""
+        """Tell whether our wheel is missing or outdated. A user's own Detectron2 is kept."""
         version = self.installed.get("detectron2")
         if version is not None and not version.endswith(DETECTRON2_LABEL):
             return False
         return version is None or self.stamp.get("detectron2") != self.hashes()["detectron2"]
 
     def has_kernels(self) -> bool:
-        """Whether the project's C code is compiled, which happens where a compiler allows it."""
+        """Tell whether the project's C code is compiled. Without a fitting compiler it is not."""
         return any((self.root / "plugin_core" / "kernels").glob("_library*"))
 
     def project_needed(self) -> bool:
-        """Whether this repository's own metadata or compiled code is missing or outdated."""
+        """Tell whether this repository's own metadata or compiled code is missing or outdated."""
         missing = "detection-plugins" not in self.installed
         missing = missing or (self.stamp.get("kernels", True) and not self.has_kernels())
         return missing or self.stamp.get("project") != self.hashes()["project"]
 
     def complete(self) -> bool:
-        """Whether nothing is left to do."""
+        """Tell whether nothing is left to do."""
         return not (
             self.why_new
             or self.tool_changes()
@@ -234,7 +234,7 @@ class Environment:
         )
 
     def problems(self) -> List[str]:
-        """Return one sentence for each thing that this machine lacks for what is to be done."""
+        """Return one sentence for each thing that this machine lacks for the open steps."""
         found = [check_venv()]
         if self.mmcv_needed() and self.cached_mmcv() is None:
             found += [check_compiler(), check_headers()]
@@ -264,7 +264,7 @@ def clock(seconds: float) -> str:
 
 
 def build_progress(log: Path) -> str:
-    """Return how many objects ninja has compiled, by the last `[n/m]` in the log."""
+    """Return the number of objects that ninja has compiled, by the last `[n/m]` in the log."""
     with log.open("rb") as file:
         file.seek(0, os.SEEK_END)
         file.seek(max(0, file.tell() - 65536))
@@ -325,7 +325,7 @@ def run(command: List[str], log: Path, doing: str, **extra: str) -> None:
 
 
 def pip(env: Environment, doing: str, *arguments: str) -> None:
-    """Run pip in the environment with our pins. Never with an index: that is the user's to set."""
+    """Run pip in the environment with our pins, and without an index: users set their own."""
     command = [str(env.python), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
     command += ["-c", str(env.root / "constraints.txt")]
     run(command + list(arguments), env.venv / LOG_NAME, doing)
@@ -377,7 +377,7 @@ def create(env: Environment) -> None:
 
 
 def build_minutes(jobs: str) -> int:
-    """Return about how long mmcv's build takes without CUDA: 9 minutes on 2 cores."""
+    """Estimate the minutes of mmcv's build without CUDA: 9 on 2 cores."""
     return max(2, round(18 / min(int(jobs), cpu_count())))
 
 
@@ -408,7 +408,7 @@ def build_mmcv(env: Environment) -> Path:
     for name in ("wheel", "tmp"):
         (work / name).mkdir(parents=True)
     extra = {"MMCV_WITH_OPS": "1", "MAX_JOBS": jobs, "TMPDIR": str(work / "tmp")}
-    # ninja and the headers of this environment are what the build must find.
+    # The build must find ninja and the headers of this environment.
     extra["PATH"] = os.pathsep.join([str(env.venv / "bin"), os.environ.get("PATH", os.defpath)])
     if not wants_cuda():
         extra["CUDA_VISIBLE_DEVICES"] = ""  # a GPU in sight would make the build ask for nvcc
@@ -447,10 +447,10 @@ def install_mmcv(env: Environment) -> None:
 
 
 def check_opencv(env: Environment) -> None:
-    """Replace OpenCV's files by those of its headless build where the system lacks libGL.
+    """Replace OpenCV's files by its headless build's where the system lacks libGL.
 
-    The headless package goes over the other one, whose metadata stays: mmcv and mmengine
-    require it by name.
+    The headless package goes over the other one. The other one's metadata stays, as mmcv and
+    mmengine require it by name.
     """
     error = python_error(env, "import cv2")
     if not error:
@@ -516,8 +516,7 @@ def main() -> int:
     if problem:
         print(problem, file=sys.stderr)
         return 1
-    # Also where a shell that put us in the background has these two ignored: what we started is
-    # stopped with us.
+    # A background shell may have made us ignore these two signals. Then our children would run on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = time.time()

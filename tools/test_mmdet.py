@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""MMDetection's own tools/test.py, with the plugins registered and the config checked first.
+"""Run MMDetection's own tools/test.py, with the plugins registered and the config checked first.
 
 tools/test_mmdet.py CONFIG CHECKPOINT
 """

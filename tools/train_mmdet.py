@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""MMDetection's own tools/train.py, with the plugins registered and the config checked first.
+"""Run MMDetection's own tools/train.py, with the plugins registered and the config checked first.
 
 tools/train_mmdet.py configs/mm/triplet_attention/faster-rcnn_r50-triplet_fpn_1x_coco.py
 """

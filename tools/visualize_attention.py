@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw what a trained detector's attention does when it makes a detection.
+"""Draw a trained detector's attention in a detection.
 
     tools/visualize_attention.py output/config.yaml --weights output/model_final.pth a.jpg b.jpg \\
         --out pictures
@@ -8,25 +8,24 @@
     tools/visualize_attention.py my_grounding_config.py --weights iter_1500.pth a.jpg \\
         --out pictures --phrase "the red disk" --text "the red disk, the small square."
 
-A config is one of Detectron2 (.yaml, or .py in LazyConfig's style) or of MMDetection (.py); the one
-that a training leaves in its output folder has all settings that it ran with (but a LazyConfig is
-taken as .py only). Of each image the
-best detection of the class is explained, in a sheet DIR/<image>_attention.png; the main pictures of
-the sheet are files of their own too:
+A config is one of Detectron2 (.yaml, or .py in LazyConfig's style) or of MMDetection (.py). A
+training leaves its config with all settings in its output folder; a LazyConfig works as .py only.
+Each image's best detection of the class is explained in a sheet, DIR/<image>_attention.png. The
+main pictures of the sheet are files of their own, too:
 
-    gradcam, gradcam++  what the detection's score depends on in the backbone's last stage
+    gradcam, gradcam++  Grad-CAMs of the detection's score over the backbone's last stage
     triplet             the three gates of the last triplet attention
-    ida-queries         of the last IDA block, the queries that attend most to the detection's box
-    …                   likewise any other block plugin that offers maps, by its name
+    ida-queries         queries of the last IDA block that attend most to the detection's box
+    …                   maps of any other block plugin that offers them, by its name
     ida-regions         where IDA's classifier looks in the region of the detection, for its class
 
-Of a detector of MMDetection that reads a text (GLIP, Grounding DINO) phrases are explained, each in
-a row of the sheet:
+With a detector of MMDetection that reads a text (GLIP, Grounding DINO), phrases are explained, each
+in a row of the sheet:
 
-    phrase, phrase-2 …  what the phrase's score depends on, as attention mask consistency has it: in
-                        the last fusion layer's attention, or in what the config's model.heatmap or
-                        --layer names. A cross marks the maximum; the box is the phrase's best
-                        detection
+    phrase, phrase-2 …  heatmap of the phrase's score, as in attention mask consistency: over the
+                        last fusion layer's attention, or over the module in the config's
+                        model.heatmap or in --layer. A cross marks the maximum; the box is the
+                        phrase's best detection
 
 Colours go from a map's least value to its greatest.
 """
@@ -59,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows_of = prepare(args)
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
-        lines = str(error).splitlines()  # of a library there can be several
+        lines = str(error).splitlines()  # a library's error can have several
         sys.exit(f"error: {' '.join(line.strip() for line in lines)}")
     drawn = 0
     for path in tqdm(args.images, unit="image"):
@@ -140,7 +139,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace) -> Callable[[str], list[Row]]:
-    """Load and check all that is asked for; gives what makes the rows of an image's sheet."""
+    """Load and check everything; returns a function that makes the rows of an image's sheet."""
     side = common_side(args.config, args.baseline and args.baseline[0])
     check_images(args.images)
     caption = choose_caption(args, side)
@@ -164,9 +163,9 @@ def prepare(args: argparse.Namespace) -> Callable[[str], list[Row]]:
 
 
 def choose_caption(args: argparse.Namespace, side: str) -> Caption | None:
-    """Make what a detector is to read; None where no phrase is asked for.
+    """Make the caption for a detector to read; None if the user asks for no phrase.
 
-    Raises ValueError if an argument is wrong, or is not for phrases.
+    Raises ValueError if an argument is wrong, or does not go with phrases.
     """
     if not args.phrase:
         if args.text is not None:
@@ -184,7 +183,7 @@ def choose_caption(args: argparse.Namespace, side: str) -> Caption | None:
     if len(args.layer) > 1:
         raise ValueError(f"--layer {args.layer[1]}: the heatmap of a phrase is made of one layer")
     try:
-        # MMDetection takes these from the ends of phrases too.
+        # MMDetection strips these from the ends of phrases, too.
         return Caption(tuple(phrase.strip(". ") for phrase in args.phrase), args.text)
     except ValueError as error:
         raise ValueError(f"--phrase: {error}") from error

@@ -1,10 +1,10 @@
 """PEP 517 backend that packs the Python part of Detectron2 v0.6 as a wheel.
 
-Detectron2 is not on the package index under its own name, but a source archive with its
-Python files and model zoo configs is, as ``pb1-detectron2``. pip refuses that archive (its
-metadata names a direct URL) and its setup.py needs C++ sources that it does not hold. So this
-backend fetches it, checks its hash, repairs what newer NumPy, Pillow and PyTorch broke (see
-``FIXES``), puts a stub in place of the compiled ops, and packs ``detectron2==0.6+py``.
+The package index has no ``detectron2``. It has ``pb1-detectron2``, a source archive with
+Detectron2's Python files and model zoo configs. pip refuses this archive, as its metadata names a
+direct URL, and its setup.py needs C++ sources that are missing. So this backend fetches the
+archive, checks its hash, repairs it for newer NumPy, Pillow and PyTorch (see ``FIXES``), puts a
+stub in place of the compiled ops, and packs ``detectron2==0.6+py``.
 
 Environment variables:
     PIP_INDEX_URL, UV_DEFAULT_INDEX, UV_INDEX_URL: the package index to ask, as for pip and uv.
@@ -320,8 +320,8 @@ def unpack(archive: Path, destination: Path, sha256: str = SDIST_SHA256) -> Path
     if found != sha256:
         raise BuildError(f"{archive.name}: sha256 is {found}, expected {sha256}; not used")
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
-        # The filter came with Python 3.12 and security releases of older ones. Without it the
-        # checked hash alone vouches for the archive.
+        # The filter came with Python 3.12 and with security releases of older versions. Without it,
+        # only the checked hash vouches for the archive.
         safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
         tar.extractall(destination, **safely)
     (root,) = destination.iterdir()
@@ -341,7 +341,7 @@ def prepare(source: Path) -> None:
 
 
 def apply_fixes(source: Path, fixes: tuple[Fix, ...]) -> None:
-    """Apply every fix, each of which must match exactly as often as it says.
+    """Apply every fix. Each must match exactly as often as its ``count``.
 
     Args:
         source: root of the source.
@@ -364,7 +364,7 @@ def apply_fixes(source: Path, fixes: tuple[Fix, ...]) -> None:
 
 
 def notice(fixes: tuple[Fix, ...]) -> str:
-    """Return the NOTICE that goes into the wheel: what differs from upstream."""
+    """Return the NOTICE for the wheel: the differences from upstream."""
     lines = [
         "Detectron2, Copyright (c) Facebook, Inc. and its affiliates, Apache License 2.0.",
         "",

@@ -1,7 +1,7 @@
 """A scene's records: COCO's instances, keypoints, panoptic segments; MMDetection's grounding.
 
-Segmentation, box and area describe the visible part of an object, as in COCO: polygons in
-continuous pixel coordinates (0…W, 0…H), box (x, y, w, h) their extent, area theirs.
+Segmentation, box and area describe the visible part of an object, as in COCO. Polygons are in
+continuous pixel coordinates (0…W, 0…H). The box (x, y, w, h) is their extent, the area is theirs.
 """
 
 from typing import Any
@@ -22,14 +22,14 @@ DESCRIPTION = "Synthetic scenes in the layout of COCO 2017"
 # Fixed: a date of today would change the bytes of the files.
 _DATE = "2017-01-01 00:00:00"
 _LICENSE = {"id": 1, "name": "No known copyright restrictions", "url": ""}
-# Annotation ids are image id * this + position: they do not depend on the other images.
+# An annotation's id is image id * _IDS_PER_IMAGE + position. It depends on no other image.
 _IDS_PER_IMAGE = 100
 _MIN_PIECE = 1.0  # square pixels; smaller splinters of an occluded object are not outlined
-_MIN_MENTIONED = 4.0  # pixels; no phrase means an object whose visible box is narrower or lower
+_MIN_MENTIONED = 4.0  # pixels; least width and height of the visible box of a mentioned object
 
 
 def file_head() -> Record:
-    """``info`` and ``licenses`` of an annotation file."""
+    """Make ``info`` and ``licenses`` of an annotation file."""
     info = {
         "contributor": "make_synthetic_coco.py",
         "date_created": _DATE[:10].replace("-", "/"),
@@ -42,18 +42,18 @@ def file_head() -> Record:
 
 
 def thing_categories(classes: int) -> list[Record]:
-    """Categories of the instances file."""
+    """List the categories of the instances file."""
     return [_category(category) for category in THINGS[:classes]]
 
 
 def person_categories() -> list[Record]:
-    """The one category of the keypoints file, with COCO's keypoint names and skeleton."""
+    """List the one category of the keypoints file, with COCO's keypoint names and skeleton."""
     skeleton = [list(pair) for pair in SKELETON]
     return [_category(THINGS[0]) | {"keypoints": list(KEYPOINTS), "skeleton": skeleton}]
 
 
 def panoptic_categories(classes: int) -> list[Record]:
-    """Categories of the panoptic file: things, then stuff."""
+    """List the categories of the panoptic file: things, then stuff."""
     marked = [(category, 1) for category in THINGS[:classes]] + [(item, 0) for item in STUFF]
     return [
         _category(category) | {"isthing": isthing, "color": list(category.color)}
@@ -70,7 +70,7 @@ def _category(category: Category) -> Record:
 
 
 def image_record(image_id: int, width: int, height: int) -> Record:
-    """An entry of ``images``."""
+    """Make an entry of ``images``."""
     return {
         "id": image_id,
         "file_name": f"{image_id:012d}.jpg",
@@ -84,7 +84,7 @@ def image_record(image_id: int, width: int, height: int) -> Record:
 
 
 def instance_records(scene: Scene, rendering: Rendering, image_id: int) -> list[Record]:
-    """One instance annotation for each object of the scene, from back to front."""
+    """Make one instance annotation for each object of the scene, from back to front."""
     records = []
     for number, thing in enumerate(scene.things, start=1):
         polygons = visible_polygons(rendering.things_fine == number)
@@ -105,7 +105,7 @@ def instance_records(scene: Scene, rendering: Rendering, image_id: int) -> list[
 
 
 def visible_polygons(mask: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
-    """Outlines of a supersampled mask, each (n ≥ 3, 2) in image pixels, the largest first.
+    """Trace the outlines of a supersampled mask, each (n ≥ 3, 2) in image pixels, largest first.
 
     COCO's polygons have no holes: a mask with one is cut in two along a column through it.
     """
@@ -127,7 +127,7 @@ def visible_polygons(mask: NDArray[np.bool_]) -> list[NDArray[np.float64]]:
 
 
 def _simple_contours(mask: NDArray[np.uint8]) -> list[NDArray[np.float64]]:
-    """Contours (n, 2) of a mask's regions, cut until none of them has a hole."""
+    """Trace the contours (n, 2) of a mask's regions, cut until none of them has a hole."""
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     for contour, (_, _, _, parent) in zip(contours, hierarchy[0], strict=True):
         if parent >= 0 and cv2.contourArea(contour) > SUPERSAMPLE**2:
@@ -142,7 +142,7 @@ def _simple_contours(mask: NDArray[np.uint8]) -> list[NDArray[np.float64]]:
 
 
 def _polygon_area(polygon: NDArray[np.float64]) -> float:
-    """Shoelace area of (n, 2) points."""
+    """Compute the area inside (n, 2) points by the shoelace formula."""
     x, y = polygon[:, 0], polygon[:, 1]
     return float(abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2)
 
@@ -150,7 +150,7 @@ def _polygon_area(polygon: NDArray[np.float64]) -> float:
 def keypoint_records(
     scene: Scene, rendering: Rendering, instances: list[Record], size: int
 ) -> list[Record]:
-    """The instance annotations of the persons, with ``keypoints`` and ``num_keypoints``."""
+    """Copy the persons' instance annotations, with ``keypoints`` and ``num_keypoints``."""
     records = []
     for number, (thing, instance) in enumerate(zip(scene.things, instances, strict=True), 1):
         if thing.category_id == PERSON_ID:
@@ -161,7 +161,7 @@ def keypoint_records(
 
 
 def _keypoints(thing: Thing, number: int, things: NDArray[np.uint8], size: int) -> list[int]:
-    """51 integers x, y, v. COCO's keypoints are whole pixels, unlike its polygons."""
+    """List 51 integers x, y, v. COCO's keypoints are whole pixels, unlike its polygons."""
     assert thing.pose is not None
     height, width = things.shape
     values: list[int] = []
@@ -177,7 +177,7 @@ def _keypoints(thing: Thing, number: int, things: NDArray[np.uint8], size: int) 
 def panoptic_record(
     scene: Scene, rendering: Rendering, image_id: int
 ) -> tuple[Record, NDArray[np.uint8]]:
-    """The panoptic annotation of an image and its PNG (H, W, 3), id = R + 256 G + 256² B."""
+    """Make an image's panoptic annotation and PNG (H, W, 3), id = R + 256 G + 256² B."""
     png = np.zeros((*rendering.things.shape, 3), np.uint8)
     segments: list[Record] = []
     for number, thing in enumerate(scene.things, start=1):
@@ -198,7 +198,7 @@ def panoptic_record(
 def _add_segment(
     segments: list[Record], png: NDArray[np.uint8], mask: NDArray[np.bool_], category: Category
 ) -> None:
-    """Writes a mask (H, W) into ``png`` in its category's colour, varied until it is new."""
+    """Write a mask (H, W) into ``png`` in its category's colour, varied until it is new."""
     if not mask.any():
         return
     color = list(category.color)
@@ -224,7 +224,7 @@ def _segment_id(color: list[int]) -> int:
 
 
 def caption_records(captions: list[str], image_id: int) -> list[Record]:
-    """Entries of the captions file."""
+    """Make an image's entries of the captions file."""
     return [
         {"id": image_id * _IDS_PER_IMAGE + position, "image_id": image_id, "caption": caption}
         for position, caption in enumerate(captions, start=1)
@@ -232,17 +232,17 @@ def caption_records(captions: list[str], image_id: int) -> list[Record]:
 
 
 def grounding_records(scene: Scene, image: Record, instances: list[Record]) -> dict[str, Records]:
-    """What MMDetection's grounding files say of an image.
+    """Make an image's records for MMDetection's grounding files.
 
     Args:
-        scene: the image's.
-        image: its ``image_record``.
-        instances: its ``instance_records``.
+        scene: of the image.
+        image: the image's ``image_record``.
+        instances: the image's ``instance_records``.
 
     Returns:
         "odvg": the one line of ODVGDataset's file; "flickr30k" and "refcoco": annotations of
-        Flickr30kDataset's and MDETRStyleRefCocoDataset's files, with "flickr30k_images" and
-        "refcoco_images", their entries of ``images``.
+        Flickr30kDataset's and MDETRStyleRefCocoDataset's files; "flickr30k_images" and
+        "refcoco_images": these files' entries of ``images``.
     """
     mentioned = _mentionable(instances)
     phrases = caption_phrases(scene, mentioned, turn=image["id"])
@@ -262,8 +262,8 @@ def grounding_records(scene: Scene, image: Record, instances: list[Record]) -> d
         "width": image["width"],
         "grounding": {"caption": text, "regions": regions},
     }
-    # Nothing can be measured in an image without phrases, and Flickr30kMetric's recall is not
-    # defined there; a training may well learn from it.
+    # Without phrases nothing can be measured, and Flickr30kMetric's recall is not defined. But a
+    # training may learn from such an image.
     entries = [image | {"caption": text, "tokens_positive_eval": tokens}] if phrases else []
     boxes = [
         instances[position] | {"phrase_ids": number}
@@ -287,7 +287,7 @@ def grounding_records(scene: Scene, image: Record, instances: list[Record]) -> d
 def _refcoco_pair(
     image: Record, expression: str, instance: Record, number: int
 ) -> tuple[Record, Record]:
-    """An expression as an image of its own, and its one annotation, both with the same id."""
+    """Make an expression an image of its own with one annotation, both with the same id."""
     unique = image["id"] * _IDS_PER_IMAGE + number
     entry = {
         "id": unique,
@@ -303,7 +303,7 @@ def _refcoco_pair(
 
 
 def _mentionable(instances: list[Record]) -> list[int]:
-    """Positions of the objects of which enough is seen."""
+    """List the positions of the objects that are seen well enough."""
     sizes = (instance["bbox"][2:] for instance in instances)
     return [position for position, size in enumerate(sizes) if min(size) >= _MIN_MENTIONED]
 

@@ -10,7 +10,7 @@ _STUFF_NAMES = {category.id: category.name for category in STUFF}
 
 
 def captions(scene: Scene) -> list[str]:
-    """Five captions: the two largest objects, the counts, the largest, all, and a front view."""
+    """Write five captions: the two largest objects, the counts, the largest, all, a front view."""
     by_size = sorted(scene.things, key=lambda thing: -thing.side)
     below = ground(scene)
     largest = _phrase(by_size[0])
@@ -26,7 +26,7 @@ def captions(scene: Scene) -> list[str]:
 
 
 def _phrase(thing: Thing) -> str:
-    """An object with its size, colour and texture: "a small red striped disk"."""
+    """Describe an object by size, colour and texture: "a small red striped disk"."""
     texture = "" if thing.texture.kind == "plain" else f"{thing.texture.kind} "
     if thing.category_id == PERSON_ID:
         return f"a {thing.size} person in {article(thing.color)} {thing.color} {texture}shirt"
@@ -34,12 +34,12 @@ def _phrase(thing: Thing) -> str:
 
 
 def article(word: str) -> str:
-    """The indefinite article before a word."""
+    """Choose the indefinite article before a word."""
     return "an" if word[0] in "aeiou" else "a"
 
 
 def direction(first: Thing, second: Thing) -> str:
-    """Where the first object's centre is from the second's: left of, right of, above or below."""
+    """Say where the first object is from the second: left of, right of, above or below."""
     dx, dy = (a - b for a, b in zip(first.center, second.center, strict=True))
     if abs(dx) >= abs(dy):
         return "left of" if dx < 0 else "right of"
@@ -61,12 +61,12 @@ def _count(category_id: int, count: int) -> str:
 
 
 def number(count: int) -> str:
-    """A number from 0 to 6 in letters."""
+    """Spell a number from 0 to 6."""
     return _NUMBERS[count]
 
 
 def plural(name: str) -> str:
-    """Several objects of a class."""
+    """Name several objects of a class."""
     return {"person": "people", "cross": "crosses"}.get(name, f"{name}s")
 
 
@@ -77,7 +77,7 @@ def _join(phrases: list[str]) -> str:
 
 
 def ground(scene: Scene) -> str:
-    """The background's one or two classes."""
+    """Name the background's one or two classes."""
     if len(scene.stuff) == 1:
         return _STUFF_NAMES[scene.stuff[0]]
     top, bottom = (_STUFF_NAMES[category_id] for category_id in scene.stuff)
@@ -85,6 +85,6 @@ def ground(scene: Scene) -> str:
 
 
 def _region(scene: Scene, thing: Thing) -> str:
-    """Which third of the picture, from left to right, holds an object's centre."""
+    """Name the third of the picture, from left to right, that holds an object's centre."""
     thirds = ("on the left", "in the middle", "on the right")
     return thirds[min(int(3 * thing.center[0] / scene.aspect[0]), 2)]

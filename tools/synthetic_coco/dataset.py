@@ -1,7 +1,7 @@
-"""Writes a whole dataset, or nothing.
+"""Writing a whole dataset, or nothing.
 
-Everything is drawn into a temporary sibling of the output directory, which takes its name
-when it is complete. A directory is replaced only if this tool wrote everything in it.
+Everything is drawn into a temporary sibling of the output directory. When it is complete, it takes
+the output's name. A directory is replaced only if this tool wrote everything in it.
 """
 
 import json
@@ -23,7 +23,7 @@ from .scene import SPLITS, Settings, image_generator, sample_scene
 from .vocabulary import THINGS, companions
 
 MIN_SIZE, MAX_SIZE = 64, 2048
-# Val ids start here, whatever the number of train images: a val image keeps its name.
+# First val id, whatever the number of train images. So a val image keeps its name.
 VAL_ID_OFFSET = 500_000
 MARKER = "annotations/synthetic_coco.json"
 _OWN_FILES = re.compile(
@@ -41,7 +41,7 @@ class ArgumentError(ValueError):
 
 @dataclass(frozen=True)
 class Summary:
-    """What was written: the numbers of images and objects, and where."""
+    """The numbers of images and objects that were written, and their place."""
 
     train: int
     val: int
@@ -62,7 +62,7 @@ def make_dataset(
     force: bool = False,
     progress: bool = True,
 ) -> Summary:
-    """Draws a dataset in the layout of COCO 2017.
+    """Draw a dataset in the layout of COCO 2017.
 
     Args:
         out: directory to write; must not exist unless ``force``.
@@ -71,15 +71,15 @@ def make_dataset(
         size: long side of the images in pixels, 64…2048; the short side is 0.75…1 of it.
         seed: ≥ 0; the same seed gives the same bytes.
         classes: number of object classes, 2…7: person, disk, square, triangle, star, ring, cross.
-        context_bias: 0.5…1; a class's companion is in P of the train images that hold the
-            class and in 1 - P of the val images. None: no correlation.
+        context_bias: P in 0.5…1: of the images that hold a class, a share P also holds the class's
+            companion in train, and a share 1 - P in val. None: no correlation.
         imbalance: ≥ 1; object counts of the classes fall geometrically to 1/R in train. Val
             stays balanced, so that the rare classes' AP can be measured.
         force: replace a dataset that this tool wrote, once the new one is complete.
         progress: show a progress bar on stderr.
 
     Returns:
-        the numbers of images and objects written.
+        The numbers of images and objects written, and their place.
 
     Raises:
         ArgumentError: an argument is out of range, or ``out`` may not be written.
@@ -129,7 +129,7 @@ def _check_arguments(train: int, val: int, size: int, seed: int, settings: Setti
 
 
 def _check_target(target: Path, force: bool) -> None:
-    """Refuses a target that may not be created or replaced."""
+    """Refuse a target that may not be created or replaced."""
     if not os.path.lexists(target):
         return _check_parent(target)
     if not force:
@@ -157,7 +157,7 @@ def _is_leaf(path: Path) -> bool:
 
 
 def _check_parent(target: Path) -> None:
-    """Refuses a target whose nearest existing ancestor is no directory that can be written."""
+    """Refuse a target if its nearest existing ancestor is no writable directory."""
     if (parent := unwritable_parent(target)) is not None:
         raise ArgumentError(f"OUT: cannot write in '{parent}'; give a place that can be written")
 
@@ -165,7 +165,7 @@ def _check_parent(target: Path) -> None:
 def _write_split(
     root: Path, split: str, count: int, size: int, seed: int, settings: Settings, bar: Any
 ) -> int:
-    """Writes the images and annotation files of a split; returns the number of objects."""
+    """Write the images and annotation files of a split; returns the number of objects."""
     images, panoptic_pngs = root / f"{split}2017", root / f"annotations/panoptic_{split}2017"
     images.mkdir()
     panoptic_pngs.mkdir(parents=True)

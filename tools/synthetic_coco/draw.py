@@ -1,7 +1,7 @@
-"""Draws a scene: the image, and who is seen in each pixel.
+"""Drawing a scene: the image, and the object seen in each pixel.
 
-Objects are filled at ``SUPERSAMPLE`` times the image's resolution and averaged down, which
-gives antialiased edges and, from the same raster, masks with a quarter of a pixel's precision.
+Objects are filled at ``SUPERSAMPLE`` times the image's resolution and averaged down. This gives
+antialiased edges and, from the same raster, masks to a quarter of a pixel.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Rendering:
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> Rendering:
-    """Draws a scene with a long side of ``size`` pixels; ``rng`` gives the backgrounds' noise."""
+    """Draw a scene with a long side of ``size`` pixels; ``rng`` gives the backgrounds' noise."""
     width, height = scene.pixels(size)
     stuff = _stuff_map(scene, width, height, size)
     canvas = np.zeros((height, width, 3), np.float32)
@@ -65,7 +65,7 @@ def _draw_thing(
     size: int,
     rng: np.random.Generator,
 ) -> None:
-    """Paints one object over ``canvas`` and writes its number into both label maps."""
+    """Paint one object over ``canvas`` and write its number into both label maps."""
     height, width = things.shape
     x0, y0, x1, y1 = (value * size for value in bounds(thing.outline))
     left, top = max(int(x0) - 1, 0), max(int(y0) - 1, 0)
@@ -96,12 +96,12 @@ def _draw_thing(
 
 
 def _average(fine: Field, shape: tuple[int, int]) -> Field:
-    """Mean over SUPERSAMPLE² blocks; ``shape`` is (width, height)."""
+    """Average over SUPERSAMPLE² blocks; ``shape`` is (width, height)."""
     return np.asarray(cv2.resize(fine, shape, interpolation=cv2.INTER_AREA), np.float32)
 
 
 def _paints(thing: Thing, rng: np.random.Generator) -> dict[str, tuple[int, ...]]:
-    """The colour of each paint; a person's named colour is that of the shirt."""
+    """Choose the colour of each paint; a person's named colour is the shirt's."""
     color = OBJECT_COLORS[thing.color]
     if thing.category_id != PERSON_ID:
         return {"body": color}
@@ -121,7 +121,7 @@ def _paints(thing: Thing, rng: np.random.Generator) -> dict[str, tuple[int, ...]
 def _textured(
     tone: Field, thing: Thing, left: int, top: int, shape: tuple[int, int], size: int
 ) -> Field:
-    """(h, w, 3) colours of the object's texture in the window at (left, top)."""
+    """Paint the object's texture (h, w, 3) in the window at (left, top)."""
     ys, xs = np.mgrid[0 : shape[1], 0 : shape[0]].astype(np.float32)
     scale = 1 / (thing.side * size)
     xs = (xs + (left + 0.5 - thing.center[0] * size)) * scale
@@ -134,7 +134,7 @@ def _textured(
 
 
 def _pattern(texture: Texture, xs: Field, ys: Field, repeats: float) -> Field:
-    """Weight 0…1 of the second tone at object coordinates of about -0.5…0.5."""
+    """Compute the weight 0…1 of the second tone at object coordinates of about -0.5…0.5."""
     if texture.kind == "plain":
         return np.zeros_like(xs)
     cos, sin = np.float32(np.cos(texture.angle)), np.float32(np.sin(texture.angle))
@@ -152,12 +152,12 @@ def _pattern(texture: Texture, xs: Field, ys: Field, repeats: float) -> Field:
 
 
 def _step(wave: NDArray[np.floating]) -> Field:
-    """0 or 1 by the sign of a wave, with a soft edge so that it does not alias."""
+    """Give 0 or 1 by the sign of a wave, with a soft edge against aliasing."""
     return np.clip(0.5 + 2 * wave, 0, 1).astype(np.float32)
 
 
 def _stuff_map(scene: Scene, width: int, height: int, size: int) -> NDArray[np.uint8]:
-    """(H, W) background category ids; two stuffs meet at a slightly wavy horizon."""
+    """Draw (H, W) background category ids; two stuffs meet at a slightly wavy horizon."""
     stuff = np.full((height, width), scene.stuff[-1], np.uint8)
     if len(scene.stuff) == 2:
         position = (np.arange(width) + 0.5) / width
@@ -169,7 +169,7 @@ def _stuff_map(scene: Scene, width: int, height: int, size: int) -> NDArray[np.u
 
 
 def _noise(rng: np.random.Generator, width: int, height: int, cell: float, ratio: float) -> Field:
-    """Smooth noise (H, W) of unit deviation; cells ``cell`` pixels high, ``ratio`` times wider."""
+    """Draw smooth noise (H, W), deviation 1; cells ``cell`` pixels high, ``ratio`` times wider."""
     rows, columns = int(height / cell) + 3, int(width / (cell * ratio)) + 3
     grid = rng.standard_normal((rows, columns), dtype=np.float32)
     return np.asarray(cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC), np.float32)
@@ -178,7 +178,7 @@ def _noise(rng: np.random.Generator, width: int, height: int, cell: float, ratio
 def _ground(
     category_id: int, width: int, height: int, size: int, rng: np.random.Generator
 ) -> Field:
-    """(H, W, 3) texture of one stuff class; patterns scale with the image."""
+    """Draw the texture (H, W, 3) of one stuff class; patterns scale with the image."""
     ys, xs = np.mgrid[0:height, 0:width].astype(np.float32) / np.float32(size)
     patches = _noise(rng, width, height, size / 5, 1)
     base = np.asarray(STUFF_COLORS[category_id], np.float32)

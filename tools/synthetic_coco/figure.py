@@ -1,8 +1,7 @@
 """The person class: a posed figure with COCO's 17 keypoints, and the parts that draw it.
 
-The figure is built at a height of about 1 around COCO's keypoints; every part is the
-convex hull of a few circles centred on keypoints, so a keypoint always lies well inside
-the part that it belongs to.
+The figure is built at a height of about 1 around COCO's keypoints. Every part is the convex hull
+of a few circles centred on keypoints. So a keypoint always lies well inside its part.
 """
 
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ class Pose:
 
     Attributes:
         keypoints: (17, 2) in COCO's order, unit outline coordinates.
-        visibility: (17,) what the pose itself allows: 2 seen, 1 behind the head, 0 not labelled.
+        visibility: (17,) by the pose alone: 2 seen, 1 behind the head, 0 not labelled.
         scale: factor from figure coordinates (height about 1) to unit outline coordinates.
         back: whether the figure is seen from behind.
     """
@@ -47,7 +46,7 @@ class Pose:
 
 
 def sample_pose(rng: np.random.Generator) -> Pose:
-    """Draws a pose: arms, legs, turn of the head, lean; one in five figures is seen from behind."""
+    """Draw a pose: arms, legs, turn of the head, lean; one in five figures is seen from behind."""
     back = bool(rng.random() < 0.2)
     # A figure that faces the viewer has its left side on the right of the image.
     left = -1 if back else 1
@@ -77,7 +76,7 @@ def sample_pose(rng: np.random.Generator) -> Pose:
 
 
 def figure_outline(pose: Pose) -> list[Part]:
-    """The figure's parts from back to front, in the coordinates of ``pose.keypoints``."""
+    """List the figure's parts from back to front, in the coordinates of ``pose.keypoints``."""
     points = {name: pose.keypoints[index] for name, index in _INDEX.items()}
     unit = pose.scale
 
@@ -102,7 +101,7 @@ def figure_outline(pose: Pose) -> list[Part]:
 
 
 def _head_points(yaw: float, left: int) -> Points:
-    """Nose, eyes and ears, (5, 2); ``yaw`` -1…1 moves the face sideways."""
+    """Place nose, eyes and ears, (5, 2); ``yaw`` -1…1 moves the face sideways."""
     x = 0.045 * yaw
     features = [(x, 0.015), (x + 0.042 * left, -0.02), (x - 0.042 * left, -0.02)]
     ears = [(0.108 * left, 0.0), (-0.108 * left, 0.0)]
@@ -110,7 +109,7 @@ def _head_points(yaw: float, left: int) -> Points:
 
 
 def _head_axes(pose: Pose) -> tuple[Points, Points]:
-    """Head centre (2,) and the figure's downward unit vector (2,), from the two ears."""
+    """Find the head centre (2,) and the downward unit vector (2,) from the two ears."""
     first, second = pose.keypoints[3], pose.keypoints[4]
     across = (first - second) if first[0] > second[0] else (second - first)
     across = across / np.linalg.norm(across)
@@ -159,7 +158,7 @@ def _limb(
     bend: tuple[float, float],
     lengths: tuple[float, float],
 ) -> list[Points]:
-    """Three joints of a limb on the side ``sign``; angles in degrees from straight down."""
+    """Place three joints of a limb on the side ``sign``; angles in degrees from straight down."""
     first = np.deg2rad(rng.uniform(*upper))
     second = first + np.deg2rad(rng.uniform(*bend))
     start = np.array([sign * root[0], root[1]])

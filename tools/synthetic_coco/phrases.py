@@ -1,9 +1,9 @@
-"""Noun phrases that say exactly which objects of a scene they mean, and captions made of them.
+"""Unambiguous noun phrases for the objects of a scene, and captions made of them.
 
-A phrase has a class and may have a size, a colour, a texture and a relation to an object that
-is alone in fitting its own short name: "the large disk left of the square". Who
-fits is decided among all the objects of the scene, so a phrase means all its objects and no
-other. A person's colour and texture are the shirt's: "the person in a red striped shirt".
+A phrase has a class and may have a size, a colour, a texture and a relation to another object:
+"the large disk left of the square". The other object alone fits its own short name. A phrase means
+all objects of the scene that fit it. A person's colour and texture are the shirt's: "the person in
+a red striped shirt".
 
 No random number is drawn. ``turn``, any number, chooses among phrases that are equally good,
 so that images with different numbers show different kinds of phrases.
@@ -21,10 +21,10 @@ Span = tuple[int, int]
 Item = TypeVar("Item")
 
 MAX_CAPTION_WORDS = 40
-# Any phrase that is left over fits: "the small person in an orange checkered shirt" has 8 words.
+# Even the longest plain phrase fits: "the small person in an orange checkered shirt" has 8 words.
 _MAX_PHRASE_WORDS = MAX_CAPTION_WORDS // MAX_OBJECTS
 _ATTRIBUTES = ("size", "color", "texture")
-# Attributes named of an object that its class alone would tell apart, and of another.
+# Attributes to name: _FREE where the class alone tells an object apart, otherwise _NEEDED.
 _FREE = ((), ("color",), ("size", "color"), ("color", "texture"), ("size",), _ATTRIBUTES)
 _NEEDED = (
     ("color",),
@@ -38,7 +38,7 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class Phrase:
-    """A noun phrase in lower case, and the positions in ``scene.things`` of all it means."""
+    """A noun phrase in lower case, and the positions of its objects in ``scene.things``."""
 
     text: str
     objects: tuple[int, ...]
@@ -46,17 +46,17 @@ class Phrase:
 
 @dataclass(frozen=True)
 class _Description:
-    """What a phrase asks of an object; None asks nothing."""
+    """Conditions of a phrase on an object; None is no condition."""
 
     category_id: int
     size: str | None = None
     color: str | None = None
     texture: str | None = None
     direction: str | None = None
-    reference: int | None = None  # position of the object that ``direction`` starts from
+    reference: int | None = None  # position of the object at the start of ``direction``
 
     def objects(self, scene: Scene) -> tuple[int, ...]:
-        """Positions of the objects that fit."""
+        """List the positions of the objects that fit."""
         return tuple(
             position for position, thing in enumerate(scene.things) if self._fits(thing, scene)
         )
@@ -76,7 +76,7 @@ class _Description:
         return thing is not reference and direction(thing, reference) == self.direction
 
     def text(self, count: int, counted: bool = False) -> str:
-        """The noun phrase for ``count`` objects; "two disks" if ``counted``, else "the disks"."""
+        """Write the phrase for ``count`` objects; "two disks" if ``counted``, else "the disks"."""
         name = THINGS[self.category_id - 1].name
         look = [word for word in (self.color, self.texture) if word]
         if self.category_id == PERSON_ID:
@@ -89,12 +89,12 @@ class _Description:
 
 
 def caption_phrases(scene: Scene, mentionable: Collection[int], turn: int) -> list[Phrase]:
-    """Phrases that together mean each object at most once, in the order of the objects.
+    """Choose phrases that together mean each object at most once, in the order of the objects.
 
     Args:
-        scene: of which the phrases are.
-        mentionable: positions of the objects that may be meant; a phrase that would also fit
-            another object is not used.
+        scene: scene of the phrases.
+        mentionable: positions of the objects that may be meant. A phrase that also fits another
+            object is not used.
         turn: chooses among equally good phrases.
     """
     phrases: list[Phrase] = []
@@ -109,10 +109,10 @@ def caption_phrases(scene: Scene, mentionable: Collection[int], turn: int) -> li
 
 
 def expressions(scene: Scene, mentionable: Collection[int], turn: int) -> list[Phrase]:
-    """Different phrases that mean one object each: by its attributes and, if any, by a relation.
+    """Choose phrases for one object each: one by its attributes and, if any, one by a relation.
 
     Args:
-        scene: of which the phrases are.
+        scene: scene of the phrases.
         mentionable: positions of the objects that may be meant.
         turn: chooses among equally good phrases.
     """
@@ -128,9 +128,9 @@ def expressions(scene: Scene, mentionable: Collection[int], turn: int) -> list[P
 
 
 def caption(scene: Scene, phrases: list[Phrase]) -> tuple[str, list[Span]]:
-    """A caption in lower case, and where each phrase stands: ``caption[begin:end] == text``.
+    """Write a caption in lower case, and the span of each phrase: ``caption[begin:end] == text``.
 
-    Without any phrase it tells only what the ground is.
+    Without any phrase it names only the ground.
     """
     text, spans = "", []
     for phrase in phrases:
@@ -141,7 +141,7 @@ def caption(scene: Scene, phrases: list[Phrase]) -> tuple[str, list[Span]]:
 
 
 def _candidates(scene: Scene, position: int, free: set[int], turn: int) -> Iterator[Phrase]:
-    """Phrases that mean an object, alone or with others that are ``free``, the best first."""
+    """List phrases that mean an object, alone or with others of ``free``, the best first."""
     kinds = [_by_attributes, _by_relation, _of_several]
     if _is_alone(scene, _described(scene, position, ())):
         kinds = [_by_attributes, _by_attributes, _by_relation]
@@ -151,7 +151,7 @@ def _candidates(scene: Scene, position: int, free: set[int], turn: int) -> Itera
 
 
 def _by_attributes(scene: Scene, position: int, turn: int) -> Iterator[Phrase]:
-    """Phrases without a relation that mean one object."""
+    """List phrases without a relation that mean one object."""
     ways = _FREE if _is_alone(scene, _described(scene, position, ())) else _NEEDED
     for attributes in (*_rotated(ways, turn // 3), _ATTRIBUTES):
         description = _described(scene, position, attributes)
@@ -160,7 +160,7 @@ def _by_attributes(scene: Scene, position: int, turn: int) -> Iterator[Phrase]:
 
 
 def _by_relation(scene: Scene, position: int, turn: int) -> Iterator[Phrase]:
-    """Phrases with a relation that mean one object, those with few attributes first."""
+    """List phrases with a relation that mean one object, with few attributes first."""
     others = [other for other in range(len(scene.things)) if other != position]
     for attributes in ((), *_rotated(_NEEDED, turn // 3)):
         for other in _rotated(others, turn):
@@ -175,7 +175,7 @@ def _by_relation(scene: Scene, position: int, turn: int) -> Iterator[Phrase]:
 
 
 def _of_several(scene: Scene, position: int, turn: int) -> Iterator[Phrase]:
-    """Phrases that mean an object and others of its class, the largest groups first."""
+    """List phrases that mean an object and others of its class, the largest groups first."""
     for attributes in ((), *_rotated(_NEEDED, turn // 3)):
         description = _described(scene, position, attributes)
         objects = description.objects(scene)
@@ -192,13 +192,13 @@ def _phrase(scene: Scene, description: _Description) -> Phrase:
 
 
 def _short_name(scene: Scene, position: int) -> str | None:
-    """The shortest phrase without a relation that means one object alone, if there is one."""
+    """Find the shortest phrase without a relation that means one object alone, or None."""
     ways = (_described(scene, position, names) for names in ((), *_NEEDED, _ATTRIBUTES))
     return next((way.text(1) for way in ways if _is_alone(scene, way)), None)
 
 
 def _described(scene: Scene, position: int, attributes: tuple[str, ...]) -> _Description:
-    """An object's class and some attributes; that it is plain is never said."""
+    """Describe an object by its class and some attributes, but never as plain."""
     thing = scene.things[position]
     texture = None if thing.texture.kind == "plain" else thing.texture.kind
     return _Description(
@@ -214,13 +214,13 @@ def _is_alone(scene: Scene, description: _Description) -> bool:
 
 
 def _shirt(look: list[str], count: int) -> list[str]:
-    """The words after "person" or "people"."""
+    """Write the words after "person" or "people"."""
     if not look:
         return []
     return ["in", article(look[0]), *look, "shirt"] if count == 1 else ["in", *look, "shirts"]
 
 
 def _rotated(items: Sequence[Item], turn: int) -> list[Item]:
-    """The items from number ``turn`` on, and then those before it."""
+    """Rotate the items, so that number ``turn`` comes first."""
     start = turn % max(len(items), 1)
     return [*items[start:], *items[:start]]

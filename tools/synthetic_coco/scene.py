@@ -1,7 +1,7 @@
-"""What is in an image, decided before a pixel is drawn.
+"""Contents of an image, chosen before a pixel is drawn.
 
-A scene is measured in units of the image's long side, so the same seed gives the same
-scene at every ``--size``. Statistics of the classes can be computed from scenes alone.
+A scene is measured in units of the image's long side. So the same seed gives the same scene at
+every ``--size``. Statistics of the classes can be computed from scenes alone.
 """
 
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .vocabulary import (
 
 SPLITS = ("train", "val")
 MAX_OBJECTS = 4
-MIN_VISIBLE = 0.65  # of an object's area, counting what others hide and what lies outside
+MIN_VISIBLE = 0.65  # of an object's area; others may hide the rest, or it lies outside
 MIN_SIDE = 0.17
 GRID = 128  # cells along the long side when overlap is measured
 _ATTEMPTS = 80
@@ -38,12 +38,12 @@ PERSON_SIZES = {"small": (0.32, 0.4), "medium": (0.4, 0.48), "large": (0.48, 0.5
 
 @dataclass(frozen=True)
 class Settings:
-    """The knobs that change what scenes contain.
+    """Options that change the contents of scenes.
 
     Attributes:
         classes: number of object classes, 2…7, taken from the head of ``THINGS``.
-        context_bias: probability (0.5…1) that a class's companion is in a train image that
-            holds the class, and one minus it in val. None: classes are drawn independently.
+        context_bias: probability P (0.5…1) of a class's companion in a train image that holds the
+            class; in val it is 1 - P. None: classes are drawn independently.
         imbalance: ratio (≥ 1) of the first class's frequency to the last's in train.
     """
 
@@ -77,7 +77,7 @@ class Thing:
     pose: Pose | None = None
 
     def keypoints(self) -> NDArray[np.float64]:
-        """(17, 2) COCO keypoints of a person, in units of the long side."""
+        """Place COCO's keypoints (17, 2) of a person, in units of the long side."""
         if self.pose is None:
             raise ValueError(f"category_id: {self.category_id} has no keypoints, only person has")
         return np.add(self.pose.keypoints * self.side, self.center)
@@ -90,7 +90,7 @@ class Scene:
     Attributes:
         aspect: (width, height) with the longer one 1 and the other 0.75…1.
         stuff: one background category id, or two from top to bottom.
-        horizon: height at the left and at the right edge of the line between two stuffs.
+        horizon: heights of the line between two stuffs, at the left and at the right edge.
         things: objects from back to front.
     """
 
@@ -100,17 +100,17 @@ class Scene:
     things: tuple[Thing, ...]
 
     def pixels(self, size: int) -> tuple[int, int]:
-        """(width, height) of the image whose long side is ``size``."""
+        """Compute the image's (width, height) for a long side of ``size``."""
         return round(self.aspect[0] * size), round(self.aspect[1] * size)
 
 
 def image_generator(seed: int, split: str, index: int) -> np.random.Generator:
-    """The generator that an image owns, so that it depends on no other image."""
+    """Make an image's own generator, so that the image depends on no other."""
     return np.random.default_rng([seed, SPLITS.index(split), index])
 
 
 def sample_scene(rng: np.random.Generator, split: str, settings: Settings) -> Scene:
-    """Draws a scene of 1…4 objects, each at least ``MIN_VISIBLE`` visible."""
+    """Draw a scene of 1…4 objects, each at least ``MIN_VISIBLE`` visible."""
     short = float(rng.uniform(0.75, 1))
     aspect = (1.0, short) if rng.random() < 0.5 else (short, 1.0)
     stuff, horizon = _sample_background(rng, aspect)
@@ -121,7 +121,7 @@ def sample_scene(rng: np.random.Generator, split: str, settings: Settings) -> Sc
     full: list[int] = []
     for category_id, color in zip(categories, colors, strict=True):
         placed = _place(rng, category_id, color, aspect, visible, full)
-        # A very crowded image may have no room left; then the object is not drawn at all.
+        # A very crowded image may have no room left. Then the object is left out.
         if placed is not None:
             thing, visible, area = placed
             things.append(thing)
@@ -130,7 +130,7 @@ def sample_scene(rng: np.random.Generator, split: str, settings: Settings) -> Sc
 
 
 def sample_categories(rng: np.random.Generator, split: str, settings: Settings) -> list[int]:
-    """Category ids of an image's objects, in drawing order."""
+    """Draw the category ids of an image's objects, in drawing order."""
     if settings.context_bias is not None:
         probability = settings.context_bias if split == "train" else 1 - settings.context_bias
         return _biased_categories(rng, settings.classes, probability)
@@ -141,24 +141,24 @@ def sample_categories(rng: np.random.Generator, split: str, settings: Settings) 
 
 
 def class_frequencies(classes: int, imbalance: float) -> NDArray[np.float64]:
-    """(classes,) shares of sum 1 that fall geometrically, the last 1/``imbalance`` of the first."""
+    """Compute shares (classes,) of sum 1 that fall geometrically, to 1/``imbalance`` at the last."""
     weights: NDArray[np.float64] = np.power(imbalance, -np.linspace(0, 1, classes))
     return weights / weights.sum()
 
 
 def _biased_categories(rng: np.random.Generator, classes: int, probability: float) -> list[int]:
-    """Classes such that P(companion in the image | class in the image) = ``probability`` exactly.
+    """Draw classes with P(companion in the image | class in the image) = ``probability`` exactly.
 
-    An image shows one or two groups of companions (``companion_groups``). A group of k
-    appears whole with probability t, otherwise one of its classes appears alone, so
-    P(companion | class) = t / (t + (1 - t)/k); solved for t.
+    An image shows one or two groups of companions (``companion_groups``). A group of k appears
+    whole with probability t. Otherwise one of its classes appears alone. So
+    P(companion | class) = t / (t + (1 - t)/k), solved for t.
     """
     groups = companion_groups(classes)
     order = rng.permutation(len(groups))[: int(rng.integers(1, 3))]
     present: list[int] = []
     for group in (groups[position] for position in order):
-        # Decided by the group's size, not by what it would show: else the room left by the
-        # first group would change the conditional probability in the second.
+        # Decided by the group's full size. Otherwise the room left by the first group would change
+        # the conditional probability in the second.
         if len(present) + len(group) > MAX_OBJECTS:
             continue
         size = len(group)
@@ -184,7 +184,7 @@ def _sample_background(
 
 
 def _sample_colors(rng: np.random.Generator, stuff: tuple[int, ...], count: int) -> list[str]:
-    """``count`` different colours that stand out from every background of the image."""
+    """Draw ``count`` different colours that stand out from every background of the image."""
     clear = [
         name
         for name, color in OBJECT_COLORS.items()
@@ -201,10 +201,10 @@ def _place(
     visible: NDArray[np.uint8],
     full: list[int],
 ) -> tuple[Thing, NDArray[np.uint8], int] | None:
-    """Finds room for one more object in front of the others.
+    """Find room for one more object in front of the others.
 
-    ``visible`` (rows, columns) holds on the grid the number of the object seen, from 1, and
-    ``full`` the whole area of each. Returns the object, the new grid and its whole area.
+    ``visible`` (rows, columns) is the grid with the number of the object seen, from 1. ``full`` has
+    the whole area of each object. Returns the object, the new grid and the object's whole area.
     """
     sizes = PERSON_SIZES if category_id == PERSON_ID else SIZES
     size = str(rng.choice(list(sizes)))
@@ -231,7 +231,7 @@ def _place(
 def _sample_center(
     rng: np.random.Generator, unit: list[Part], side: float, aspect: tuple[float, float]
 ) -> tuple[float, float]:
-    """A centre that keeps the box in the image; one object in eight may reach over an edge."""
+    """Draw a centre that keeps the box in the image; one object in eight may cross an edge."""
     x0, y0, x1, y1 = (side * value for value in bounds(unit))
     overhang = 0.25 * side if rng.random() < 0.125 else -0.01
     low = np.array([-x0, -y0]) - overhang
@@ -243,7 +243,7 @@ def _sample_center(
 def _paste(
     outline: list[Part], visible: NDArray[np.uint8], number: int
 ) -> tuple[int, NDArray[np.uint8]]:
-    """Whole area of an outline in grid cells, and the grid with the outline in front."""
+    """Find an outline's whole area in grid cells, and the grid with the outline in front."""
     rows, columns = visible.shape
     margin = GRID // 4
     mask = np.zeros((rows + 2 * margin, columns + 2 * margin), np.uint8)
@@ -256,8 +256,8 @@ def _paste(
 def _sample_texture(rng: np.random.Generator, color: str) -> Texture:
     kind = str(rng.choice(TEXTURES))
     base = np.array(OBJECT_COLORS[color], float)
-    # Light colours get a darker second tone and dark ones a lighter, never another hue:
-    # the shape must stay one surface for the eye.
+    # Light colours get a darker second tone, and dark colours a lighter one. The hue stays, so that
+    # the shape looks like one surface.
     target = 0.0 if base.mean() > 110 else 255.0
     second = base + rng.uniform(0.28, 0.45) * (target - base)
     return Texture(

@@ -1,9 +1,8 @@
 """Outlines of the drawn classes, and their rasters.
 
-Coordinates are (x, y), y down. An outline is a list of parts; a part is a set of closed
-contours filled by the even-odd rule (so a second contour inside the first is a hole) and
-the name of the paint that fills it. Unit outlines have a bounding box centred on the
-origin whose longer side is 1.
+Coordinates are (x, y), y down. An outline is a list of parts. A part is a set of closed contours
+and the name of a paint. The even-odd rule fills it: a second contour inside the first is a hole.
+The bounding box of a unit outline is centred on the origin, and its longer side is 1.
 """
 
 from dataclasses import dataclass
@@ -24,38 +23,38 @@ class Part:
     paint: str = "body"
 
     def moved(self, scale: float, shift: tuple[float, float]) -> "Part":
-        """The part at ``scale`` times its size, then moved by ``shift``."""
+        """Scale the part by ``scale``, then move it by ``shift``."""
         offset = np.asarray(shift)
         return Part(tuple(points * scale + offset for points in self.contours), self.paint)
 
 
 def circle(center: tuple[float, float], radius: float, count: int = 16) -> Points:
-    """``count`` points on a circle, (count, 2)."""
+    """Place ``count`` points on a circle, (count, 2)."""
     angles = np.linspace(0, 2 * np.pi, count, endpoint=False)
     return np.asarray(center) + radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
 def bounds(parts: list[Part]) -> tuple[float, float, float, float]:
-    """Bounding box (x0, y0, x1, y1) of all the parts."""
+    """Find the bounding box (x0, y0, x1, y1) of all the parts."""
     points = np.concatenate([contour for part in parts for contour in part.contours])
     (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
     return float(x0), float(y0), float(x1), float(y1)
 
 
 def normalisation(parts: list[Part]) -> tuple[float, tuple[float, float]]:
-    """Scale and shift that make an outline a unit outline."""
+    """Find the scale and shift that make an outline a unit outline."""
     x0, y0, x1, y1 = bounds(parts)
     scale = 1 / max(x1 - x0, y1 - y0)
     return scale, (-scale * (x0 + x1) / 2, -scale * (y0 + y1) / 2)
 
 
 def shape_outline(name: str, angle: float, variation: float) -> list[Part]:
-    """Unit outline of a shape class.
+    """Draw the unit outline of a shape class.
 
     Args:
         name: a shape of ``vocabulary.THINGS``.
         angle: rotation in radians.
-        variation: 0…1, the class's own freedom: side ratio, thickness or pointedness.
+        variation: 0…1, by class: side ratio, thickness or pointedness.
     """
     contours = _contours(name, variation)
     cos, sin = np.cos(angle), np.sin(angle)
@@ -88,8 +87,8 @@ def _contours(name: str, variation: float) -> list[Points]:
 
 
 def fill(canvas: NDArray[np.uint8], part: Part, value: int, origin: tuple[float, float]) -> None:
-    """Fills a part given in pixels of ``canvas`` (h, w), whose corner lies at ``origin`` (x, y)."""
-    # cv2's integer coordinates are pixel centres, ours are continuous: hence the half pixel.
+    """Fill a part on ``canvas`` (h, w), in pixels; the canvas's corner is at ``origin`` (x, y)."""
+    # cv2's integer coordinates are pixel centres, ours are continuous. Hence the half pixel.
     corner = np.asarray(origin) + 0.5
     fixed = [
         np.round((points - corner) * (1 << _SUBPIXEL_BITS)).astype(np.int32)

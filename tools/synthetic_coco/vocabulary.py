@@ -27,7 +27,7 @@ THINGS = (
     Category(7, "cross", "shape", (0, 82, 0)),
 )
 
-# The ids do not depend on --classes, so that a stuff class is the same one in every dataset.
+# The ids do not depend on --classes. So a stuff class has the same id in every dataset.
 STUFF = (
     Category(8, "grass", "ground", (152, 251, 152)),
     Category(9, "sand", "ground", (210, 170, 100)),
@@ -110,7 +110,7 @@ SKELETON = (
 
 
 def companion_groups(classes: int) -> tuple[tuple[int, ...], ...]:
-    """Splits category ids 1…``classes`` into pairs; an odd count ends with a group of three."""
+    """Split category ids 1…``classes`` into pairs; an odd count ends with a group of three."""
     starts = range(1, classes - classes % 2, 2)
     groups = [(first, first + 1) for first in starts]
     if classes % 2:
@@ -119,7 +119,7 @@ def companion_groups(classes: int) -> tuple[tuple[int, ...], ...]:
 
 
 def companions(classes: int) -> dict[int, int]:
-    """Each category's companion, by category id: the next one of its group, cyclically.
+    """Find each category's companion, by category id: the next in its group, cyclically.
 
     With 7 classes: person ↔ disk, square ↔ triangle, star → ring → cross → star.
     """
