@@ -1,4 +1,4 @@
-"""Detectron2's detectors with and without attention mask consistency, of the same weights."""
+"""Detectron2's detectors with and without attention mask consistency, with the same weights."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _SMALL = [
 
 
 def build(kind: str, loss: str, device: torch.device, small: bool = False) -> nn.Module:
-    """A detector.
+    """Build a detector.
 
     Args:
         kind: a key of CONFIGS.
         loss: PLAIN, or any other name for AMC of one class.
-        device: where it is.
+        device: of the detector.
         small: a few channels and regions only.
     """
     cfg = get_cfg()
@@ -60,7 +60,7 @@ def build(kind: str, loss: str, device: torch.device, small: bool = False) -> nn
 def build_alike(
     kind: str, names: Sequence[str], device: torch.device, small: bool = False
 ) -> dict[str, nn.Module]:
-    """Detectors that have the weights of the first one in common, by the names of their losses."""
+    """Build detectors with the first one's weights, by the names of their losses."""
     models = {name: build(kind, name, device, small) for name in names}
     first, *others = models.values()
     for other in others:
@@ -69,6 +69,6 @@ def build_alike(
 
 
 def losses(detector: nn.Module, batch: list[dict[str, Any]], step: int) -> dict[str, Tensor]:
-    """Of a step of this number, by their names."""
+    """Compute the losses of this step by their names."""
     with EventStorage(step):  # heads write their statistics there
         return detector(batch)

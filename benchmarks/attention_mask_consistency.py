@@ -3,12 +3,12 @@
 
     benchmarks/attention_mask_consistency.py
 
-draws scenes with captions, trains a small Grounding DINO on them with and without AMC on the same
-schedule, each from several seeds, and measures on other scenes the pointing game (whether the
-heatmap of a phrase has its maximum in a box of the phrase) and the recall of the phrases' boxes.
-Mean and spread over the seeds go to benchmarks/results/attention_mask_consistency.md and .json.
+draws scenes with captions, and trains a small Grounding DINO on them with and without AMC, on the
+same schedule and from several seeds. On other scenes it measures the recall of the phrases' boxes
+and the pointing game: the share of phrases with the heatmap's maximum in a box of the phrase. Mean
+and spread over the seeds go to benchmarks/results/attention_mask_consistency.md and .json.
 
-What is complete is kept: started again, this goes on where it was stopped. 6 runs; two at a time
+Complete runs are kept: started again, this goes on where it was stopped. 6 runs; two at a time
 (--jobs 2) take about half an hour on 2 CPU cores.
 """
 
@@ -33,7 +33,7 @@ RESULTS = Path("benchmarks/results")
 CONFIGS = "configs/mm/synthetic"
 DATA = {"--train": 800, "--val": 200, "--size": 128, "--seed": 0}
 STEPS = 500
-# The config by the name of the detector
+# Name of the detector → its config
 DETECTORS: Mapping[str, str] = {
     "Grounding DINO": "grounding-dino_r50_synthetic.py",
     "Grounding DINO, AMC": "grounding-dino_r50-amc_synthetic.py",
@@ -100,7 +100,7 @@ def text_model_command(work_dir: Path) -> study.Command:
 
 
 def steps(name: str, seed: int, work_dir: Path) -> list[tuple[study.Command, Path]]:
-    """Training, which evaluates at its end."""
+    """List the commands of a run: a training, which evaluates at its end."""
     out, of_data = folder(work_dir, name, seed), data(work_dir)
     phrases = of_data / "annotations" / "grounding_val2017_flickr30k.json"
     options = {
@@ -124,10 +124,10 @@ def steps(name: str, seed: int, work_dir: Path) -> list[tuple[study.Command, Pat
 
 
 def measured(name: str, seed: int, work_dir: Path) -> dict[str, float]:
-    """Pointing game and recall, in percent."""
+    """Read pointing game and recall of a run, in percent."""
     out = folder(work_dir, name, seed)
     pointing = json.loads((out / "pointing_game.json").read_text())
-    # MMDetection's metric of recall writes to the log only.
+    # MMDetection's metric of recall writes only to the log.
     log = (out / "output.txt").read_text()
     recall = {
         f"recall@{k}": float(re.findall(rf"recall/{k}: {{'all': ([\d.]+)}}", log)[-1])

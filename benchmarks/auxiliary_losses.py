@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What attention mask consistency and functional entropy cost a training step of detectors.
+"""Cost of attention mask consistency and functional entropy in a training step of detectors.
 
 `benchmarks/auxiliary_losses.py` runs this alone; its arguments are those of `benchmarks/run.py`.
 """
@@ -46,7 +46,7 @@ GROUNDING_LOSSES: dict[str, dict[str, Any]] = {
 }
 STEPS_OF_A_CALL = {AMC_SELDOM: 4}
 AUXILIARY = ("loss_amc_mean", "loss_amc_max", "loss_functional_entropy")
-# Images and size
+# Number of images, and their size
 GROUNDING_BATCHES = {"cpu": (1, (192, 256)), "cuda": (2, (800, 1333))}
 QUERIES = {"cpu": 100, "cuda": 900}
 LossesOf = Callable[[nn.Module, Any, int], Mapping[str, Tensor]]
@@ -71,10 +71,10 @@ class Step(TrainingStep):
 
     Args:
         model: the detector.
-        losses_of: gives its losses by their names, of a batch and the number of the step.
-        dtype: that of :class:`TrainingStep`.
+        losses_of: gives the detector's losses by name for a batch and the number of the step.
+        dtype: as in :class:`TrainingStep`.
         setting: of the command line.
-        steps: of a call, numbered from 0.
+        steps: number of steps in a call; they are numbered from 0.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Step(TrainingStep):
         return torch.stack(list(losses.values())).sum()
 
     def measure_peak(self, given: tuple[int, Any]) -> None:
-        """Find the most bytes that a call has allocated at once."""
+        """Find a call's peak of allocated bytes."""
 
         def call() -> tuple[Tensor, ...]:
             self(given)
-            gc.collect()  # what is freed in the next one would count there
+            gc.collect()  # or the next call would count the garbage of this one
             return ()
 
         self.peak = timing.peak_extra_bytes(call, self._device)
@@ -151,22 +151,22 @@ def measure(
     setting: Setting,
     group: str,
 ) -> list[Row]:
-    """A line for each loss, beside the detector without."""
+    """Measure a line for each loss, beside the plain detector."""
     steps = {
         name: Step(model, losses_of, case.dtype, setting, STEPS_OF_A_CALL.get(name, 1))
         for name, model in models.items()
     }
     calls = timing.interleaved(steps, lambda i: (i, batch), setting, may_lack_memory=True)
-    last = setting.warm_up + setting.repetitions - 1  # the round whose losses are compared
+    last = setting.warm_up + setting.repetitions - 1  # losses of the last round are compared
     for name in calls:
-        if name != AMC_SELDOM:  # whose peak is that of AMC
+        if name != AMC_SELDOM:  # it has the same peak as AMC
             steps[name].measure_peak((last, batch))
     times = {name: of_one_step(call, steps[name].steps) for name, call in calls.items()}
     return detector_step.compare(case, steps, times, {}, group)
 
 
 def of_one_step(call: Measurement, steps: int) -> Measurement:
-    """The mean time of a call's steps."""
+    """Compute the mean time of a call's steps."""
     return timing.measurement("", call.raw_times, steps * call.number_per_run)
 
 

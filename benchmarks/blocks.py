@@ -23,7 +23,7 @@ PASSES = ("forward", "forward + backward")
 def cases(
     shapes: list[Shape], setting: Setting
 ) -> Iterator[tuple[Shape, str, torch.dtype, str, str]]:
-    """Shape, memory format, dtype, pass and name of each case."""
+    """List shape, memory format, dtype, pass and name of each case."""
     for dtype, shape, layout, what in itertools.product(setting.dtypes, shapes, FORMATS, PASSES):
         yield shape, layout, dtype, what, f"{text(shape)} {layout} {timing.name_of(dtype)}, {what}"
 
@@ -35,7 +35,7 @@ def text(shape: Shape) -> str:
 def input_and_gradient(
     shape: Shape, setting: Setting, dtype: torch.dtype, layout: str = "contiguous"
 ) -> Pair:
-    """A random x (B, C, H, W), and a random gradient of a block's output."""
+    """Draw a random x (B, C, H, W) and a random gradient of a block's output."""
     tensors = (torch.randn(shape, device=setting.device, dtype=dtype) for _ in range(2))
     x, g = (t.contiguous(memory_format=FORMATS[layout]) for t in tensors)
     return x.requires_grad_(), g
@@ -65,7 +65,7 @@ def forward(module: nn.Module) -> Callable[[Pair], Tensor]:
 
 
 def forward_and_backward(module: nn.Module) -> Callable[[Pair], tuple[Tensor, ...]]:
-    """Run a step that gives the output and all gradients."""
+    """Make a step that gives the output and all gradients."""
     parameters = [p for p in module.parameters() if p.requires_grad]
 
     def run(given: Pair) -> tuple[Tensor, ...]:
@@ -79,7 +79,7 @@ def forward_and_backward(module: nn.Module) -> Callable[[Pair], tuple[Tensor, ..
 def measure(
     candidates: Mapping[str, Callable[[Pair], Any]], given: Pair, setting: Setting
 ) -> dict[str, Measurement]:
-    """Time candidates beside a copy of x, into new memory and into old."""
+    """Time candidates beside copies of x into new and into old memory."""
     x = given[0].detach()
     into = torch.empty_like(x)
     copies = {"clone": lambda _: x.clone(), "copy_": lambda _: into.copy_(x)}
@@ -87,7 +87,7 @@ def measure(
 
 
 def share_of_input(step: Callable[[Pair], Any], given: Pair, setting: Setting) -> float:
-    """Peak memory beyond input, output and gradients, in percent of the input."""
+    """Measure peak memory beyond input, output and gradients, in percent of the input."""
     extra = timing.peak_extra_bytes(lambda: step(given), setting.device)
     return 100 * extra / timing.nbytes(given[0])
 
@@ -95,7 +95,7 @@ def share_of_input(step: Callable[[Pair], Any], given: Pair, setting: Setting) -
 def changing(
     shape: Shape, axes: Sequence[int], setting: Setting, dtype: torch.dtype
 ) -> Callable[[int], Pair]:
-    """Make inputs whose axes are, in each round anew, from half as long to as long."""
+    """Make inputs with random axes in each round, from half the given lengths to the full ones."""
 
     def inputs(i: int) -> Pair:
         chance, sizes = random.Random(i), list(shape)
@@ -112,7 +112,7 @@ def compare_in_changing_sizes(
     setting: Setting,
     names: tuple[str, str],
 ) -> dict[str, Quantity]:
-    """Time candidates that never see a size twice, and take the ratio of two of them.
+    """Time candidates that rarely see a size twice, and take the ratio of two of them.
 
     A detector's images rarely repeat a size: compiling or tuning for each size shows here.
     """

@@ -3,15 +3,15 @@
 
     benchmarks/context_bias.py
 
-draws scenes in which 9 of 10 train images with an object of a class hold its companion class too,
-and 1 of 10 val images; trains the demo's detector of Detectron2 plain, with triplet attention, with
-IDA in its last two stages and with IDA as the classifier of regions, each from several seeds with
-the same schedule; and has tools/evaluate_context_bias.py measure every one. What the bias itself
-does shows beside the plain detector that was trained on scenes without it. Mean and spread over the
-seeds go to benchmarks/results/context_bias.md and .json.
+draws biased scenes: of the images with a class, 9 of 10 in train also hold its companion class, and
+1 of 10 in val. It trains the demo's detector of Detectron2 plain, with triplet attention, with IDA
+in its last two stages, and with IDA as the classifier of regions, from several seeds with the same
+schedule. tools/evaluate_context_bias.py measures each detector. A plain detector trained on scenes
+without the bias shows the effect of the bias itself. Mean and spread over the seeds go to
+benchmarks/results/context_bias.md and .json.
 
-A run that is complete is kept: started again, this goes on where it was stopped. 15 runs; two at a
-time (--jobs 2) take a quarter of an hour on 2 CPU cores.
+Complete runs are kept: started again, this goes on where it was stopped. 15 runs; two at a time
+(--jobs 2) take a quarter of an hour on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from plugin_core.evaluation.context_bias import NUMBERS  # noqa: E402
 RESULTS = Path("benchmarks/results")
 CONFIG = "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"
 SIZE = {"--size": 128, "--classes": 4, "--seed": 0}
-# What is drawn, by the folder's name
+# Folder → options of the drawn data
 DATA = {
     "coco": {"--train": 400, "--val": 1200, "--context-bias": 0.9, **SIZE},
     "coco_unbiased": {"--train": 400, "--val": 0, "--context-bias": 0.5, **SIZE},
@@ -47,7 +47,7 @@ IDA_HEAD = {
     "MODEL.ROI_HEADS.NAME": "StandardPluginROIHeads",
     "MODEL.ROI_BOX_HEAD.NAME": "IDABoxHead",
 }
-# What the command line changes of the config, by the name of the detector
+# Name of the detector → changes of the config on the command line
 DETECTORS: Mapping[str, Mapping[str, str]] = {
     "plain": PLAIN,
     "triplet attention": {},
@@ -132,7 +132,7 @@ def steps(name: str, seed: int, work_dir: Path) -> list[tuple[study.Command, Pat
 
 
 def measured(name: str, seed: int, args: argparse.Namespace) -> dict[str, float]:
-    """Means over the classes, by what is measured."""
+    """Read the means over the classes, by the number's name."""
     path = folder(args.work_dir, name, seed) / "context_bias" / "context_bias.json"
     content = json.loads(path.read_text())
     return {number: mean["value"] for number, mean in content["mean"].items()}

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What the plugins cost whole detectors, a training step and an inference.
+"""Cost of the plugins in whole detectors: a training step and an inference.
 
 `benchmarks/detector_step.py` runs this alone; its arguments are those of `benchmarks/run.py`.
 """
@@ -35,11 +35,11 @@ STREAMS, BATCHFORMER = "two streams without BatchFormer", "BatchFormerV2"
 TRAINING, INFERENCE = "Training steps", "Inference"
 CHANGING_SIZES = "Training steps with another size in every round"
 DETR = "Training steps of a DETR with BatchFormerV2"
-# Images in training and size, and images in inference; Detectron2 evaluates single images.
+# Images in training, their size, and images in inference. Detectron2 evaluates single images.
 BATCHES = {"cpu": (2, (480, 640), (1,)), "cuda": (8, (800, 1333), (8, 1))}
-# On a CPU the size of the published detectors is measured once; on a GPU it is that of all.
+# The published detectors' size. On a CPU it is measured once; on a GPU all cases have it.
 FULL_SIZE = (1, (800, 1216))
-# In changing sizes it is the largest.
+# Images, and the largest of changing sizes
 CHANGING = {"cpu": (2, (320, 448)), "cuda": (8, (800, 1333))}
 DETR_BATCHES = {"cpu": (2, (192, 256)), "cuda": (2, (800, 1333))}
 QUICK_SIZE = (64, 96)
@@ -106,7 +106,7 @@ def steps_of_rcnn(kind: str, dtype: torch.dtype, setting: Setting) -> list[Row]:
     for count in images_of_inference:
         case = Case(kind, "inference", count, size, dtype)
         measured += timing.attempt(INFERENCE, str(case), partial(inference, case, targets, setting))
-        targets = {}  # those are of the first
+        targets = {}  # only the first has targets
     return measured
 
 
@@ -137,7 +137,7 @@ def rcnns(kind: str, setting: Setting) -> dict[str, nn.Module]:
 
     plugins = [PLAIN, TRIPLET, IDA, TEXTBOOK]
     if kind == "Mask R-CNN" and not (setting.on_gpu or setting.quick):
-        plugins = [PLAIN, TRIPLET]  # which take long enough
+        plugins = [PLAIN, TRIPLET]  # more would take too long
     return detectron2_detectors.build_alike(kind, plugins, setting.device, setting.quick)
 
 
@@ -169,7 +169,7 @@ class TrainingStep:
         self.loss = loss.detach()
 
     def beside(self, plain: TrainingStep) -> dict[str, Quantity]:
-        """Whether both had the same to do: the difference of the last round's losses."""
+        """Compare the last round's losses, to show that both had the same work."""
         loss, other = self.loss.item(), plain.loss.item()
         return {"losses differ, %": Quantity(100 * abs(loss - other) / abs(other))}
 
@@ -188,7 +188,7 @@ class Inference:
         self.detections = sum(len(output["instances"]) for output in outputs)
 
     def beside(self, plain: Inference) -> dict[str, Quantity]:
-        """Whether both had the same to do."""
+        """Compare the numbers of detections, to show that both had the same work."""
         return {
             "detections without": Quantity(plain.detections),
             "detections with": Quantity(self.detections),
@@ -212,7 +212,7 @@ def training_steps(
 def training(
     case: Case, targets: Targets, setting: Setting, plugins: Sequence[str] | None = None
 ) -> list[Row]:
-    """With each of the plugins that there are, or with these."""
+    """Measure training steps with all plugins, or with the given ones."""
     import detectron2_detectors as detectors
 
     batch = detectors.random_batch(case.images, case.size)
@@ -279,7 +279,7 @@ def compare(
     targets: Targets,
     group: str,
 ) -> list[Row]:
-    """A line for each plugin, beside the detector without."""
+    """Make a line for each plugin, beside the plain detector."""
     rows = []
     for name in steps:
         if name == PLAIN:

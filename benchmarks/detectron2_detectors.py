@@ -1,7 +1,7 @@
-"""Detectron2's R-CNNs with and without plugins, made so that their times compare.
+"""Detectron2's R-CNNs with and without plugins, with comparable times.
 
-All have the same weights, and the plugins start as the identity: all compute the same function, and
-so have the same proposals and detections to work on.
+All have the same weights, and the plugins start as the identity. So all compute the same function
+and work on the same proposals and detections.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ _SMALL = [
 
 
 def build(kind: str, plugin: str, device: torch.device, small: bool = False) -> nn.Module:
-    """A detector.
+    """Build a detector.
 
     Args:
         kind: a key of CONFIGS.
         plugin: a key of PLUGINS.
-        device: where it is.
+        device: of the detector.
         small: a few channels and regions only.
     """
     cfg = get_cfg()
     d2_plugins.add_plugin_config(cfg)
     cfg.merge_from_file(get_config_file(CONFIGS[kind]))
     options = ["MODEL.DEVICE", str(device), "MODEL.WEIGHTS", ""]
-    # res2 trains, as it has to with fresh attention in it, in the plain detector as well
+    # res2 trains, also in the plain detector, as fresh attention in it has to train
     options += ["MODEL.BACKBONE.FREEZE_AT", "1"]
     cfg.merge_from_list([*options, *(_SMALL if small else []), *PLUGINS[plugin]])
     logging.getLogger("d2_plugins").setLevel(logging.ERROR)
@@ -78,7 +78,7 @@ def build(kind: str, plugin: str, device: torch.device, small: bool = False) -> 
         for name, norm in model.named_buffers():
             if name.endswith("conv3.norm.weight"):
                 norm.fill_(0.2)  # random residual branches would add up to huge features
-        # One class is likely, so that there are detections, too.
+        # Make one class likely, so that there are detections.
         model.roi_heads.box_predictor.cls_score.bias[0] = 3.0
     if plugin == TEXTBOOK:
         for block in [m for m in model.modules() if hasattr(m, "triplet_attention")]:
@@ -89,7 +89,7 @@ def build(kind: str, plugin: str, device: torch.device, small: bool = False) -> 
 def build_alike(
     kind: str, plugins: Sequence[str], device: torch.device, small: bool = False
 ) -> dict[str, nn.Module]:
-    """Detectors that have the weights of the first one in common, by their plugin."""
+    """Build detectors with the first one's weights, by their plugin."""
     models = {plugin: build(kind, plugin, device, small) for plugin in plugins}
     first, *others = models.values()
     for other in others:
@@ -98,7 +98,7 @@ def build_alike(
 
 
 def random_batch(images: int, size: tuple[int, int], seed: int = 0) -> list[dict[str, Any]]:
-    """Random images of one size with 8 objects each, whose masks are their boxes."""
+    """Draw random images of one size with 8 objects each; the objects' masks are their boxes."""
     generator = torch.Generator().manual_seed(seed)
     height, width = size
     batch = []

@@ -3,13 +3,13 @@
 
     benchmarks/functional_entropy.py
 
-trains a small classifier of two modalities: an image's features, which always tell the class, but
-not at a glance; and a text's, which name the class outright, in 95 of 100 samples. It is trained
-plainly and with the term of several weights, on a short schedule and on one of 4 times the steps,
-each from several seeds; and its accuracy is measured where texts are as in training, and where they
-are permuted and tell nothing. The weight is chosen on validation samples. Tables go to
-benchmarks/results/functional_entropy.md and .json, a picture to .png. Three to four minutes on a
-CPU core; --quick is for a look at it.
+trains a small classifier of two modalities. An image's features always tell the class, but are hard
+to learn. A text's features name the class outright, in 95 of 100 samples. The classifier is trained
+plainly and with several weights of the term, on a short schedule and on one of 4 times the steps,
+from several seeds. Its accuracy is measured with texts as in training, and with permuted texts that
+tell nothing. Validation samples choose the weight. Tables go to
+benchmarks/results/functional_entropy.md and .json, a picture to .png. It takes three to four
+minutes on a CPU core; --quick is for a look at it.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ TRAIN, VAL, TEST = 2000, 1000, 4000
 AGREEMENT = 0.95
 BATCH, SAMPLES = 64, 3
 LEARNING_RATE, MOMENTUM, CLIP = 0.05, 0.9, 1.0
-# Of a trained classifier, what was measured, by its name
+# Names of the measured numbers of a trained classifier
 IMAGE, TEXT = "image information ·10⁶", "text information ·10⁶"
 WITH, WITHOUT = "test, with shortcut", "test, without"
 VAL_WITH, VAL_WITHOUT = "val, with shortcut", "val, without"
-# The weight of the term and the number of steps, by the training's name; plain ones come first
+# Name of the training → weight of the term and number of steps; plain trainings come first
 Trainings = Mapping[str, tuple[float, int]]
 
 TEMPLATE = """# A shortcut, with and without functional entropy regularization
@@ -110,7 +110,7 @@ class Samples:
 
 
 class World:
-    """What classes look like and are called."""
+    """Looks of the classes in images, and their names in texts."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
@@ -176,25 +176,25 @@ def train(samples: Samples, weight: float, steps: int, seed: int) -> Classifier:
 
 @torch.no_grad()
 def accuracy(model: Classifier, samples: Samples) -> float:
-    """In percent."""
+    """Measure the accuracy in percent."""
     right = model(samples.features).argmax(1) == samples.classes
     return 100 * right.float().mean().item()
 
 
 @torch.no_grad()
 def information(model: Classifier, samples: Samples) -> dict[str, float]:
-    """Of each modality, in millionths."""
+    """Measure the information of each modality, in millionths."""
     torch.manual_seed(0)
     measure, found = regularizer(0.0), []
     for index in torch.arange(len(samples.classes)).split(BATCH):
         x = samples.batch(index).features
-        if len(index) == BATCH:  # it depends on the size of the batch
+        if len(index) == BATCH:  # the information depends on the size of the batch
             found.append(measure(model, x, model(x))[1])
     return {name: 1e6 * statistics.mean(float(i[name]) for i in found) for name in found[0]}
 
 
 def run(seed: int, trainings: Trainings) -> dict[str, dict[str, float]]:
-    """What was measured of each training, a weight and a number of steps, by its name."""
+    """Run and measure each training; returns training → number's name → number."""
     generator = torch.Generator().manual_seed(seed)
     world = World(generator)
     samples, val, test = (world.draw(number) for number in (TRAIN, VAL, TEST))
@@ -219,7 +219,7 @@ def title(weight: float, steps: int) -> str:
 
 
 def choices(runs: study.Runs, trainings: Trainings) -> str:
-    """For each schedule the training that validation prefers, and what testing says of it."""
+    """Write for each schedule the training that validation prefers, and its test accuracy."""
     rows = []
     for steps in dict.fromkeys(steps for _, steps in trainings.values()):
         names = [name for name, (_, n) in trainings.items() if n == steps]
@@ -238,7 +238,7 @@ def of_seeds(by_seed: Mapping[int, Mapping[str, float]], measure: str) -> list[f
 
 
 def write(path: Path, runs: study.Runs, trainings: Trainings) -> None:
-    """Write the tables, the picture and the numbers; what people wrote below stays."""
+    """Write the tables, the picture and the numbers, and keep people's text below them."""
     headers = list(next(iter(next(iter(runs.values())).values())))
     lines, single = [], []
     for name, by_seed in runs.items():
@@ -276,11 +276,11 @@ def write(path: Path, runs: study.Runs, trainings: Trainings) -> None:
 
 
 def plot(runs: study.Runs, weights: Mapping[str, float]) -> Figure:
-    """Means over the seeds, and every seed as a dot, over the weight; plain as dashed lines.
+    """Plot means over the seeds, and every seed as a dot, over the weight; plain as dashed lines.
 
     Args:
-        runs: what was measured.
-        weights: by the names of the trainings to draw, of which one is plain.
+        runs: the measured numbers.
+        weights: training to draw → weight; one training is plain.
     """
     from matplotlib.figure import Figure
 

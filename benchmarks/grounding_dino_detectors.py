@@ -1,4 +1,4 @@
-"""MMDetection's Grounding DINO with and without auxiliary losses, made so that its times compare.
+"""MMDetection's Grounding DINO with and without auxiliary losses, with comparable times.
 
 All have the same weights and, with the same seed, the same losses of their own.
 """
@@ -34,7 +34,7 @@ from make_tiny_text_model import ArgumentError, make_text_model
 CONFIG = "mmdet::grounding_dino/grounding_dino_r50_scratch_8xb2_1x_coco.py"
 PHRASES = ("a red bus", "two people", "the tall tree", "a small dog")
 CAPTION = f"{', '.join(PHRASES)}."
-# Where each phrase is in the caption, from and to which character
+# Label → places in the caption of its phrase's first character and of the one after its last
 SPANS = {
     label: [[CAPTION.index(phrase), CAPTION.index(phrase) + len(phrase)]]
     for label, phrase in enumerate(PHRASES)
@@ -60,7 +60,7 @@ def _config() -> ConfigDict:
 def build(
     losses: Mapping[str, Any], queries: int, text_model: Path, small: bool = False
 ) -> nn.Module:
-    """A detector on the CPU.
+    """Build a detector on the CPU.
 
     Args:
         losses: arguments of PluginGroundingDINO; none for the plain detector.
@@ -85,7 +85,7 @@ def build(
         node[key] = value
     if losses:
         model = ConfigDict({**model, "type": "PluginGroundingDINO", **losses})
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # that a pooler is of no use here
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of an unused pooler
     torch.manual_seed(0)
     detector = MODELS.build(model)
     for name, norm in detector.named_parameters():
@@ -100,7 +100,7 @@ def build_alike(
     device: torch.device,
     small: bool = False,
 ) -> dict[str, nn.Module]:
-    """Detectors that have the weights of the first one in common, by the names of their losses."""
+    """Build detectors with the first one's weights, by the names of their losses."""
     if device.type == "cuda" and get_compiling_cuda_version() == "not available":
         raise timing.Impossible("mmcv was built without its CUDA operators")
     with tempfile.TemporaryDirectory() as folder:
@@ -118,7 +118,7 @@ def build_alike(
 
 
 def random_batch(images: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Random images with 8 objects each, two of each phrase of the caption."""
+    """Draw random images with 8 objects each, two for each phrase of the caption."""
     batch = mmdet_detectors.random_batch(images, size)
     for sample in batch["data_samples"]:
         sample.set_metainfo({"text": CAPTION, "tokens_positive": SPANS})
@@ -127,7 +127,7 @@ def random_batch(images: int, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def losses(detector: nn.Module, batch: dict[str, Any], step: int) -> dict[str, Tensor]:
-    """Of a step of this number, by their names."""
+    """Compute the losses of this step by their names."""
     MessageHub.get_current_instance().update_info("iter", step)
     found = detector(**detector.data_preprocessor(batch, True), mode="loss")
     _, log = detector.parse_losses(found)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""IDA, one block as in the stages of a ResNet: time and memory beside the textbook's.
+"""Time and memory of one IDA block, as in the stages of a ResNet, beside the textbook's.
 
 `benchmarks/ida.py` runs this alone; its arguments are those of `benchmarks/run.py`.
 """

@@ -3,13 +3,13 @@
 
     benchmarks/long_tail.py
 
-draws scenes whose numbers of train objects fall geometrically over the classes, to 1/100, and val
-images in which all classes are equally frequent; trains MMDetection's Faster R-CNN with and without
+draws train scenes with numbers of objects that fall geometrically over the classes, to 1/100, and
+val scenes with equally frequent classes. It trains MMDetection's Faster R-CNN with and without
 BatchFormer over the regions, and a small Deformable DETR with and without BatchFormerV2 in its
-encoder, each from several seeds; and measures AP of the frequent, the common and the rare classes.
-Mean and spread over the seeds go to benchmarks/results/long_tail.md and .json.
+encoder, from several seeds. It measures AP of the frequent, the common and the rare classes. Mean
+and spread over the seeds go to benchmarks/results/long_tail.md and .json.
 
-What is complete is kept: started again, this goes on where it was stopped. 12 runs; two at a time
+Complete runs are kept: started again, this goes on where it was stopped. 12 runs; two at a time
 (--jobs 2) take about an hour on 2 CPU cores.
 """
 
@@ -76,7 +76,7 @@ V1 = {"model.roi_head.bbox_head.type": "BatchFormerBBoxHead"}
 DETR = "deformable-detr-refine-twostage_r18_synthetic.py"
 DETR_V2 = "deformable-detr-refine-twostage_r18-batchformer_synthetic.py"
 DETR_OPTIONS = {"model.bbox_head.num_classes": len(CLASSES), **schedule(1500)}
-# The config and what the command line changes of it, by the name of the detector
+# Name of the detector → its config, and changes of the config on the command line
 DETECTORS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Faster R-CNN": (RCNN, RCNN_OPTIONS),
     "Faster R-CNN, BatchFormer": (RCNN, {**RCNN_OPTIONS, **V1}),
@@ -135,7 +135,7 @@ def annotations(work_dir: Path, split: str) -> Path:
 
 
 def steps(name: str, seed: int, work_dir: Path) -> list[tuple[study.Command, Path]]:
-    """Training and evaluation, apart: MMDetection does not evaluate what it finds trained."""
+    """List training and evaluation apart: MMDetection does not evaluate a finished training."""
     config, options = DETECTORS[name]
     out = folder(work_dir, name, seed)
     checkpoint = out / f"iter_{options['train_cfg.max_iters']}.pth"
@@ -143,7 +143,7 @@ def steps(name: str, seed: int, work_dir: Path) -> list[tuple[study.Command, Pat
     train = {**data_options(work_dir, "train", "val"), "randomness.seed": seed, **TRAIN_ONLY}
     test = {**data_options(work_dir, "test"), "test_evaluator.outfile_prefix": out / "val"}
     return [
-        # A training that is over ends at once when it is resumed; a checkpoint may be half written.
+        # A finished training ends at once when it is resumed. A checkpoint may be half written.
         (command("train", config, "--resume", out, {**options, **train}), detections),
         (command("test", config, checkpoint, out, {**options, **test}), detections),
     ]
@@ -176,10 +176,10 @@ def data_options(work_dir: Path, *parts: str) -> dict[str, Any]:
 
 
 def groups(content: Mapping[str, Any]) -> dict[int, str]:
-    """Third of the classes that each is in by its number of objects, which may be 0; by id.
+    """Sort the classes into thirds by their numbers of objects, which may be 0: id → third.
 
     Args:
-        content: annotations of the train images, in COCO's format.
+        content: annotations of the train images in COCO's format.
     """
     counts = Counter(annotation["category_id"] for annotation in content["annotations"])
     ids = [category["id"] for category in content["categories"]]
@@ -190,7 +190,7 @@ def groups(content: Mapping[str, Any]) -> dict[int, str]:
 def measured(
     name: str, seed: int, truth: COCO, thirds: Mapping[int, str], work_dir: Path
 ) -> dict[str, float]:
-    """AP of all classes, of each third of them and of each class, in percent."""
+    """Compute AP of all classes, of each third and of each class, in percent."""
     results = json.loads((folder(work_dir, name, seed) / "val.bbox.json").read_text())
     detections = load_detections(truth, results)
     aps = {

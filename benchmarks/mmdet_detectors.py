@@ -19,7 +19,7 @@ CONFIG = "mmdet::deformable_detr/deformable-detr_r50_16xb2-50e_coco.py"
 
 
 class _Identity(nn.Module):
-    """Stands for a BatchFormer that does nothing."""
+    """Replaces a BatchFormer and does nothing."""
 
     gather = False
 
@@ -28,12 +28,12 @@ class _Identity(nn.Module):
 
 
 def build(kind: str, device: torch.device, small: bool = False) -> nn.Module:
-    """A detector.
+    """Build a detector.
 
     Args:
-        kind: PLAIN; BATCHFORMER; or STREAMS, which doubles the batch as BatchFormerV2 does after
-            the first encoder layer, but lets no images see one another.
-        device: where it is.
+        kind: PLAIN; BATCHFORMER; or STREAMS, which doubles the batch after the first encoder layer
+            as BatchFormerV2 does, but lets no images see one another.
+        device: of the detector.
         small: few layers and queries.
     """
     init_default_scope("mmdet")
@@ -57,7 +57,7 @@ def build(kind: str, device: torch.device, small: bool = False) -> nn.Module:
 
 
 def build_alike(device: torch.device, small: bool = False) -> dict[str, nn.Module]:
-    """The three detectors, which have the weights of the plain one in common."""
+    """Build the three detectors with the plain one's weights."""
     if device.type == "cuda" and get_compiling_cuda_version() == "not available":
         raise timing.Impossible("mmcv was built without its CUDA operators")
     models = {kind: build(kind, device, small) for kind in (PLAIN, STREAMS, BATCHFORMER)}
@@ -68,7 +68,7 @@ def build_alike(device: torch.device, small: bool = False) -> dict[str, nn.Modul
 
 
 def random_batch(images: int, size: tuple[int, int]) -> dict:
-    """Random images with 8 objects each, before the detector's preprocessing."""
+    """Draw random images with 8 objects each, before the detector's preprocessing."""
     return demo_mm_inputs(images, (3, *size), num_items=[8] * images, num_classes=80)
 
 

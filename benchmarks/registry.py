@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Every block plugin by its name, with a warm start: time and memory of one block, side by side.
+"""Time and memory of one block of every block plugin, with a warm start, side by side.
 
 `benchmarks/registry.py` runs this alone; its arguments are those of `benchmarks/run.py`.
 """

@@ -1,6 +1,6 @@
-"""What the speed benchmarks write: the machine, tables that people read, and all numbers as JSON.
+"""Results of the speed benchmarks: the machine, tables for people, and all numbers as JSON.
 
-A file of results holds the last run of each benchmark, and of which machine and commit it was.
+A file of results holds the last run of each benchmark, with the run's machine and commit.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ of the rounds. Behind a target stands whether it is met.
 
 
 def environment(setting: Setting, command: str) -> dict[str, str]:
-    """The machine and the software, in words."""
+    """Describe the machine and the software."""
     packages = {name: _version(name) for name in PACKAGES}
     found = {
         "device": device_name(setting),
@@ -77,7 +77,7 @@ def device_name(setting: Setting) -> str:
 
 
 def slug(setting: Setting) -> str:
-    """The device's name as that of a file."""
+    """Turn the device's name into the name of a file."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(setting).lower()).strip("-")
 
 
@@ -89,7 +89,7 @@ def cpu_name() -> str:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Count the cores that this process may use."""
     has_affinity = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
@@ -144,7 +144,7 @@ def _shortened(value: float) -> float:
 
 
 def read(path: Path) -> Results:
-    """What earlier runs have written to ``path`` with the ending .json."""
+    """Read earlier runs' results from ``path`` with the ending .json."""
     try:
         return json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):
@@ -152,7 +152,7 @@ def read(path: Path) -> Results:
 
 
 def write(path: Path, results: Results) -> None:
-    """Write ``path`` with the endings .json and .md; what people wrote below the tables stays."""
+    """Write ``path`` with the endings .json and .md, and keep people's text below the tables."""
     with replacing(path.with_suffix(".json")) as file:
         file.write(as_text(results).encode())
     path = path.with_suffix(".md")
@@ -162,7 +162,7 @@ def write(path: Path, results: Results) -> None:
 
 
 def as_text(results: Results) -> str:
-    """JSON with a list of rounds on a line."""
+    """Write JSON with each list of rounds on one line."""
     text = json.dumps(results, indent=1, ensure_ascii=False)
     lists = re.compile(r"\[[\s\d.,e+-]+\]")
     return lists.sub(lambda match: " ".join(match[0].split()), text) + "\n"
@@ -176,7 +176,7 @@ def write_plot(path: Path, figure: Any) -> None:
 
 
 def render(results: Results, findings: str = "") -> str:
-    """Results as Markdown."""
+    """Lay out results as Markdown."""
     machine, benchmarks = results["environment"], results["benchmarks"]
     text = TEMPLATE.format(
         device=machine["device"],
@@ -190,7 +190,7 @@ def render(results: Results, findings: str = "") -> str:
 
 
 def summary(benchmarks: Mapping[str, Any]) -> str:
-    """Which targets are met, and what was not measured."""
+    """List missed targets and rows that were not measured."""
     lines, met, missed, unmeasured = [], 0, [], []
     for benchmark in benchmarks.values():
         for row in benchmark["rows"]:
@@ -214,7 +214,7 @@ def _where(row: Mapping[str, Any]) -> str:
 
 
 def section(benchmark: Mapping[str, Any], machine: Mapping[str, str]) -> str:
-    """The tables of a benchmark."""
+    """Lay out the tables of a benchmark."""
     parts = [f"## {benchmark['title']}", benchmark["text"]]
     others = {
         name: value
@@ -222,7 +222,7 @@ def section(benchmark: Mapping[str, Any], machine: Mapping[str, str]) -> str:
         if machine.get(name) != value
     }
     others.pop("load before", None)
-    if others:  # it is from an earlier run
+    if others:  # the benchmark is from an earlier run
         differences = ", ".join(f"{name} `{value}`" for name, value in others.items())
         parts.append(f"Measured before, with {differences}.")
     for group in dict.fromkeys(row["group"] for row in benchmark["rows"]):
@@ -250,7 +250,7 @@ def rows_as_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def cell(quantity: Mapping[str, Any]) -> str:
-    """A number as in "4.18 ± 0.02 (≥ 4: yes)"."""
+    """Write a number as in "4.18 ± 0.02 (≥ 4: yes)"."""
     text = number(quantity["value"])
     if "spread" in quantity:
         text += f" ± {number(quantity['spread'])}"
@@ -260,7 +260,7 @@ def cell(quantity: Mapping[str, Any]) -> str:
 
 
 def number(value: float) -> str:
-    """With three digits behind the point, or fewer where the number is large."""
+    """Write three digits behind the point, or fewer where the number is large."""
     if not math.isfinite(value):
         return str(value)
     size = abs(value)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Measure the speed and memory of the methods, alone and in detectors, beside their textbook forms.
 
-    benchmarks/run.py                           what this machine can, 23 minutes on 2 cores
+    benchmarks/run.py                           all that this machine can, 23 minutes on 2 cores
     benchmarks/run.py --only ida detector_step  a part
-    benchmarks/run.py --quick                   try it: tiny sizes, whose times say nothing
+    benchmarks/run.py --quick                   a try with tiny sizes and meaningless times
 
-Results go to benchmarks/results, as a text and as JSON named after the device, and replace those of
-the same benchmarks there. Each benchmark's are written as soon as it is done.
+Results go to benchmarks/results, as a text and as JSON named after the device. They replace earlier
+results of the same benchmarks. Each benchmark writes as soon as it is done.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None, only: str | None = None) -> None:
-    """Run benchmarks; ``only`` that one, where it is a script of its own."""
+    """Run benchmarks; with ``only``, the one that is a script of its own."""
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv, only)
     setting = Setting(args.device, args.dtypes, args.repetitions, args.quick)
@@ -96,7 +96,7 @@ def parse_args(argv: Sequence[str], only: str | None = None) -> argparse.Namespa
 
 
 def check(args: argparse.Namespace) -> None:
-    """Check the arguments and fill in what they leave open."""
+    """Check the arguments and fill in their defaults."""
     choice()  # PLUGIN_KERNELS
     args.device = as_device(args.device)
     names = args.dtype or (["float32"] if args.device.type == "cpu" else DTYPES)
@@ -136,7 +136,7 @@ def announce(names: Sequence[str], setting: Setting, environment: dict[str, str]
 def measure(
     name: str, setting: Setting, environment: dict[str, str], path: Path | None
 ) -> dict[str, Any]:
-    """A benchmark's part of the results; plots are written beside ``path``."""
+    """Run a benchmark and return its part of the results; plots are written beside ``path``."""
     print(f"{name} ({BENCHMARKS.index(name) + 1} of {len(BENCHMARKS)})", flush=True)
     module = importlib.import_module(name)
     torch.manual_seed(0)

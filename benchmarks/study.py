@@ -1,4 +1,4 @@
-"""What the studies share: detectors trained from several seeds, and tables of mean and spread."""
+"""Shared parts of the studies: trainings from several seeds, and tables of mean and spread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from plugin_core.files import replacing
 ROOT = Path(__file__).resolve().parent.parent
 FINDINGS = "## Findings\n"
 Command = list[str]
-# By the detector's name and the seed, what was measured of it by its name
+# Detector → seed → number's name → number
 Runs = Mapping[str, Mapping[int, Mapping[str, float]]]
 
 
@@ -39,7 +39,7 @@ def parse_args(description: str | None, work_dir: Path) -> argparse.Namespace:
 
 
 def folder(work_dir: Path, name: str, seed: int) -> Path:
-    """Of a detector's run."""
+    """Name the folder of a detector's run."""
     return work_dir / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
 
 
@@ -62,9 +62,9 @@ def run_all(
     """Run every detector from every seed, without the steps that were done before.
 
     Args:
-        detectors: names.
-        steps: gives, of a detector's name, a seed and ``args.work_dir``, the commands and the file
-            that each writes last.
+        detectors: names of the detectors.
+        steps: called with a detector's name, a seed and ``args.work_dir``. It gives commands, each
+            with the file that the command writes last.
         args: of :func:`parse_args`.
     """
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -102,8 +102,8 @@ def write(
 
     Args:
         path: of the results, without the endings .md and .json.
-        template: of the text, with the fields command, machine, seeds, table, single, commands, and
-            those of ``values``.
+        template: of the text, with the fields command, machine, seeds, table, single, commands and
+            the fields in ``values``.
         runs: numbers of every detector and seed.
         headers: of the numbers.
         commands: of the first seed.
@@ -134,7 +134,7 @@ def write(
     )
     path = path.with_suffix(".md")
     before = path.read_text() if path.exists() else ""
-    with replacing(path) as file:  # what people wrote of it stays
+    with replacing(path) as file:  # people's findings stay
         file.write((text + FINDINGS + before.partition(FINDINGS)[2]).encode())
     print(f"\n{text}\nwrote {path} and .json")
 

@@ -1,4 +1,4 @@
-"""The methods as their papers write them, to compare the speed of plugin_core's with.
+"""The methods as in their papers, to compare their speed with plugin_core's.
 
 They take the state dicts of plugin_core's modules and compute the same, step by step.
 """
@@ -44,7 +44,7 @@ class _Branch(nn.Module):
 
 
 class TextbookIDABlock(IDABlock):
-    """IDA's block with every step at every position, the 1x1 convolution too."""
+    """IDA's block with every step at every position, also the 1x1 convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
         heads = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)

@@ -1,7 +1,7 @@
-"""How speed is measured: candidates in turn, medians and their ratios, and what memory it takes.
+"""Measurement of speed and memory: candidates in turn, medians and their ratios.
 
-A machine's speed drifts, so nothing is compared with a time of another run: in every round each
-candidate is timed once, in a changing order, and the first rounds are thrown away.
+A machine's speed drifts. So only times of the same run are compared. In every round each candidate
+is timed once, in a changing order. The first rounds are thrown away.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from plugin_core.kernels import VARIABLE
 
 T = TypeVar("T")
 NO_MEMORY = "the GPU's memory is too small"
-# A candidate that is faster is repeated within a round.
+# A faster candidate is repeated within a round.
 _SECONDS_OF_A_ROUND = 0.02
 
 
 class Impossible(Exception):
-    """On this machine, or with these arguments, this cannot be measured."""
+    """Raised where this machine or these arguments allow no measurement."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command line says."""
+    """Settings of the command line."""
 
     device: torch.device
     dtypes: tuple[torch.dtype, ...]
@@ -56,7 +56,7 @@ class Setting:
 
     @property
     def warm_up(self) -> int:
-        """Rounds that are thrown away; on a GPU the first may compile and the second may tune."""
+        """Count the rounds to throw away: on a GPU the first may compile, the second may tune."""
         return 2 if self.on_gpu else 1
 
 
@@ -79,7 +79,7 @@ def at_most(bound: float) -> Target:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A number of a table, the interquartile range of its rounds, and what it should be."""
+    """A number of a table, the interquartile range of its rounds, and its target."""
 
     value: float
     spread: float | None = None
@@ -89,7 +89,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of a case, by the column of the table, or why nothing was."""
+    """The numbers of a case by the table's columns, or the reason why there are none."""
 
     case: str
     values: Mapping[str, Quantity] = field(default_factory=dict)
@@ -101,11 +101,11 @@ class Row:
 def attempt(
     group: str, case: str, measure: Callable[[], list[Row] | dict[str, Quantity]]
 ) -> list[Row]:
-    """Rows of a case that may be impossible here, and then say so; progress is printed.
+    """Measure a case and print progress. If the case is impossible here, its row says so.
 
     Args:
-        group: the table.
-        case: the line of the table, or what its lines have in common.
+        group: title of the table.
+        case: name of the line, or the common part of several lines' names.
         measure: gives the line's values, or several lines.
     """
     print(f"  {case}", flush=True)
@@ -137,27 +137,27 @@ def interleaved(
 ) -> dict[str, Measurement]:
     """Time the candidates in turn.
 
-    ``torch.utils.benchmark`` has the clock, which waits for a GPU, and the statistics. Its own
+    ``torch.utils.benchmark`` has the statistics, and a clock that waits for a GPU. Its own
     ``Timer`` would run each candidate twice more in each round, unmeasured.
 
     Args:
-        candidates: take what ``inputs`` gives.
+        candidates: called with the result of ``inputs``.
         inputs: called with the number of the round, before the clock starts.
         setting: of the command line.
-        repeat: a fast candidate is called several times in a round. Not where it must not see the
-            same input twice.
-        may_lack_memory: leave out candidates that a GPU's memory is too small for.
+        repeat: call a fast candidate several times in a round; False where it must not see the same
+            input twice.
+        may_lack_memory: leave out candidates that do not fit a GPU's memory.
 
     Returns:
         The rounds of each candidate.
 
     Raises:
-        Impossible: if a GPU's memory is too small for one.
+        Impossible: if a candidate does not fit a GPU's memory.
     """
     numbers = dict.fromkeys(candidates, 1)
     times: dict[str, list[float]] = {name: [] for name in candidates}
     rounds = range(setting.warm_up + setting.repetitions)
-    for i in tqdm(rounds, "    rounds", leave=False, disable=None):  # shown to people only
+    for i in tqdm(rounds, "    rounds", leave=False, disable=None):  # only shown in a terminal
         given = inputs(i)
         for name in random.Random(i).sample(list(times), len(times)):
             call = timeit.Timer(partial(candidates[name], given), timer=benchmark.timer)
@@ -176,7 +176,7 @@ def interleaved(
 
 
 def measurement(name: str, seconds: Sequence[float], number: int = 1) -> Measurement:
-    """Of rounds of so many seconds and calls each."""
+    """Make a measurement of rounds from their seconds and their number of calls."""
     task = benchmark.TaskSpec(name, setup="", num_threads=torch.get_num_threads())
     return Measurement(number, list(seconds), task)
 
@@ -187,19 +187,19 @@ def milliseconds(measured: Measurement) -> Quantity:
 
 
 def in_milliseconds(times: Mapping[str, Measurement]) -> dict[str, Quantity]:
-    """A column for each candidate."""
+    """Make a column for each candidate."""
     return {f"{name}, ms": milliseconds(measured) for name, measured in times.items()}
 
 
 def ratio(above: Measurement, below: Measurement, target: Target | None = None) -> Quantity:
-    """Ratio of two medians, with the spread of the ratios of each round."""
+    """Divide two medians; the spread is of the rounds' ratios."""
     of_rounds = [a / b for a, b in zip(above.times, below.times, strict=True)]
     value = above.median / below.median
     return Quantity(value, interquartile_range(of_rounds), target, tuple(of_rounds))
 
 
 def median_of_rounds(compared: Quantity) -> Quantity:
-    """The ratio in the middle, where rounds are of different sizes and so medians are not alike."""
+    """Take the median of the rounds' ratios. Medians of times mix the rounds' different sizes."""
     return replace(compared, value=statistics.median(compared.rounds))
 
 
@@ -213,13 +213,13 @@ def interquartile_range(values: Sequence[float]) -> float:
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The power of its size that a quantity grows with: slope of the logarithms' line."""
+    """Fit the power of the size that a quantity grows with: the slope of the logarithms' line."""
     logarithms = [[math.log(value) for value in column] for column in (sizes, values)]
     return statistics.linear_regression(*logarithms).slope
 
 
 def slope_through_origin(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Of the straight line of least squares."""
+    """Fit a straight line through the origin by least squares; returns its slope."""
     products = sum(x * y for x, y in zip(sizes, values, strict=True))
     return products / sum(x * x for x in sizes)
 
@@ -229,10 +229,10 @@ def nbytes(*tensors: Tensor) -> int:
 
 
 def peak_extra_bytes(step: Callable[[], Sequence[Tensor]], device: torch.device) -> int:
-    """The most memory that ``step`` has allocated at once, beyond the tensors that it returns.
+    """Measure the peak of memory that ``step`` allocates, beyond the tensors that it returns.
 
-    What was allocated before does not count. On a CPU, what PyTorch's allocator has not handed out,
-    such as a convolution's scratch memory in oneDNN, is not seen.
+    Memory allocated before does not count. On a CPU, only memory of PyTorch's allocator is seen. A
+    convolution's scratch memory in oneDNN, for example, is not.
     """
     results = step()  # caches, workspaces and compiled kernels stay
     del results
@@ -259,7 +259,7 @@ def peak_extra_bytes(step: Callable[[], Sequence[Tensor]], device: torch.device)
 
 @contextmanager
 def kernels(choice: str) -> Iterator[None]:
-    """With ``PLUGIN_KERNELS`` set to it."""
+    """Set ``PLUGIN_KERNELS`` inside the context."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = choice
     try:

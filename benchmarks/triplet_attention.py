@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Triplet attention, one block: time and memory, beside the textbook's and a copy of its input.
+"""Time and memory of one triplet attention, beside the textbook's and a copy of its input.
 
 `benchmarks/triplet_attention.py` runs this alone; its arguments are those of `benchmarks/run.py`.
 """
@@ -44,7 +44,7 @@ MINUTES = 3.5
 SHAPES = [(2, 256, 200, 304), (2, 512, 100, 152), (2, 1024, 50, 76), (2, 2048, 25, 38)]
 QUICK_SHAPES = [(1, 8, 12, 10)]
 OURS, PLAIN, TEXTBOOK = "TripletAttention", "plain", "textbook"
-# Passes over memory that are needed
+# Least number of passes over memory
 NEEDED = {"forward": 3, "forward + backward": 8}
 SPEEDUP = {
     ("cpu", "forward"): 5.0,
@@ -69,7 +69,7 @@ def shapes(setting: Setting) -> list[Shape]:
 
 
 def missing_fast_paths(setting: Setting) -> list[Row]:
-    """Where the block's own formulas are timed for want of others, it must be said."""
+    """List the dtypes without a fast path, for which the plain formulas are timed."""
     found = []
     for dtype in setting.dtypes:
         x = torch.empty(shapes(setting)[-1], device=setting.device, dtype=dtype)
@@ -115,7 +115,7 @@ def block(
 
 
 def floor(copy: Measurement, clone: Measurement, what: str) -> Measurement:
-    """The time that the bytes need, round by round."""
+    """Compute the least time for moving the bytes, round by round."""
     outputs = 1 if what == "forward" else 2
     seconds = [
         NEEDED[what] / 2 * old + outputs * max(0.0, new - old)
@@ -173,7 +173,7 @@ def compiled_block(
 
 
 def compile_now(run: Callable[[], object]) -> float:
-    """Seconds of the first call, with nothing in the compiler's cache."""
+    """Measure the seconds of the first call, with nothing in the compiler's cache."""
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     with tempfile.TemporaryDirectory() as folder:
@@ -190,11 +190,11 @@ def compile_now(run: Callable[[], object]) -> float:
 
 
 def growth(setting: Setting) -> list[Row]:
-    """Five sizes of H·W, and five of B."""
+    """Measure five sizes of H·W, and five of B."""
     small, large = (50, 76), (64, 96)
     if setting.quick:
         small = large = (4, 6)
-    elif setting.on_gpu:  # so large that starting a kernel does not count
+    elif setting.on_gpu:  # so large that a kernel's start does not count
         small, large = (100, 152), (200, 304)
     batch, channels = (8 if setting.on_gpu else 2), (8 if setting.quick else 256)
     maps = [tuple(round(side * scale) for side in small) for scale in (1, 1.5, 2, 3, 4)]
@@ -238,7 +238,7 @@ def _ignoring_round(step: Callable[[Pair], Any], pair: Pair, _: int) -> Any:
 
 
 def plot(measured: Sequence[Row]) -> Figure | None:
-    """Time over H·W and over B, with straight lines through the origin."""
+    """Plot time over H·W and over B, with straight lines through the origin."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4), layout="constrained")

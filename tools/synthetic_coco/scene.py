@@ -141,7 +141,7 @@ def sample_categories(rng: np.random.Generator, split: str, settings: Settings) 
 
 
 def class_frequencies(classes: int, imbalance: float) -> NDArray[np.float64]:
-    """Compute shares (classes,) of sum 1 that fall geometrically, to 1/``imbalance`` at the last."""
+    """Compute shares (classes,) of sum 1. They fall geometrically, by ``imbalance`` in all."""
     weights: NDArray[np.float64] = np.power(imbalance, -np.linspace(0, 1, classes))
     return weights / weights.sum()
 
