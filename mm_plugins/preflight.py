@@ -1,20 +1,19 @@
 """Checks of a config and of the files that it names, before a run writes anything.
 
-Where MMDetection would stop at a bare assertion, or go on with half of a checkpoint, these say
-which setting is wrong. A setting that they do not know they leave to MMDetection.
+MMDetection would stop at a bare assertion, or go on with half of a checkpoint. These checks name
+the wrong setting. They leave unknown settings to MMDetection.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import difflib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sized
+import re
+import traceback
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
-import torch
 from mmdet.datasets import CocoDataset
 from mmdet.models.backbones import MobileNetV2, ResNet
 from mmdet.registry import DATASETS, MODELS
@@ -23,22 +22,20 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from mm_plugins.batchformer import build_batchformer_detector, insert_batchformer
-from mm_plugins.block_plugins import IDABlock, TripletAttention
-from mm_plugins.grounding.text_models import check_pretrained, check_text_model
-from mm_plugins.regularized import build_regularized_detector, functional_entropy_loss
-from mm_plugins.roi_heads import BatchFormerBBoxHead, IDABBoxHead
-from plugin_core import AttentionMaskConsistency, BatchFormer
+from mm_plugins.grounding.text_models import check_pretrained
 from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, check_resnet_names
+from plugin_core.errors import ArgumentError, check_arguments, did_you_mean
 from plugin_core.evaluation.datasets import check_coco_json
+from plugin_core.inspection.building import build_once
 
 _RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 _MOBILENET_POSITIONS = ("after_linear_conv",)
+_PLUGIN_KEYS = ("cfg", "position", "stages")
 
 
 def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
-    """Check what can be known to be wrong before the model is built.
+    """Find mistakes in a config before the run.
 
     Args:
         cfg: the whole config, with command-line overrides.
@@ -57,39 +54,32 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
             _check_tokenizers(cfg[loader], loader)
     load_from = cfg.get("load_from")
     model = cfg.get("model", {})
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
-        _check_detectors(model, "model")
-    for setting, head in _modules(model, "model", IDABBoxHead, BatchFormerBBoxHead):
-        kind, arguments = MODELS.get(head["type"]), _arguments(head)
-        _check_arguments(kind, arguments, setting)
-        if (inner := arguments.get("batchformer")) is not None:
-            _check_is_dict(inner, f"{setting}.batchformer")
-            _check_arguments(BatchFormer, inner, f"{setting}.batchformer", "embed_dims")
-        _check_values(kind, arguments, setting)
-    for setting, backbone in _modules(model, "model", ResNet, MobileNetV2):
-        _check_plugins(backbone, setting)
+    for setting, backbone, kind in _modules(model, ResNet, MobileNetV2):
+        _check_plugins(backbone, kind, setting)
         init_cfg = backbone.get("init_cfg")
         if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained" and not load_from:
             checkpoint, where = init_cfg["checkpoint"], f"{setting}.init_cfg.checkpoint"
             _check_names(checkpoint, where, backbone, setting)
             _check_layout(checkpoint, where)
+    if model:
+        _check_model(model, cfg.get("default_scope") or "mmdet")
     if load_from and not resumes:
         check_weights(model, load_from, "load_from")
         _check_layout(load_from, "load_from")
 
 
 def check_weights(model: ConfigDict, path: str, setting: str) -> None:
-    """Check that a checkpoint of a whole model, if it has a ResNet, has the model's.
+    """Check that the ResNet in a whole model's checkpoint, if it has one, is the model's.
 
     Args:
-        model: its config.
-        path: of the checkpoint.
-        setting: that names the checkpoint, for the message.
+        model: config of the model.
+        path: path of the checkpoint.
+        setting: setting that names the checkpoint, for the message.
 
     Raises:
         ValueError: names the setting, its value and what would be right.
     """
-    for where, backbone in _modules(model, "model", ResNet, MobileNetV2):
+    for where, backbone, _ in _modules(model, ResNet, MobileNetV2):
         networks = _check_names(path, setting, backbone, where)
         if networks and networks <= {"", "module."}:
             raise ValueError(
@@ -98,72 +88,8 @@ def check_weights(model: ConfigDict, path: str, setting: str) -> None:
             )
 
 
-def _check_detectors(node: Any, setting: str) -> None:
-    """Check a model, or those that it holds, such as a student and its teacher."""
-    if isinstance(node, (list, tuple)):
-        for i, part in enumerate(node):
-            _check_detectors(part, f"{setting}[{i}]")
-    if not isinstance(node, dict):
-        return
-    for key, value in node.items():
-        _check_detectors(value, f"{setting}.{key}")
-    kind = node.get("type")
-    build: Any = MODELS.get(kind) if isinstance(kind, str) else kind
-    if build not in (build_batchformer_detector, build_regularized_detector):
-        return
-    if "detector" not in node:
-        raise ValueError(
-            f"{setting}.detector: missing; name the detector's type, as it stands in the config "
-            "without the plugin"
-        )
-    if build is build_regularized_detector:
-        _check_losses(node, setting)
-    else:
-        _check_batchformer(node, setting)
-    # It says by itself which of the model's settings is wrong.
-    _check_values(build, _arguments(copy.deepcopy(node)), setting)
-
-
-def _check_losses(node: Any, setting: str) -> None:
-    losses: dict[str, Any] = {
-        "attention_mask_consistency": AttentionMaskConsistency,
-        "functional_entropy": functional_entropy_loss,
-    }
-    for name, loss in losses.items():
-        if (given := node.get(name)) is not None:
-            _check_is_dict(given, f"{setting}.{name}")
-            _check_arguments(loss, given, f"{setting}.{name}")
-            _check_values(loss, given, f"{setting}.{name}")
-    check_text_model(node, setting)
-
-
-def _check_batchformer(node: Any, setting: str) -> None:
-    batchformer = node.get("batchformer")
-    if batchformer is not None:
-        _check_is_dict(batchformer, f"{setting}.batchformer")
-        _check_arguments(insert_batchformer, batchformer, f"{setting}.batchformer", "encoder")
-    encoder = node.get("encoder") or _find(node, "panoptic_head", "pixel_decoder", "encoder")
-    if isinstance(encoder, dict) and isinstance(encoder.get("num_layers"), int):
-        # Not every detector can be built without memory for its parameters.
-        probe: Any = nn.Module()
-        probe.layers = nn.ModuleList(nn.Identity() for _ in range(encoder["num_layers"]))
-        probe.embed_dims = _find(encoder, "layer_cfg", "self_attn_cfg", "embed_dims") or 256
-        _check_values(insert_batchformer, {"encoder": probe, **(batchformer or {})}, setting)
-
-
-def _find(node: Any, *keys: str) -> Any:
-    for key in keys:
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
-
-
-def _check_is_dict(value: Any, setting: str) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{setting}: expected dict(…), got {value!r}")
-
-
 def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
-    """Check a dataset in COCO's format, or those that a dataset wraps, concatenates or repeats."""
+    """Check a dataset in COCO's format, or the datasets that it wraps, joins or repeats."""
     if isinstance(dataset, (list, tuple)):
         for i, part in enumerate(dataset):
             _check_datasets(part, f"{setting}[{i}]", train=False)
@@ -177,7 +103,7 @@ def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
     ann_file, root = dataset.get("ann_file"), dataset.get("data_root") or ""
     if (
         not (inspect.isclass(kind) and issubclass(kind, CocoDataset))
-        or dataset.get("backend_args")  # files are not read from the disk
+        or dataset.get("backend_args")  # files come from elsewhere than the disk
         or not isinstance(ann_file, str)
         or not ann_file
         or "://" in os.path.join(root, ann_file)
@@ -196,7 +122,7 @@ def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
 
 
 def _check_tokenizers(node: Any, setting: str) -> None:
-    """Check the text models that transforms of the data name."""
+    """Check the text models that the data's transforms name."""
     if isinstance(node, (list, tuple)):
         for i, part in enumerate(node):
             _check_tokenizers(part, f"{setting}[{i}]")
@@ -207,50 +133,49 @@ def _check_tokenizers(node: Any, setting: str) -> None:
             _check_tokenizers(value, f"{setting}.{key}")
 
 
-def _modules(node: Any, setting: str, *kinds: type) -> Iterator[tuple[str, ConfigDict]]:
-    """Modules of some kinds in a model's config, and where they stand in it."""
-    if isinstance(node, (list, tuple)):
-        for i, part in enumerate(node):
-            yield from _modules(part, f"{setting}[{i}]", *kinds)
-    if not isinstance(node, dict):
-        return
-    if isinstance(node.get("type"), str):
-        kind = MODELS.get(node["type"])
+def _modules(model: Any, *kinds: type) -> Iterator[tuple[str, ConfigDict, type]]:
+    """Find the modules of some classes in a model's config: setting, node and class of each."""
+    for setting, node in _nodes(model, "model"):
+        kind = node.get("type")
+        kind = MODELS.get(kind) if isinstance(kind, str) else kind
         if inspect.isclass(kind) and issubclass(kind, kinds):
-            yield setting, node
-    for key, value in node.items():
-        yield from _modules(value, f"{setting}.{key}", *kinds)
+            yield setting, node, kind
 
 
-def _check_plugins(backbone: ConfigDict, setting: str) -> None:
-    kind = MODELS.get(backbone["type"])
+def _check_plugins(backbone: ConfigDict, kind: Any, setting: str) -> None:
+    """Check a backbone's depth and its plugins' places. MMDetection has only bare assertions."""
     is_resnet = issubclass(kind, ResNet)
-    if is_resnet and "depth" in backbone and backbone["depth"] not in kind.arch_settings:
+    depth = backbone.get("depth")
+    if is_resnet and depth is not None and depth not in kind.arch_settings:
         raise ValueError(
-            f"{setting}.depth: no {backbone['type']} of depth {backbone['depth']!r}; "
+            f"{setting}.depth: no {kind.__name__} of depth {depth!r}; "
             f"there are {', '.join(map(str, kind.arch_settings))}"
         )
-    small = is_resnet and backbone.get("depth") in (18, 34)
-    positions = _RESNET_POSITIONS if is_resnet else _MOBILENET_POSITIONS
+    positions: tuple[str, ...] = _RESNET_POSITIONS if is_resnet else _MOBILENET_POSITIONS
     num_stages = backbone.get("num_stages", 4) if is_resnet else len(kind.arch_settings)
     plugins = backbone.get("plugins") or ()
-    if plugins and (kind is MobileNetV2 or (kind is ResNet and small)):
-        name = f"ResNet-{backbone['depth']}" if small else "MobileNetV2"
-        position = "after_conv2" if small else "after_linear_conv"
+    is_small = is_resnet and depth in (18, 34)
+    if is_small:
+        positions = positions[1:2]
+    if plugins and (kind is MobileNetV2 or (kind is ResNet and is_small)):
+        name = f"ResNet-{depth}" if is_small else "MobileNetV2"
         raise ValueError(
             f"{setting}.type: MMDetection's {name} takes no plugins; "
-            f"use type='Plugin{kind.__name__}' and position={position!r}"
+            f"use type='Plugin{kind.__name__}' and position={positions[0]!r}"
         )
-    _check_arguments(kind, _arguments(backbone), setting)
     for i, plugin in enumerate(plugins):
         where = f"{setting}.plugins[{i}]"
         if not isinstance(plugin, dict) or not isinstance(plugin.get("cfg"), dict):
             raise ValueError(
                 f"{where}: expected dict(cfg=dict(type=…), position=…, stages=…), got {plugin!r}"
             )
+        for key in plugin:
+            if key not in _PLUGIN_KEYS:
+                raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, _PLUGIN_KEYS)}")
         if plugin.get("position") not in positions:
             raise ValueError(
-                f"{where}.position: {plugin.get('position')!r} is none of {', '.join(positions)}"
+                f"{where}.position: must be {' or '.join(map(repr, positions))} in this backbone, "
+                f"got {plugin.get('position')!r}"
             )
         stages = plugin.get("stages")
         if stages is not None and (not isinstance(stages, Sized) or len(stages) != num_stages):
@@ -258,100 +183,124 @@ def _check_plugins(backbone: ConfigDict, setting: str) -> None:
                 f"{where}.stages: expected {num_stages} times True or False, one for each stage "
                 f"of {setting}, got {stages!r}"
             )
-        if small and plugin["position"] == "after_conv3":
+        name = plugin["cfg"].get("type")
+        if name is None or (isinstance(name, str) and MODELS.get(name) is None):
+            hint = did_you_mean(name, MODELS.module_dict) if name else ""
             raise ValueError(
-                f"{where}.position: 'after_conv3', but the blocks of a ResNet-{backbone['depth']} "
-                "end in conv2; use 'after_conv2'"
+                f"{where}.cfg.type: must be a plugin layer such as 'TripletAttention' or "
+                f"'BlockPlugin', got {name!r}{hint}"
             )
-        unknown = set(plugin) - {"cfg", "position", "stages"}
-        if unknown:
-            raise ValueError(f"{where}: unknown key {', '.join(sorted(unknown))}")
-        _check_layer(plugin, backbone, f"{where}.cfg")
 
 
-def _check_layer(plugin: ConfigDict, backbone: ConfigDict, setting: str) -> None:
-    layer = plugin["cfg"]
-    name = layer.get("type")
-    if name is None:
-        raise ValueError(f"{setting}.type: missing; expected dict(type='TripletAttention', …)")
-    if not isinstance(name, str):
-        return  # a class
-    kind = MODELS.get(name)
-    if kind is None:
-        likely = difflib.get_close_matches(name, MODELS.module_dict)
-        hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
-        raise ValueError(f"{setting}.type: no module is registered as {name!r}{hint}")
-    if not (inspect.isclass(kind) and issubclass(kind, (TripletAttention, IDABlock))):
-        return  # a layer of others: its arguments are its own affair
-    arguments = _arguments(layer)
-    if "in_channels" in arguments:
-        raise ValueError(f"{setting}.in_channels: leave it out; the backbone passes its own")
-    _check_arguments(kind, arguments, setting)
-    for channels in _channels_at(plugin, backbone):
-        _check_values(kind, {"in_channels": channels, **arguments}, setting)
+def _check_model(model: ConfigDict, scope: str) -> None:
+    """Build the model once without memory, and raise its parts' errors in one line."""
 
+    def build(device: str) -> None:
+        with DefaultScope.overwrite_default_scope(scope):
+            MODELS.build(copy.deepcopy(model))
 
-def _channels_at(plugin: ConfigDict, backbone: ConfigDict) -> list[int]:
-    """How many channels a plugin is given, in all blocks that get it, as the backbone has it."""
-    channels: set[int] = set()
-
-    class Probe(nn.Identity):
-        def __init__(self, in_channels: int) -> None:
-            super().__init__()
-            channels.add(in_channels)
-
-    probed = {**copy.deepcopy(backbone), "plugins": [{**plugin, "cfg": {"type": Probe}}]}
-    # What else may be wrong with the backbone is left to MMDetection.
-    with contextlib.suppress(Exception), torch.device("meta"):
-        MODELS.build(probed)
-    return sorted(channels)
-
-
-def _check_values(kind: Callable[..., Any], arguments: Mapping[str, Any], setting: str) -> None:
-    """Check that a module of ours takes these values, without memory for its parameters."""
     try:
-        with torch.device("meta"):
-            kind(**arguments)
+        build_once(build, "model")
     except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from error
-    except Exception:  # a loss that is unknown, or that cannot be built so: MMDetection's affair
-        return
+        raise ValueError(_with_place(error, model)) from error
 
 
-def _arguments(module: ConfigDict) -> dict[str, Any]:
-    return {k: v for k, v in module.items() if k not in ("type", "postfix", "_scope_", "_delete_")}
+# What Python and the registry say of a module's arguments and type
+_CALL = re.compile(
+    r"(\w+)(?:\.__init__)?\(\) "
+    r"(got an unexpected|got multiple|missing \d+ required)[\w ]*:? '(\w+)'"
+)
+_UNKNOWN_TYPE = re.compile(r"([\w.]+) is not in the \S+ registry")
 
 
-def _check_arguments(
-    kind: Callable[..., Any], arguments: Mapping[str, Any], setting: str, *reserved: str
-) -> None:
-    """Check that a function takes these arguments, or a class, or a base that it hands them on to.
+def _with_place(error: ValueError, model: ConfigDict) -> str:
+    """Add the place in the config to the message of an error that building the model raised."""
+    text = str(error)
+    if found := _CALL.search(text):
+        kind_name, problem, argument = found.groups()
+        named = [
+            module
+            for module in _modules(model, nn.Module)
+            if kind_name in [base.__name__ for base in module[2].__mro__]
+        ]
+        for setting, node, kind in sorted(named, key=lambda m: m[2].__name__ != kind_name):
+            if (argument in node) == problem.startswith("missing"):
+                continue
+            if problem.startswith("missing"):
+                return f"{setting}.{argument}: missing"
+            if problem == "got multiple":
+                return f"{setting}.{argument}: leave it out; whatever builds it passes its own"
+            try:
+                check_arguments(kind, [argument])
+            except ArgumentError as unknown:
+                return f"{setting}.{argument}: {unknown.reason}"
+    if found := _UNKNOWN_TYPE.search(text):
+        for setting, node in _nodes(model, "model"):
+            if node.get("type") == found[1]:
+                hint = did_you_mean(found[1], MODELS.module_dict)
+                return f"{setting}.type: no module is registered as {found[1]!r}{hint}"
+    argument = error.argument if isinstance(error, ArgumentError) else ""
+    reason = error.reason if isinstance(error, ArgumentError) else text.removeprefix("model: ")
+    places = _places(error, model, argument, reason)
+    if not argument and _names_setting(reason, places):
+        argument, _, reason = reason.partition(": ")
+    end = f".{argument}" if argument else ""
+    where = " or ".join(f"{setting}{end}" for setting, _ in places[:3])
+    return f"{where or f'model{end}'}: {reason}"
 
-    Args:
-        kind: the function or class.
-        arguments: by name.
-        setting: where they stand in the config.
-        reserved: names that the config may not give.
-    """
-    known: set[str] = set()
-    functions = [kind]
-    if inspect.isclass(kind):
-        functions = [base.__init__ for base in kind.__mro__]  # type: ignore[misc]
-    for function in functions:
-        parameters = inspect.signature(function).parameters.values()
-        known |= {p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
-        if all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
-            break
-    known -= {"self", *reserved}
-    for argument in arguments:
-        if argument not in known:
-            likely = difflib.get_close_matches(argument, known)
-            hint = f"; did you mean {' or '.join(likely)}?" if likely else ""
-            raise ValueError(f"{setting}: {kind.__name__} has no argument {argument!r}{hint}")
+
+def _names_setting(text: str, places: list[tuple[str, ConfigDict]]) -> bool:
+    """Tell whether a text begins with a setting, such as "batchformer.insert_after: "."""
+    start = re.match(r"(\w+)[\w.\[\]]*: ", text)
+    return start is not None and any(start[1] in node for _, node in places)
+
+
+def _places(
+    error: Exception, model: ConfigDict, argument: str, reason: str
+) -> list[tuple[str, ConfigDict]]:
+    """Find the config's modules whose constructors may have raised an error."""
+    for kind in _built_kinds(error):
+        found = [(setting, node) for setting, node, own in _modules(model, kind) if own is kind]
+        given = [(setting, node) for setting, node in found if argument.split(".")[0] in node]
+        meant = [place for place in given if repr(_value(place[1], argument)) in reason]
+        if found:
+            return meant or given or found
+    return []
+
+
+def _value(node: Any, argument: str) -> Any:
+    for key in argument.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    return node
+
+
+def _built_kinds(error: BaseException) -> list[type]:
+    """List the classes whose constructors an error passed through, the innermost first."""
+    kinds: list[type] = []
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            if frame.f_code.co_name == "__init__" and "self" in frame.f_locals:
+                kinds.append(type(frame.f_locals["self"]))
+        cause = cause.__cause__
+    return kinds[::-1]
+
+
+def _nodes(node: Any, setting: str) -> Iterator[tuple[str, ConfigDict]]:
+    """List all mappings in a model's config, each with its setting."""
+    if isinstance(node, (list, tuple)):
+        for i, part in enumerate(node):
+            yield from _nodes(part, f"{setting}[{i}]")
+    if isinstance(node, dict):
+        yield setting, node
+        for key, value in node.items():
+            yield from _nodes(value, f"{setting}.{key}")
 
 
 def _check_names(path: str, setting: str, backbone: ConfigDict, backbone_setting: str) -> set[str]:
-    """Check the ResNet in a checkpoint; gives what comes before its names, if there is one."""
+    """Check the ResNet in a checkpoint, if there is one, and return the prefixes of its names."""
     if "://" in path:
         return set()
     path = os.path.expanduser(path)  # as mmengine does
@@ -371,7 +320,7 @@ def _check_layout(path: str, setting: str) -> None:
     try:
         content = read_checkpoint(os.path.expanduser(path))
     except ValueError:
-        return  # which mmengine notices, unlike the other
+        return  # mmengine notices an unreadable file, but not a wrong layout
     if isinstance(content.get("model"), Mapping) and "state_dict" not in content:
         raise ValueError(
             f"{setting}: {path!r} has its tensors under 'model', as Detectron2 writes them, of "

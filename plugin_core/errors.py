@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 
@@ -34,7 +34,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def check_arguments(
-    function: Callable[..., Any], arguments: Mapping[str, Any], reserved: Collection[str] = ()
+    function: Callable[..., Any], arguments: Iterable[str], reserved: Collection[str] = ()
 ) -> None:
     """Check that a function, or a class, takes arguments of these names.
 
@@ -42,7 +42,7 @@ def check_arguments(
 
     Args:
         function: that will be called with them.
-        arguments: by name.
+        arguments: their names.
         reserved: names that are passed already.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
-from mm_plugins import scripts
+from mm_plugins import command_line as scripts
 
 
 class Handed(Exception):
