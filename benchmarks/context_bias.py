@@ -5,10 +5,10 @@
 
 draws biased scenes: of the images with a class, 9 of 10 in train also hold its companion class, and
 1 of 10 in val. It trains the demo's detector of Detectron2 plain, with triplet attention, with IDA
-in its last two stages, and with IDA as the classifier of regions, from several seeds with the same
-schedule. tools/evaluate_context_bias.py measures each detector. A plain detector trained on scenes
-without the bias shows the effect of the bias itself. Mean and spread over the seeds go to
-benchmarks/results/context_bias.md and .json.
+in its last two stages, and with IDA as the classifier of regions. Each is trained from several
+seeds with the same schedule. tools/evaluate_context_bias.py measures each detector. A plain
+detector trained on scenes without the bias shows the effect of the bias itself. Mean and spread
+over the seeds go to benchmarks/results/context_bias.md and .json.
 
 Complete runs are kept: started again, this goes on where it was stopped. 15 runs; two at a time
 (--jobs 2) take a quarter of an hour on 2 CPU cores.

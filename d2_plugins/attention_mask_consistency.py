@@ -59,7 +59,7 @@ class _AMCDetector(nn.Module):
 
     @abstractmethod
     def _scored_modules(self) -> list[nn.Module]:
-        """The modules whose calls :meth:`_class_logits` reads."""
+        """List the modules for :meth:`_class_logits`, which reads their calls."""
 
     @abstractmethod
     def _class_logits(self, calls: Sequence[Call]) -> list[list[Tensor]]:

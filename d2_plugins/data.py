@@ -74,7 +74,7 @@ class PluginDatasetMapper(DatasetMapper):
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         try:
             return super().__call__(dataset_dict)
-        except (OSError, SyntaxError) as error:  # what Pillow raises for a broken image
+        except (OSError, SyntaxError) as error:  # of Pillow, for a broken image
             raise ValueError(
                 f"image {dataset_dict['file_name']!r} cannot be read ({error}); restore the file, "
                 "or take the image out of the dataset's annotations"

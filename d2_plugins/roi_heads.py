@@ -43,7 +43,7 @@ class Res5PluginROIHeads(Res5ROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class StandardPluginROIHeads(StandardROIHeads):
-    """``StandardROIHeads`` whose box head may be an :class:`IDABoxHead`, or have a BatchFormer."""
+    """``StandardROIHeads`` that may have an :class:`IDABoxHead` or a BatchFormer."""
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -55,7 +55,7 @@ class StandardPluginROIHeads(StandardROIHeads):
 
 @ROI_HEADS_REGISTRY.register()
 class CascadePluginROIHeads(CascadeROIHeads):
-    """``CascadeROIHeads`` whose box heads may be :class:`IDABoxHead`, or have a BatchFormer."""
+    """``CascadeROIHeads`` that may have :class:`IDABoxHead` or BatchFormers."""
 
     @classmethod
     def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:

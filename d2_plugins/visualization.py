@@ -67,7 +67,7 @@ class Detectron2Detector(Detector):
     def read(self, path: str) -> Picture:
         try:
             image = read_image(path, "RGB")
-        except (OSError, SyntaxError) as error:  # what Pillow raises for a broken image
+        except (OSError, SyntaxError) as error:  # of Pillow, for a broken image
             raise ValueError(f"image {path!r} cannot be read: {error}") from error
         ordered = image if self.input_format == "RGB" else image[:, :, ::-1]
         resized = T.AugInput(ordered)

@@ -43,7 +43,7 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
         resumes: whether weights come from a checkpoint of the same training.
 
     Raises:
-        ValueError: names the setting, its value and what would be right.
+        ValueError: names the setting, its value and the right ones.
     """
     register_all_modules(init_default_scope=False)
     loaders = ("train_dataloader", "val_dataloader") if train else ("test_dataloader",)
@@ -77,7 +77,7 @@ def check_weights(model: ConfigDict, path: str, setting: str) -> None:
         setting: setting that names the checkpoint, for the message.
 
     Raises:
-        ValueError: names the setting, its value and what would be right.
+        ValueError: names the setting, its value and the right ones.
     """
     for where, backbone, _ in _modules(model, ResNet, MobileNetV2):
         networks = _check_names(path, setting, backbone, where)

@@ -197,7 +197,7 @@ def check_images(paths: Sequence[str]) -> None:
                 image.load()
         except FileNotFoundError:
             raise ValueError(f"there is no image {path!r}") from None
-        except (OSError, SyntaxError) as error:  # what Pillow raises for a broken image
+        except (OSError, SyntaxError) as error:  # of Pillow, for a broken image
             raise ValueError(f"image {path!r} cannot be read: {error}") from error
         other = stems.setdefault(Path(path).stem, path)
         if other != path:

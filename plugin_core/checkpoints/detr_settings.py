@@ -1,4 +1,4 @@
-"""The settings that MMDetection needs for a converted DETR, and a check of a model against them."""
+"""MMDetection's settings for a converted DETR, and a check of a model against them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def describe(conversion: DetrConversion) -> str:
 
 
 def model_settings(conversion: DetrConversion) -> dict[str, Any]:
-    """List what a config needs besides MMDetection's own of the same detector."""
+    """List the settings to add to MMDetection's own config of the detector."""
     settings = {"type": conversion.detector, **conversion.settings}
     if conversion.batchformer:
         settings |= {
@@ -44,7 +44,7 @@ def as_config(value: Any) -> str:
 
 
 def check_detr(conversion: DetrConversion, model: nn.Module) -> None:
-    """Check that a model computes what the weights were trained for; raises ValueError."""
+    """Check that a model has the settings of the weights' training; raises ValueError."""
     places = model.state_dict()
     wrong = [
         f"{setting} is {found!r}, not {value!r}"

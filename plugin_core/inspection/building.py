@@ -58,6 +58,6 @@ def _in_a_line(error: Exception, setting: str) -> ValueError:
     text = " ".join(str(error).split())[:500]
     if isinstance(error, ValueError):
         return ValueError(text)
-    if not text:  # a bare assertion says what it asserts
+    if not text:  # of a bare assertion, take its source line
         text = traceback.extract_tb(error.__traceback__)[-1].line or ""
     return ValueError(f"{setting}: it cannot be built: {type(error).__name__}: {text}")

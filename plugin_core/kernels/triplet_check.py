@@ -19,7 +19,7 @@ _CHECKED_SHAPE = (2, 11, 35, 67)
 
 
 def failure_of(passes: Passes, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Say what is wrong with the passes, or None. This compiles all their variants.
+    """Describe the passes' fault, or return None. This compiles all their variants.
 
     It does not try their convolutions.
 
