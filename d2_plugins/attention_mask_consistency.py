@@ -38,7 +38,6 @@ from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
 from d2_plugins.config import naming
-from d2_plugins.roi_heads import BatchFormerOutputLayers
 from plugin_core import AttentionMaskConsistency, GradientHeatmap
 from plugin_core.errors import did_you_mean
 from plugin_core.inspection.recorder import Call, record_calls
@@ -220,11 +219,9 @@ class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
         pooler, predictor = self._scored_modules()
         boxes = [call.args[1] for call in calls if call.module is pooler][-1]
         call = [call for call in calls if call.module is predictor][-1]
-        logits = call.output[0]
-        if isinstance(predictor, BatchFormerOutputLayers):
-            # The regions' own stream meets nothing that cannot be differentiated twice.
-            logits = predictor.cls_score(call.args[0].flatten(1))
-        return [[of_image] for of_image in logits.split([len(of_image) for of_image in boxes])]
+        counts = [len(of_image) for of_image in boxes]
+        logits = call.output[0][: sum(counts)]  # without those of a BatchFormer's second stream
+        return [[of_image] for of_image in logits.split(counts)]
 
     def _differentiable_twice(self) -> AbstractContextManager[None]:
         return acting_as(_TwiceDifferentiablePooler, self._scored_modules()[0])

@@ -14,7 +14,6 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
-from mm_plugins.roi_heads import BatchFormerBBoxHead
 from plugin_core.inspection.recorder import record_calls
 
 
@@ -85,11 +84,8 @@ class Scores:
                     return []
                 if extractor is not None:
                     regions = [call.args[1] for call in calls if call.module is extractor][-1]
-                    of_classes = outputs[-1][0]
-                    if isinstance(head, BatchFormerBBoxHead):
-                        # Read the regions' own stream: the other cannot be differentiated twice.
-                        (x,) = [call.args for call in calls if call.module is head][-1]
-                        of_classes, _ = super(BatchFormerBBoxHead, head).forward(x)
+                    # Without the logits of a BatchFormer's second stream
+                    of_classes = outputs[-1][0][: len(regions)]
                     return [of_classes[regions[:, 0] == i] for i in range(images)]
                 return list(self._dense_logits(head, outputs[-1][0])[:images])
 
