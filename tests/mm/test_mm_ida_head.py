@@ -1,4 +1,4 @@
-"""IDA in MMDetection: the block as a plugin of backbones, and the head that classifies regions."""
+"""IDA as the classifier of regions in MMDetection's box heads."""
 
 from __future__ import annotations
 
@@ -16,183 +16,10 @@ from mmdet.structures import DetDataSample
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
 
-import plugin_core
-from mm_plugins import IDABBoxHead, IDABlock
+from mm_plugins import IDABBoxHead
 from mm_plugins.analysis import load_config
 
-NARROW = {"stem_channels": 8, "base_channels": 8}
-# A backbone, MMDetection's own of the same weights, the position of plugins, the stages that get
-# them here, and the channels that these have.
-BACKBONES = {
-    "ResNet-50": (
-        {"type": "ResNet", "depth": 50, **NARROW},
-        {"type": "ResNet", "depth": 50, **NARROW},
-        "after_conv3",
-        {3: 128, 4: 256},
-        4,
-    ),
-    "PluginResNet-18": (
-        {"type": "PluginResNet", "depth": 18, **NARROW},
-        {"type": "ResNet", "depth": 18, **NARROW},
-        "after_conv2",
-        {3: 32, 4: 64},
-        4,
-    ),
-    "PluginMobileNetV2": (
-        {"type": "PluginMobileNetV2", "widen_factor": 0.25},
-        {"type": "MobileNetV2", "widen_factor": 0.25},
-        "after_linear_conv",
-        {5: 24, 6: 40},
-        7,
-    ),
-}
-EVERY_BACKBONE = pytest.mark.parametrize("name", BACKBONES)
 HEAVY = pytest.mark.parametrize("heavy", [False, True], ids=["light", "heavy"])
-
-
-def plugin(name: str, kind: str = "IDABlock", **layer: Any) -> dict:
-    position, channels, num_stages = BACKBONES[name][2:]
-    stages = tuple(stage in channels for stage in range(1, num_stages + 1))
-    arguments = {"num_queries": 5} if kind == "IDABlock" else {}
-    return {"cfg": {"type": kind, **arguments, **layer}, "position": position, "stages": stages}
-
-
-def build(name: str, *plugins: dict, **changed: Any) -> nn.Module:
-    """The backbone with these plugins, or MMDetection's own where there are none."""
-    cfg = dict(BACKBONES[name][0], plugins=list(plugins)) if plugins else BACKBONES[name][1]
-    return MODELS.build(copy.deepcopy({**cfg, **changed}))
-
-
-def ida_blocks(model: nn.Module) -> list[IDABlock]:
-    return [module for module in model.modules() if isinstance(module, IDABlock)]
-
-
-def let_in(model: nn.Module) -> None:
-    """Let attention have an influence, as training does."""
-    for block in ida_blocks(model):
-        nn.init.constant_(block.gamma, 0.5)
-
-
-def assert_equal_features(model: nn.Module, other: nn.Module) -> None:
-    x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        for feature, expected in zip(model(x), other(x), strict=True):
-            assert torch.isfinite(expected).all()
-            assert torch.equal(feature, expected)
-
-
-# -------------------------------------------------------------------------------- in the backbones
-
-
-@EVERY_BACKBONE
-def test_blocks_of_the_chosen_stages_have_it_for_their_channels(name):
-    model, channels = build(name, plugin(name, num_heads=2)), BACKBONES[name][3]
-    for stage in range(1, BACKBONES[name][4] + 1):
-        for block in getattr(model, f"layer{stage}"):
-            assert hasattr(block, "ida") == (stage in channels)
-            if stage in channels:
-                assert isinstance(block.ida, plugin_core.IDABlock)
-                assert block.ida.in_channels == channels[stage]
-                assert (block.ida.num_classes, block.ida.num_heads) == (5, 2)
-
-
-@EVERY_BACKBONE
-def test_it_is_the_identity_after_the_weights_are_initialized(name):
-    model = build(name, plugin(name))
-    drawn = [block.proj.weight.clone() for block in ida_blocks(model)]
-    model.init_weights()
-    assert drawn
-    for block, before in zip(ida_blocks(model), drawn, strict=True):
-        assert not torch.equal(block.proj.weight, before)  # as all convolutions of the backbone
-        x = torch.randn(2, block.in_channels, 3, 3)
-        assert torch.equal(block(x), x)
-
-
-@EVERY_BACKBONE
-@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
-def test_plain_weights_give_exactly_the_plain_backbones_features(name, mode, tmp_path):
-    plain = build(name)
-    path = str(tmp_path / "plain.pth")
-    torch.save({"state_dict": plain.state_dict()}, path)
-    model = build(name, plugin(name), init_cfg={"type": "Pretrained", "checkpoint": path})
-    model.init_weights()
-    for network in (plain, model):
-        network.train(mode)
-    assert_equal_features(model, plain)
-
-
-@EVERY_BACKBONE
-def test_names_are_the_plain_backbones_and_those_of_the_blocks(name):
-    names = build(name, plugin(name)).state_dict()
-    assert [n for n in names if ".ida." not in n] == list(build(name).state_dict())
-    assert len(names) > len(build(name).state_dict())
-
-
-@EVERY_BACKBONE
-@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint")  # of MMDetection's blocks
-def test_recomputed_activations_give_equal_gradients(name):
-    model = build(name, plugin(name)).double()
-    recomputing = build(name, plugin(name), with_cp=True).double()
-    let_in(model)
-    recomputing.load_state_dict(model.state_dict())
-    x = torch.randn(2, 3, 64, 64).double()
-    for network in (model, recomputing):
-        network.train()
-        sum(feature.square().mean() for feature in network(x)).backward()
-    expected = dict(model.named_parameters())
-    for parameter_name, parameter in recomputing.named_parameters():
-        torch.testing.assert_close(
-            parameter.grad, expected[parameter_name].grad, msg=parameter_name
-        )
-    assert all(block.proj.weight.grad.any() for block in ida_blocks(recomputing))
-
-
-@EVERY_BACKBONE
-def test_deep_copy_is_independent(name):
-    model, x = build(name, plugin(name)), torch.randn(1, 3, 64, 64)
-    model.eval()
-    before = model(x)[-1].clone()
-    twin = copy.deepcopy(model)
-    assert torch.equal(twin(x)[-1], before)
-    let_in(twin)
-    assert torch.equal(model(x)[-1], before) and not torch.allclose(twin(x)[-1], before)
-
-
-@EVERY_BACKBONE
-def test_frozen_stages_freeze_it(name):
-    frozen, training = BACKBONES[name][3]
-    model = build(name, plugin(name), frozen_stages=frozen)
-    model.train()
-    for stage in (frozen, training):
-        for block in getattr(model, f"layer{stage}"):
-            assert block.ida.training == (stage == training)
-            assert {p.requires_grad for p in block.ida.parameters()} == {stage == training}
-
-
-@EVERY_BACKBONE
-@pytest.mark.parametrize("ida_first", [True, False])
-def test_two_plugins_are_applied_in_their_order(name, ida_first):
-    kinds = ["IDABlock", "TripletAttention"] if ida_first else ["TripletAttention", "IDABlock"]
-    model = build(name, *(plugin(name, kind) for kind in kinds))
-    model.eval()
-    let_in(model)
-    block = getattr(model, f"layer{min(BACKBONES[name][3])}")[0]
-    names = ["ida", "triplet_attention"] if ida_first else ["triplet_attention", "ida"]
-    calls: list[tuple[str, Tensor, Tensor]] = []
-    for layer in names[::-1]:
-        getattr(block, layer).register_forward_hook(
-            lambda _, args, out, layer=layer: calls.append((layer, args[0].clone(), out.clone()))
-        )
-    model(torch.randn(1, 3, 64, 64))
-    (first, _, given), (second, taken, _) = calls
-    assert [first, second] == names and torch.equal(given, taken)
-
-
-def test_it_runs_where_the_images_are_smaller_than_its_stride():
-    model = build("ResNet-50", plugin("ResNet-50"))
-    let_in(model)
-    model.eval()
-    assert model(torch.randn(1, 3, 8, 8))[-1].shape == (1, 256, 1, 1)
 
 
 # ----------------------------------------------------------------------------------- the head alone
@@ -333,7 +160,7 @@ def test_loss_with_channels_of_its_own_gets_them():
         ({"with_reg": False}, "with_reg must be True, .* got False"),
         ({"cls_predictor_cfg": {"type": "NormedLinear"}}, "cls_predictor_cfg must be .*Linear"),
         ({"num_reg_convs": 1}, "num_shared_fcs must be 0 where num_reg_convs is not, .* got 2"),
-        ({"num_heads": 3}, "num_heads must divide in_channels, got num_heads=3 and in_channels=16"),
+        ({"num_heads": 3}, "num_heads must divide the 16 channels, got 3"),
         ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
     ],
 )
