@@ -22,14 +22,14 @@ SETTING = "MODEL.RESNETS.PLUGINS"
 
 @dataclass(frozen=True)
 class PluginSettings:
-    """A block plugin, as a config asks for it.
+    """A config's entry for a block plugin.
 
     Args:
-        setting: where it stands, such as "MODEL.RESNETS.PLUGINS[0]".
+        setting: path of the entry, such as "MODEL.RESNETS.PLUGINS[0]".
         name: of the block plugin.
         stages: "res2" … "res5", whose blocks get it.
-        warm_start: whether it starts as the identity.
-        arguments: of its module.
+        warm_start: whether the plugin starts as the identity.
+        arguments: of the plugin's module.
         is_upper: whether the config spells keys in capitals, for messages.
     """
 
@@ -41,7 +41,7 @@ class PluginSettings:
     is_upper: bool
 
     def build(self, channels: int) -> nn.Module:
-        """Build it for a block that puts out so many channels.
+        """Build the plugin for a block with this number of output channels.
 
         Raises:
             ValueError: if an argument is wrong; it names the setting.
@@ -53,18 +53,21 @@ class PluginSettings:
             raise ValueError(f"{self.setting}.{key}: {error.reason}") from error
 
 
-def read_plugins(plugins: Any, setting: str, stages: Sequence[str]) -> list[PluginSettings]:
+def read_plugins(
+    plugins: Any, setting: str, stages: Sequence[str], why_these: str = ""
+) -> list[PluginSettings]:
     """Read a list of block plugins, in the order in which a block applies them.
 
     Args:
         plugins: mappings, each with NAME, STAGES, maybe WARM_START, and the module's arguments; in
             capitals or, in a LazyConfig, in lower case.
-        setting: where the list stands.
-        stages: that the network has.
+        setting: path of the list in the config.
+        stages: stages of the network.
+        why_these: ends the sentence that names them.
 
     Raises:
-        ValueError: if an entry is no such mapping, or names an unknown stage or a child twice; it
-            names the setting.
+        ValueError: if an entry is no such mapping, names an unknown stage, or repeats a child of a
+            stage. The message names the setting.
     """
     if isinstance(plugins, (str, Mapping)) or not isinstance(plugins, Iterable):
         raise ValueError(
@@ -95,6 +98,7 @@ def read_plugins(plugins: Any, setting: str, stages: Sequence[str]) -> list[Plug
             if stage not in stages:
                 raise ValueError(
                     f"{where}.{shown}: unknown stage {stage!r}; there are {', '.join(stages)}"
+                    f"{why_these}"
                 )
         warm_start = arguments.pop("warm_start", False)
         one = PluginSettings(where, name, tuple(chosen), warm_start, arguments, is_upper)
@@ -109,7 +113,7 @@ def read_plugins(plugins: Any, setting: str, stages: Sequence[str]) -> list[Plug
 
 
 def plugins_of(cfg: CfgNode) -> list[PluginSettings]:
-    """The block plugins of a whole config.
+    """Read the block plugins of a whole config.
 
     Raises:
         ValueError: if an entry of ``MODEL.RESNETS.PLUGINS`` is wrong.
@@ -117,21 +121,28 @@ def plugins_of(cfg: CfgNode) -> list[PluginSettings]:
     # Detectron2 builds the stages up to the last one that is asked for.
     out_features = [f for f in cfg.MODEL.RESNETS.OUT_FEATURES if f in RESNET_STAGES]
     last = max(map(RESNET_STAGES.index, out_features), default=-1)
-    stages = [*RESNET_STAGES[: last + 1]]
+    stages, why_these = [*RESNET_STAGES[: last + 1]], ""
     if cfg.MODEL.ROI_HEADS.NAME == "Res5PluginROIHeads":
         stages.append("res5")  # of a C4 detector
-    return read_plugins(cfg.MODEL.RESNETS.PLUGINS, SETTING, stages)
+    elif len(stages) < len(RESNET_STAGES):
+        why_these = f", as MODEL.RESNETS.OUT_FEATURES is {list(cfg.MODEL.RESNETS.OUT_FEATURES)}"
+        if cfg.MODEL.ROI_HEADS.NAME == "Res5ROIHeads":
+            why_these += (
+                "; the res5 of a C4 detector takes plugins with MODEL.ROI_HEADS.NAME "
+                "'Res5PluginROIHeads'"
+            )
+    return read_plugins(cfg.MODEL.RESNETS.PLUGINS, SETTING, stages, why_these)
 
 
 def insert_plugins(
     blocks: Iterable[CNNBlockBase], stage: str, plugins: Sequence[PluginSettings]
 ) -> None:
-    """Insert those plugins that a stage gets after the residual branch of each of its blocks.
+    """Insert a stage's plugins after the residual branch of each of its blocks.
 
     Args:
         blocks: of the stage. In a frozen block the plugins are frozen too, with a warning.
-        stage: its name.
-        plugins: in the order in which a block applies them.
+        stage: name of the stage.
+        plugins: of all stages, in the order in which a block applies them.
 
     Raises:
         ValueError: if an argument of a plugin is wrong; it names the setting.
@@ -146,7 +157,7 @@ def insert_plugins(
             module = plugin.build(block.out_channels)
             insert_after_residual_branch(block, child_name(plugin.name), module)
         if is_frozen:
-            block.freeze()  # once more, for what was inserted
+            block.freeze()  # again, for the inserted plugins
     if any(frozen):
         names = " and ".join(plugin.name for plugin in plugins)
         logger.warning(
@@ -159,13 +170,13 @@ def insert_plugins(
 def insert_after_residual_branch(block: CNNBlockBase, name: str, module: nn.Module) -> None:
     """Make ``module`` the child ``name`` of ``block`` and apply it to the residual branch.
 
-    It is applied after the branch's last norm, before the shortcut is added. Several modules are
+    The module works after the branch's last norm, before the shortcut is added. Several modules are
     applied in the order of their insertion. The block keeps its class, its forward and the names
     of its parameters.
 
     Args:
         block: a ``BasicBlock``, ``BottleneckBlock`` or ``DeformBottleneckBlock``.
-        name: of the child, and so of its parameters in a checkpoint.
+        name: name of the child; in a checkpoint its parameters begin with it.
         module: (B, C, H, W) → (B, C, H, W), C being ``block.out_channels``.
 
     Raises:
@@ -179,8 +190,8 @@ def insert_after_residual_branch(block: CNNBlockBase, name: str, module: nn.Modu
             "expected a residual block that ends in a convolution without activation, "
             f"got {type(block).__name__}"
         )
-    # Detectron2's Conv2d applies its `activation` after its norm. The last one of a residual
-    # branch has none, as ReLU comes after the sum: so that is the place.
+    # Detectron2's Conv2d applies its `activation` after its norm. The last convolution of a
+    # residual branch has no activation, as ReLU comes after the sum. So the place is free.
     if conv.activation is None:
         conv.activation = ApplyChildren(block)
     block.add_module(name, module)

@@ -29,6 +29,7 @@ from d2_plugins.roi_heads import (
     Res5PluginROIHeads,
     StandardPluginROIHeads,
 )
+from plugin_core.block_plugins import registered_block_plugins
 from plugin_core.checkpoints.resnet_names import (
     RESNET_DEPTHS,
     check_resnet_checkpoint,
@@ -248,9 +249,11 @@ def _check_model(cfg: CfgNode) -> None:
 
 def _check_kind_of_roi_heads(cfg: CfgNode, setting: str, *kinds: type) -> None:
     """Check that the config's RoI heads exist and read a setting."""
-    if cfg.MODEL.META_ARCHITECTURE in _WITHOUT_ROI_HEADS:
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture in _WITHOUT_ROI_HEADS:
+        article = "an" if architecture[0] in "AEIOU" else "a"
         raise ValueError(
-            f"{setting}: a {cfg.MODEL.META_ARCHITECTURE} has no RoI heads, which read it; it takes "
+            f"{setting}: {article} {architecture} has no RoI heads, which read it; it takes "
             "block plugins, MODEL.RESNETS.PLUGINS"
         )
     name = cfg.MODEL.ROI_HEADS.NAME
@@ -327,14 +330,18 @@ def _check_spelling(weights: str, setting: str) -> None:
     """Check that Detectron2 will find the tensors in a file by their names.
 
     In a file with matching_heuristics, Detectron2 matches names by their ends. It does so before
-    triplet attention can rename its second spelling.
+    a block plugin can rename its other spellings.
     """
     command = f"tools/convert_checkpoint.py {weights} converted.pth --to d2"
     check_resnet_names(weights, "res", setting, command)
     with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        guessed = data.find(b"matching_heuristics") >= 0
-        if guessed and data.find(b".ChannelGateH.") >= 0:
-            raise ValueError(
-                f"{setting}: {weights!r} spells its attention ChannelGateH…, which Detectron2 does "
-                f"not find in a file with matching_heuristics; convert it: {command}"
-            )
+        if data.find(b"matching_heuristics") < 0:
+            return
+        for name, kind in registered_block_plugins().items():
+            for published in getattr(kind, "published_names", ()):
+                if data.find(f".{name}.{published}".encode()) >= 0:
+                    raise ValueError(
+                        f"{setting}: {weights!r} spells its {name} {published.rstrip('.')}…, which "
+                        "Detectron2 does not find in a file with matching_heuristics; convert it: "
+                        f"{command}"
+                    )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from plugin_core import TripletAttention
+from plugin_core import build_block_plugin
 from plugin_core.inspection.cost import Cost, Report, make_report, prepare_model
 
 
@@ -130,8 +130,11 @@ def test_parameter_that_two_modules_share_is_counted_once():
 def test_attention_is_the_sum_of_its_modules_and_a_part_of_the_stages():
     model = model_of("backbone.res2.0.conv1", "backbone.res3.0.conv1")
     for stage in (model.backbone.res2, model.backbone.res3):
-        stage.get_submodule("0").add_module("triplet_attention", TripletAttention())
-    gates = [f"backbone.{stage}.0.triplet_attention.cw.conv.conv" for stage in ("res2", "res3")]
+        attention = build_block_plugin("triplet_attention", 4)
+        stage.get_submodule("0").add_module("triplet_attention", attention)
+    gates = [
+        f"backbone.{stage}.0.triplet_attention.module.cw.conv.conv" for stage in ("res2", "res3")
+    ]
     report = report_of(model, {gates[0]: 5, gates[1]: 7, "backbone.res2.0.conv1": 100})
     assert report.attention_modules == 2
     assert report.attention == Cost(2 * 3 * (2 * 49 + 2), 12, 12)

@@ -17,8 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from plugin_core import TripletAttention
-from plugin_core.checkpoints.conversion import attention_arguments, convert, find_backbone
+from plugin_core import TripletAttention, build_block_plugin
+from plugin_core.checkpoints.conversion import (
+    FoundPlugin,
+    convert,
+    find_backbone,
+    plugins_in,
+)
 from plugin_core.checkpoints.pixel_format import (
     MSRA,
     TORCHVISION,
@@ -350,8 +355,6 @@ def test_alpha_is_not_lost():
     source = resnet(18, attention=True) | {"layer1.1.triplet_attention.alpha": torch.zeros(())}
     with pytest.raises(ValueError, match="warm_start=True too"):
         convert(source, resnet(18, attention=True))
-    plain = convert(source, resnet(18))  # whoever wants no attention leaves its alpha out as well
-    assert "layer1.1.triplet_attention.alpha" in plain.unused
 
 
 def test_another_depth_and_another_shape_are_refused():
@@ -371,13 +374,39 @@ def test_tensors_are_copies_in_the_targets_type():
 
 @pytest.mark.parametrize("no_spatial", [False, True])
 @pytest.mark.parametrize("warm_start", [False, True])
-def test_arguments_of_the_attention_are_found(no_spatial, warm_start):
-    arguments = {"kernel_size": 3, "no_spatial": no_spatial, "warm_start": warm_start}
-    attention = TripletAttention(**arguments).state_dict()
+def test_block_plugins_are_found_with_their_arguments(no_spatial, warm_start):
+    arguments = {"kernel_size": 3, "no_spatial": no_spatial}
+    plugin = build_block_plugin("triplet_attention", 4, warm_start, **arguments)
     state_dict = resnet(18)
-    assert attention_arguments(state_dict) == {}
-    state_dict |= {f"layer2.0.triplet_attention.{n}": t for n, t in attention.items()}
-    assert attention_arguments(state_dict) == arguments
+    assert plugins_in(state_dict) == []
+    for block in ("layer2.0", "layer2.1", "layer4.0"):
+        tensors = plugin.state_dict()
+        state_dict |= {f"{block}.triplet_attention.{n}": t for n, t in tensors.items()}
+    state_dict |= {"layer3.1.timm_eca.conv.weight": torch.zeros(1, 1, 3)}
+    assert plugins_in(state_dict) == [
+        FoundPlugin("triplet_attention", (2, 4), warm_start, arguments),
+        FoundPlugin("timm:eca", (3,), False, {}),
+    ]
+    with pytest.raises(ValueError, match="its blocks have 'my_attention', which is no block plug"):
+        plugins_in(state_dict | {"layer3.1.my_attention.weight": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("child", ["triplet_attention", "timm_eca", "my_attention"])
+def test_weights_whose_plugins_the_model_has_no_place_for_are_refused(child):
+    hint = "they are another network's"
+    if child != "my_attention":
+        hint = f"take a config with {child} in the same stages"
+    source = resnet(18) | {f"layer2.0.{child}.cw.conv.conv.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=f"have layer2.0.{child}.* no place for: {hint}"):
+        convert(source, resnet(18))
+
+
+def test_plugin_of_another_name_and_the_same_tensors_is_the_same():
+    source = resnet(18) | {"layer2.0.plugin_se.fc1.weight": torch.ones(2, 3)}
+    target = resnet(18) | {"layer2.0.timm_se.fc1.weight": torch.zeros(2, 3)}
+    conversion = convert(source, target)
+    assert torch.equal(conversion.tensors["layer2.0.timm_se.fc1.weight"], torch.ones(2, 3))
+    assert not conversion.unused and not conversion.fresh
 
 
 # ----------------------------------------------------------------------------------- pixel formats

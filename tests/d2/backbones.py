@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 from detectron2.config import CfgNode
 from torch import nn
 
 ALL_STAGES = ("res2", "res3", "res4", "res5")
-DEPTHS = pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+DEPTHS = pytest.mark.parametrize("depth", [18, 50])  # of basic and of bottleneck blocks
 
 
 def set_depth(cfg: CfgNode, depth: int) -> None:
@@ -20,7 +22,7 @@ def set_depth(cfg: CfgNode, depth: int) -> None:
 def without_plugins(cfg: CfgNode) -> CfgNode:
     plain = cfg.clone()
     plain.MODEL.BACKBONE.NAME = cfg.MODEL.BACKBONE.NAME.replace("_plugin", "")
-    plain.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = ()
+    plain.MODEL.RESNETS.PLUGINS = []
     return plain
 
 
@@ -32,6 +34,11 @@ def attention_of(model: nn.Module) -> set[str]:
     """Names that a checkpoint has to hold for the attention (a count of batches is no loss)."""
     names = set(filter(is_attention, model.state_dict()))
     return {n for n in names if not n.endswith("num_batches_tracked")}
+
+
+def by_state_dict(names: Iterable[str]) -> set[str]:
+    """Names that PyTorch says are missing, as the state dict spells them."""
+    return {name.replace(".triplet_attention.module.", ".triplet_attention.") for name in names}
 
 
 def randomize(module: nn.Module) -> None:

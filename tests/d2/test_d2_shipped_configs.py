@@ -20,7 +20,7 @@ from d2_plugins import merge_config
 from d2_plugins.config import load_lazy_config
 from d2_plugins.data import register_coco
 from d2_plugins.trainer import PluginTrainer
-from plugin_core import BatchFormer, IDABlock, IDAClassifier, TripletAttention
+from plugin_core import BatchFormer, BlockPlugin, IDABlock, IDAClassifier, TripletAttention
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "d2"
 DRAWN = CONFIGS / "Synthetic-Detection"  # the demo's, which starts from random weights
@@ -30,6 +30,14 @@ SMALL = {
     "MODEL.WEIGHTS": "",
     "MODEL.RESNETS.NORM": "BN",
     "MODEL.BACKBONE.FREEZE_AT": 0,
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": 8,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
+    "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
+    "MODEL.FPN.OUT_CHANNELS": 32,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 32,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": (8,),
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
     "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 50,
     "MODEL.RPN.PRE_NMS_TOPK_TEST": 50,
     "MODEL.RPN.POST_NMS_TOPK_TRAIN": 30,
@@ -147,7 +155,7 @@ def test_config_trains_a_step_and_evaluates(cfg, path, drawn, tmp_path):
     assert len(heads) == ((3 if cascade else 1) if "_IDA_head" in path.name else 0)
     assert len(batchformers) == ((3 if cascade else 1) if "_batchformer" in path.name else 0)
     # What starts as the identity is let in by a factor, which learns from the first step on.
-    factors = [m.alpha for m in triplet] + [m.gamma for m in blocks]
+    factors = [m.alpha for m in modules if isinstance(m, BlockPlugin)]
     amc = {name for name in losses if name.startswith("loss_amc_")}
     assert amc == ({"loss_amc_mean", "loss_amc_max"} if "_AMC_" in path.name else set())
     assert factors or heads or batchformers or amc
@@ -189,7 +197,9 @@ def test_lazy_config_trains_a_step_and_evaluates(path, drawn):
     optimizer.step()
     assert torch.isfinite(loss)
     attention = [m for m in model.modules() if isinstance(m, TripletAttention)]
-    assert len(attention) == 16 and all(m.alpha.grad.abs() > 0 for m in attention)
+    assert len(attention) == 16
+    plugins = [m for m in model.modules() if isinstance(m, BlockPlugin)]
+    assert len(plugins) == 16 and all(m.alpha.grad.abs() > 0 for m in plugins)
     loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
     results = inference_on_dataset(model, loader, evaluator)
     assert set(results) == {"bbox", *(["segm"] if "mask_head" in cfg.model.roi_heads else [])}
