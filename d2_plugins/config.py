@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import posixpath
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO
@@ -162,12 +163,12 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
                 cfg.merge_from_file(config_file)
         except (OSError, YAMLError) as error:
             raise ValueError(f"{source}: {error}") from error
-        except (KeyError, AssertionError, AttributeError, TypeError) as error:
+        except (KeyError, AssertionError, AttributeError, TypeError, ValueError) as error:
             raise _explain(error, cfg, source) from error
     for key, value in zip(options[::2], options[1::2], strict=True):
         try:
             cfg.merge_from_list([key, value])
-        except (KeyError, AssertionError) as error:
+        except (KeyError, AssertionError, ValueError) as error:
             raise _explain(error, cfg, "the command line") from error
         except TypeError as error:  # a key below a value
             raise ValueError(f"the command line: there is no config key {key}") from error
@@ -231,6 +232,20 @@ def _check_lazy_key(cfg: DictConfig, key: str) -> None:
         node = node.get(name)
 
 
+# yacs says: Type mismatch (<class 'list'> vs. <class 'str'>) with values ([] vs. ida) for …
+_TYPE_MISMATCH = re.compile(
+    r"Type mismatch \(<class '(\w+)'> vs\. <class '\w+'>\) with values \(.* vs\. (.*)\) for config "
+    r"key: (\S+)",
+    re.DOTALL,
+)
+_KINDS = {
+    **{"list": "a list", "tuple": "a list", "str": "a text", "bool": "True or False"},
+    **{"int": "a whole number", "float": "a number"},
+}
+# Of earlier configs, in which each block plugin had a node of its own
+_EARLIER_KEYS = tuple(f"MODEL.RESNETS.{n}" for n in ("TRIPLET_ATTENTION", "IDA", "PLUGIN_ORDER"))
+
+
 class _ModelZooBases(CN):
     """Loads yaml files whose bases may be Detectron2's own."""
 
@@ -259,9 +274,17 @@ def _explain(error: Exception, cfg: CN, source: str) -> ValueError:
     reason = str(error.args[0])
     if isinstance(error, (AttributeError, TypeError)):
         return ValueError(f"{source}: not a yaml file of keys and values ({reason})")
+    if mismatch := _TYPE_MISMATCH.search(reason):
+        kind, value, key = mismatch.groups()
+        return ValueError(f"{source}: {key}: must be {_KINDS.get(kind, kind)}, got {value}")
     if not reason.startswith("Non-existent"):
         return ValueError(f"{source}: {reason}")
     key = reason.rsplit(" ", 1)[-1]
+    if key.startswith(_EARLIER_KEYS):
+        return ValueError(
+            f"{source}: there is no config key {key}; block plugins are one list, "
+            "MODEL.RESNETS.PLUGINS, such as [{'NAME': 'triplet_attention', 'STAGES': ['res5']}]"
+        )
     known = list(_keys(cfg))
     likely = [k for k in known if k.endswith("." + key)] or difflib.get_close_matches(key, known)
     hint = f"; did you mean {' or '.join(likely)}?" if likely else ""

@@ -259,6 +259,24 @@ def test_wrong_type_names_key_and_value(tmp_path, cfg, key, value):
     assert key in message and value.strip("[]") in message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("MODEL.RESNETS.PLUGINS", "ida", "must be a list, got ida"),
+        ("MODEL.RESNETS.PLUGINS", "{'NAME': 'ida'}", "must be a list, got {'NAME': 'ida'}"),
+        ("MODEL.MASK_ON", "3", "must be True or False, got 3"),
+    ],
+)
+def test_wrong_type_says_what_is_right(cfg, key, value, said):
+    assert error_of(cfg, options=(key, value)) == f"the command line: {key}: {said}"
+
+
+@pytest.mark.parametrize("key", ["TRIPLET_ATTENTION.STAGES", "IDA.NUM_HEADS", "PLUGIN_ORDER"])
+def test_key_of_an_earlier_version_is_named_with_the_list(cfg, key):
+    message = error_of(cfg, options=(f"MODEL.RESNETS.{key}", "1"))
+    assert f"no config key MODEL.RESNETS.{key}; block plugins are one list, MODEL.RES" in message
+
+
 def test_option_below_a_value_is_named(cfg):
     message = error_of(cfg, options=("MODEL.RESNETS.DEPTH.STAGES", "1"))
     assert "MODEL.RESNETS.DEPTH.STAGES" in message

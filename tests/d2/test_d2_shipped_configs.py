@@ -19,6 +19,7 @@ from PIL import Image
 from d2_plugins import merge_config
 from d2_plugins.config import load_lazy_config
 from d2_plugins.data import register_coco
+from d2_plugins.mmdet_bridge import load_config as load_mmdet_config
 from d2_plugins.trainer import PluginTrainer
 from plugin_core import BatchFormer, BlockPlugin, IDABlock, IDAClassifier, TripletAttention
 
@@ -58,8 +59,15 @@ SMALL = {
     "TEST.DETECTIONS_PER_IMAGE": 5,
     "SEED": 0,
 }
-SMALL_DETECTOR = ["model.backbone.init_cfg=None", "model.bbox_head.num_classes=7"]
-SMALL_DETR = ["model.num_queries=20", "model.test_cfg.max_per_img=5"]
+SMALL_DETECTOR = [
+    "model.backbone.init_cfg=None",
+    "model.backbone.base_channels=16",
+    "model.bbox_head.num_classes=7",
+]
+SMALL_DETR = [
+    *("model.num_queries=20", "model.test_cfg.max_per_img=5"),
+    *("model.encoder.num_layers=2", "model.decoder.num_layers=2"),
+]
 BOXES = {"AP", "AP50", "AP75", "APs", "APm", "APl"}
 HEAD = {f"head.{i}.weight" for i in range(4)}  # the classes' weights in IDA's classifier
 METRICS = {"bbox": BOXES, "segm": BOXES, "keypoints": BOXES - {"APs"}}  # of the paper's tables
@@ -116,6 +124,9 @@ def shrink(cfg: CfgNode, path: Path, output: Path) -> CfgNode:
         cfg.DATASETS.TRAIN = ("panoptic_separated",)
     if cfg.MODEL.META_ARCHITECTURE == "MMDetDetector":
         cfg.MODEL.MMDET.OVERRIDES += SMALL_DETECTOR
+        model = load_mmdet_config(cfg.MODEL.MMDET.CONFIG, []).model
+        channels = [wide // 4 for wide in model.neck.in_channels]  # of 64 base channels
+        cfg.MODEL.MMDET.OVERRIDES.append(f"model.neck.in_channels={channels}".replace(" ", ""))
         if cfg.SOLVER.OPTIMIZER == "ADAMW":
             cfg.MODEL.MMDET.OVERRIDES += SMALL_DETR
     return cfg
