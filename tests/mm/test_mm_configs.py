@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from pathlib import Path
@@ -19,8 +20,9 @@ from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.runner import Runner
 
+from mm_plugins.pixels import find_mismatches
 from mm_plugins.preflight import check_config
-from plugin_core import BatchFormer, IDABlock, IDAClassifier, TripletAttention
+from plugin_core import BatchFormer, BlockPlugin, IDAClassifier
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -45,7 +47,7 @@ SMALL_MODEL = {
     "score_thr": 0.0,
     "num_queries": 10,
 }
-METHODS = ("triplet", "ida", "batchformer")  # in a config's name
+METHODS = ("triplet", "ida", "batchformer", "block_plugins")  # in a config's path
 SMALL_DATA = {"times": 1, "scale": (64, 64), "scales": [(64, 64)]}
 
 
@@ -77,9 +79,19 @@ def is_pretrained(cfg: Config) -> bool:
     return init_cfg is not None and init_cfg.type == "Pretrained"
 
 
+def narrow(model: dict) -> None:
+    """Give a ResNet 8 channels to begin with."""
+    if "ResNet" in model["backbone"]["type"]:
+        times = model["backbone"].get("base_channels", 64) // 8
+        model["backbone"].update(base_channels=8, stem_channels=8)
+        where = model["neck"] if "neck" in model else model["panoptic_head"]
+        where["in_channels"] = [channels // times for channels in where["in_channels"]]
+
+
 def shrink(cfg: Config, data: Path, work_dir: Path) -> None:
     """Leave one step of training and its evaluation, with nothing to download."""
     replace(cfg.model, SMALL_MODEL)
+    narrow(cfg.model)
     for split in ("train", "val"):
         loader = cfg[f"{split}_dataloader"]
         replace(loader.dataset, SMALL_DATA)
@@ -123,20 +135,15 @@ def watch_gradients(model: nn.Module) -> dict[str, Tensor]:
     return gradients
 
 
-def attention_parameters(model: nn.Module) -> set[str]:
-    return {
-        f"{name}.{parameter}"
-        for name, module in model.named_modules()
-        if isinstance(module, (TripletAttention, IDABlock, IDAClassifier, BatchFormer))
-        for parameter, _ in module.named_parameters()
-    }
-
-
-def learns_at_first(name: str, pretrained: bool) -> bool:
-    """Whether a parameter of attention has an influence before alpha and gamma have left 0."""
-    if ".triplet_attention." in name:
-        return name.endswith("alpha") or not pretrained
-    return name.endswith("gamma") or ".ida." not in name
+def plugin_parameters(model: nn.Module) -> dict[str, bool]:
+    """The methods' parameters, and whether each has an influence while alpha is 0."""
+    learns: dict[str, bool] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (BlockPlugin, IDAClassifier, BatchFormer)):
+            cold = getattr(module, "alpha", None) is None
+            for parameter, _ in module.named_parameters():
+                learns[f"{name}.{parameter}"] = cold or parameter == "alpha"
+    return learns
 
 
 @pytest.mark.parametrize(
@@ -144,7 +151,11 @@ def learns_at_first(name: str, pretrained: bool) -> bool:
 )
 def test_shipped_config_trains_a_step_and_evaluates(path, scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(mmengine.device.utils, "DEVICE", "cpu")  # mmcv may lack its CUDA operators
+    # Of which a step is the smaller part
+    monkeypatch.setattr(Config, "pretty_text", "")
+    monkeypatch.setattr(gc, "collect", lambda *_: 0)
     cfg = Config.fromfile(path)
+    assert find_mismatches(cfg) == []
     pretrained = is_pretrained(cfg)
     shrink(cfg, scenes, tmp_path)
     check_config(cfg, train=True, resumes=False)
@@ -157,16 +168,16 @@ def test_shipped_config_trains_a_step_and_evaluates(path, scenes, tmp_path, monk
     assert runner.iter == 1
     assert math.isfinite(runner.message_hub.get_scalar("train/loss").current())
     assert set(gradients) == expected
-    attention = attention_parameters(runner.model)
+    plugins = plugin_parameters(runner.model)
     # Weights that hold no attention must not leave it frozen, nor be spoiled by it.
-    assert bool(attention) == any(word in path.stem for word in METHODS)
-    assert attention <= set(gradients)
-    gated = any(".triplet_attention." in name for name in attention)
-    assert any(name.endswith("alpha") for name in attention) == (gated and pretrained)
-    for name in attention:
+    assert bool(plugins) == any(word in str(path.relative_to(ROOT)) for word in METHODS)
+    assert set(plugins) <= set(gradients)
+    blocks = [module for module in runner.model.modules() if isinstance(module, BlockPlugin)]
+    assert all(block.alpha is not None or not pretrained for block in blocks)
+    for name, learns in plugins.items():
         assert torch.isfinite(gradients[name]).all(), name
         if not name.endswith("k_proj.bias"):  # a bias of all keys alike moves no softmax
-            assert bool(gradients[name].any()) == learns_at_first(name, pretrained), name
+            assert bool(gradients[name].any()) == learns, name
 
     metrics = runner.val()
     kinds = ("bbox", "segm") if "mask" in path.stem else ("bbox",)
@@ -176,8 +187,10 @@ def test_shipped_config_trains_a_step_and_evaluates(path, scenes, tmp_path, monk
 @pytest.mark.parametrize("path", PANOPTIC, ids=lambda path: path.stem)
 def test_shipped_panoptic_config_trains_a_step_on_given_images(path):
     cfg = Config.fromfile(path)
+    assert find_mismatches(cfg) == []
     check_config(Config({"model": cfg.model}), train=True, resumes=False)
     cfg.model.backbone.init_cfg = None
+    narrow(cfg.model)
     cfg.model.train_cfg.num_points = 32
     cfg.model.data_preprocessor.pop("batch_augments", None)  # it pads to 1024 pixels
     model = MODELS.build(cfg.model).train()
@@ -196,8 +209,8 @@ def test_shipped_panoptic_config_trains_a_step_on_given_images(path):
     loss.backward()
     assert torch.isfinite(loss)
     gradients = dict(model.named_parameters())
-    attention = attention_parameters(model)
-    assert attention and all(gradients[name].grad.any() for name in attention)
+    plugins = plugin_parameters(model)
+    assert plugins and all(gradients[name].grad.any() for name in plugins)
 
 
 def test_there_are_shipped_configs():

@@ -14,8 +14,9 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "mm"
 FASTER = CONFIGS / "triplet_attention" / "faster-rcnn_r50-triplet_fpn_1x_coco.py"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.py")), ids=lambda p: p.stem)
-def test_shipped_configs_agree_with_their_weights(path):
+# What test_mm_configs.py trains it asks this, too.
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("g*.py")), ids=lambda p: p.stem)
+def test_shipped_grounding_configs_agree_with_their_weights(path):
     assert find_mismatches(Config.fromfile(path)) == []
 
 
