@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tool_server import ToolServer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # On the CPU also where there is a GPU, whose kernels add up in an order that varies: the tests
@@ -21,31 +24,54 @@ ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "PYTHONPATH": str(Path(__file__).parent),  # of what the tests add to a tool
 }
+LIMIT_SECONDS = 600
 Run = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture(scope="session")
-def run_tool() -> Run:
+def tool_server() -> Iterator[ToolServer]:
+    server = ToolServer(ROOT, ENVIRONMENT)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def run_tool(tool_server: ToolServer, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs ``python tools/<tool> arguments…`` and gives what it printed; fails if it fails.
 
-    With ``processes`` it is torchrun that starts the tool.
+    The tool is forked from a process with the frameworks imported. With ``anew`` it is started as
+    a user does it, and with ``processes`` by torchrun.
     """
 
     def run(
-        tool: str, *arguments: object, check: bool = True, processes: int = 0
+        tool: str,
+        *arguments: object,
+        check: bool = True,
+        anew: bool = False,
+        processes: int = 0,
     ) -> subprocess.CompletedProcess:
-        line = command(tool, arguments)
-        if processes:
+        words = script_and_arguments(tool, arguments)
+        if anew or processes:
             torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-            line = [sys.executable, *torchrun, str(processes), *line[1:]]
-        result = subprocess.run(
-            line,
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            timeout=600,
-        )
+            start = [*torchrun, str(processes)] if processes else []
+            result = subprocess.run(
+                [sys.executable, *start, *words],
+                capture_output=True,
+                text=True,
+                cwd=ROOT,
+                env=ENVIRONMENT,
+                timeout=LIMIT_SECONDS,
+            )
+        else:
+            outputs = [tmp_path_factory.mktemp("printed") / n for n in ("stdout", "stderr")]
+            process = tool_server.start(words, *outputs)
+            limit = time.monotonic() + LIMIT_SECONDS
+            while process.poll() is None:
+                if time.monotonic() > limit:
+                    os.killpg(process.pid, signal.SIGKILL)
+                time.sleep(0.02)
+            printed = [path.read_text() for path in outputs]
+            result = subprocess.CompletedProcess(words, process.poll(), *printed)
         if check and result.returncode:
             pytest.fail(f"{tool} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
         return result
@@ -54,28 +80,20 @@ def run_tool() -> Run:
 
 
 @pytest.fixture(scope="session")
-def kill_tool_when() -> Callable[..., None]:
+def kill_tool_when(tool_server: ToolServer) -> Callable[..., None]:
     """Runs a tool and kills it, all its processes at once, when a file has been written."""
 
     def run(file: Path, tool: str, *arguments: object) -> None:
-        # A file and not a pipe takes the output: nobody reads it while the tool is running.
-        with open(file.parent.parent / "killed.log", "w+") as log:
-            process = subprocess.Popen(
-                command(tool, arguments),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                env=ENVIRONMENT,
-                start_new_session=True,
-            )
-            limit = time.monotonic() + 600
-            while not has_content(file) and process.poll() is None and time.monotonic() < limit:
-                time.sleep(0.05)
-            if process.poll() is not None:
-                log.seek(0)
-                pytest.fail(f"{tool} ended before it wrote {file.name}:\n{log.read()[-3000:]}")
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        log = file.parent.parent / "killed.log"
+        process = tool_server.start(script_and_arguments(tool, arguments), log, log)
+        limit = time.monotonic() + LIMIT_SECONDS
+        while not has_content(file) and process.poll() is None and time.monotonic() < limit:
+            time.sleep(0.02)
+        if process.poll() is not None:
+            pytest.fail(f"{tool} ended before it wrote {file.name}:\n{log.read_text()[-3000:]}")
+        os.killpg(process.pid, signal.SIGKILL)
+        while process.poll() is None:
+            time.sleep(0.02)
 
     return run
 
@@ -84,20 +102,62 @@ def has_content(file: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
 
 
-def command(tool: str, arguments: tuple[object, ...]) -> list[str]:
-    return [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
+def script_and_arguments(tool: str, arguments: tuple[object, ...]) -> list[str]:
+    return [str(ROOT / "tools" / tool), *map(str, arguments)]
+
+
+@pytest.fixture(scope="session")
+def photographs(coco_sample: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six train and four val images of the sample, with all labels and classes."""
+    folder = tmp_path_factory.mktemp("photographs")
+    (folder / "annotations").mkdir()
+    for split, count in (("train2017", 6), ("val2017", 4)):
+        (folder / split).symlink_to(coco_sample / split)
+        for labels in ("instances", "person_keypoints"):
+            name = f"annotations/{labels}_{split}.json"
+            content = json.loads((coco_sample / name).read_text())
+            content["images"] = content["images"][:count]
+            ids = {image["id"] for image in content["images"]}
+            content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
+            (folder / name).write_text(json.dumps(content))
+    return folder
 
 
 @pytest.fixture
-def broken_sample(coco_sample: Path, tmp_path: Path) -> Path:
-    """The sample with train images that do not decode."""
+def broken_photographs(photographs: Path, tmp_path: Path) -> Path:
+    """The same with train images that do not decode."""
     broken = tmp_path / "broken"
-    (broken / "val2017").mkdir(parents=True)
-    (broken / "train2017").mkdir()
-    (broken / "annotations").symlink_to(coco_sample / "annotations")
-    for image in (coco_sample / "train2017").iterdir():
+    (broken / "train2017").mkdir(parents=True)
+    for name in ("annotations", "val2017"):
+        (broken / name).symlink_to(photographs / name)
+    for image in (photographs / "train2017").iterdir():
         (broken / "train2017" / image.name).write_bytes(b"no JPEG")
     return broken
+
+
+@pytest.fixture
+def earlier_run(tmp_path: Path) -> Path:
+    """An output folder with something in it that must stay as it is."""
+    folder = tmp_path / "earlier"
+    folder.mkdir()
+    (folder / "earlier.txt").write_text("kept")
+    return folder
+
+
+@pytest.fixture
+def assert_refused(earlier_run: Path) -> Callable[[Any, list[str]], None]:
+    """Asserts that a tool ended with one line that has some texts, and wrote nothing."""
+
+    def check(result: subprocess.CompletedProcess, expected: list[str]) -> None:
+        assert result.returncode != 0
+        assert "Traceback" not in result.stderr
+        line = result.stderr.strip().splitlines()[-1]
+        assert line.startswith("error: ")
+        assert [text for text in expected if text not in line] == [], line
+        assert [file.name for file in earlier_run.iterdir()] == ["earlier.txt"]
+        assert (earlier_run / "earlier.txt").read_text() == "kept"
+
+    return check
 
 
 @pytest.fixture(scope="session")
