@@ -437,11 +437,11 @@ def test_predictions_are_the_plain_heads_to_the_last_bit(kind):
     [
         (
             {"batchformer": {"num_heads": 5}},
-            "batchformer.num_heads: must divide embed_dims, got num_heads=5 and embed_dims=12",
+            "batchformer.num_heads must divide embed_dims, got num_heads=5 and embed_dims=12",
         ),
-        ({"batchformer": {"dropout": 1.0}}, "batchformer.dropout: must be in [0, 1), got 1.0"),
-        ({"batchformer": {"num_layers": 0}}, "batchformer.num_layers: must be a positive integer"),
-        ({"batchformer": {"num_head": 2}}, "batchformer.num_head: is no argument; there are num_"),
+        ({"batchformer": {"dropout": 1.0}}, "batchformer.dropout must be in [0, 1), got 1.0"),
+        ({"batchformer": {"num_layers": 0}}, "batchformer.num_layers must be a positive integer"),
+        ({"batchformer": {"num_head": 2}}, "batchformer.num_head is no argument; there are num_"),
         ({"num_shared_fcs": 0}, "num_shared_fcs must be at least 1, as the BatchFormer"),
         ({"num_cls_convs": 1}, "num_cls_convs must be 0, as shared fully connected layers leave"),
         ({"num_reg_convs": 2}, "num_reg_convs must be 0, as shared fully connected layers leave"),

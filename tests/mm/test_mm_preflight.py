@@ -111,16 +111,30 @@ def test_good_config_passes_unchanged_and_nothing_is_written(dataset, tmp_path, 
         "detectors/detectors_htc-r50_1x_coco.py",
         "hrnet/faster-rcnn_hrnetv2p-w18-1x_coco.py",
         "deformable_detr/deformable-detr_r50_16xb2-50e_coco.py",
+        "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
         "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py",
     ],
 )
-def test_models_of_mmdetections_own_configs_pass(name):
+def test_models_of_mmdetections_own_configs_pass_and_draw_no_random_numbers(name):
     import mmdet
 
     cfg = Config.fromfile(Path(mmdet.__file__).parent / ".mim" / "configs" / name)
     for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
         cfg.pop(loader)  # COCO is not here
+    before = torch.get_rng_state()
     check(cfg)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_model_that_computes_while_it_is_built_passes_and_draws_no_random_numbers(monkeypatch):
+    def compute(self: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.drawn = torch.rand(1).item()  # which takes numbers
+
+    monkeypatch.setattr(PartsOfADetector, "__init__", compute)
+    before = torch.get_rng_state()
+    check(parts())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # ----------------------------------------------------------------------------------------- datasets
