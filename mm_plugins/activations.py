@@ -14,8 +14,11 @@ from mmdet.models.utils.vlfuse_helper import MAX_CLAMP_VALUE, BiMultiHeadAttenti
 from torch import Tensor, nn
 
 from plugin_core import GradientHeatmap
+from plugin_core.errors import ArgumentError
 from plugin_core.inspection.recorder import record_calls
 from plugin_core.stand_ins import acting_as
+
+_ACTIVATION = "heatmap.activation"
 
 
 class Activation:
@@ -33,7 +36,7 @@ class Activation:
         levels: which of the feature levels, from 0 on; None for all.
 
     Raises:
-        ValueError: if there is no such module or level.
+        ArgumentError: if there is no such module or level.
     """
 
     def __init__(
@@ -44,14 +47,16 @@ class Activation:
         modules = dict(detector.named_modules())
         if self.name not in modules or not self.name:
             likely = difflib.get_close_matches(self.name, modules, n=3, cutoff=0.4)
-            raise ValueError(
-                f"heatmap.activation: the detector has no module {self.name!r}; similar names: "
-                f"{', '.join(likely) or 'none'}"
+            raise ArgumentError(
+                _ACTIVATION,
+                f"must be a module of the detector, got {self.name!r}; similar names: "
+                f"{', '.join(likely) or 'none'}",
             )
         attentions = [m for m in self.module.modules() if _is_fusion(m)]
         if len(attentions) > 1:
-            raise ValueError(
-                f"heatmap.activation: {self.name!r} has {len(attentions)} fusion layers, name one"
+            raise ArgumentError(
+                _ACTIVATION,
+                f"must name one fusion layer, got {self.name!r} with {len(attentions)}",
             )
         self.attention = attentions[0] if attentions else None
         if levels is not None and (
@@ -60,15 +65,34 @@ class Activation:
             or not levels
             or any(type(level) is not int or level < 0 for level in levels)
         ):
-            raise ValueError(
-                f"heatmap.levels: expected a tuple of feature levels such as (0, 1), or None for "
-                f"all, got {levels!r}"
+            raise ArgumentError(
+                "heatmap.levels",
+                "must be a tuple of feature levels such as (0, 1), or None for all, "
+                f"got {levels!r}",
             )
         self.levels = levels
 
     @property
     def module(self) -> nn.Module:
         return self.detector.get_submodule(self.name)
+
+    def check_checkpoints(self) -> None:
+        """Refuse a backbone with activation checkpoints behind the activation.
+
+        Raises:
+            ArgumentError: names the setting.
+        """
+        if not self.name.startswith("backbone."):
+            return
+        modules = list(self.detector.named_modules())
+        last = max(i for i, (n, _) in enumerate(modules) if f"{n}.".startswith(f"{self.name}."))
+        for name, module in modules[last + 1 :]:
+            if name.startswith("backbone.") and getattr(module, "with_cp", False):
+                raise ArgumentError(
+                    "backbone.with_cp",
+                    f"must be False behind heatmap.activation {self.name!r}, got True; gradients "
+                    "are taken there, which activation checkpoints do not allow",
+                )
 
     @contextmanager
     def record(self, images: int) -> Iterator[Recorded]:
@@ -178,27 +202,37 @@ class Recorded:
         """Heatmaps (B, 1, H, W) of a sum of scores, one at most of each image.
 
         Raises:
-            ValueError: if the score does not depend on the activation, or there are other levels.
+            ArgumentError: if the score does not depend on the activation, or a level is missing.
         """
         try:
             if self.of.attention is not None:
                 attention = self._attention()
                 return self.differentiate(score, attention, layout=self._in_space)
             return self.differentiate(score, self._chosen(self._features()))
+        except ArgumentError:
+            raise
         except ValueError as error:
-            raise ValueError(
-                f"heatmap.activation {self.of.name!r}: {error}; name a module between the image "
-                "and the scores, and let its layers run without activation checkpoints "
-                "(model.encoder.num_cp=0, use_checkpoint=False)"
+            raise ArgumentError(
+                _ACTIVATION,
+                f"must name a module between the image and the scores, got {self.of.name!r}: "
+                f"{error}; let its layers and those behind it run without activation checkpoints "
+                "(model.encoder.num_cp=0, use_checkpoint=False)",
             ) from error
 
     def _features(self) -> list[Tensor]:
         output = self.calls[-1].output
         maps = list(output) if isinstance(output, (tuple, list)) else [output]
         if not all(isinstance(map_, Tensor) and map_.dim() == 4 for map_ in maps):
-            raise ValueError("it gives no feature maps (B, C, H, W)")
+            raise ArgumentError(
+                _ACTIVATION,
+                f"must name a module that gives feature maps (B, C, H, W), got {self.of.name!r}",
+            )
         if any(len(map_) != self.images for map_ in maps):
-            raise ValueError(f"it gives {len(maps[0])} feature maps for {self.images} images")
+            raise ArgumentError(
+                _ACTIVATION,
+                f"must name a module that gives each image's feature maps, got {self.of.name!r}, "
+                f"which gives {len(maps[0])} for {self.images} images",
+            )
         return maps
 
     def _attention(self) -> Tensor:
@@ -207,7 +241,11 @@ class Recorded:
         for attention in self.attentions:
             if attention.shape[3] == positions:
                 return attention
-        raise ValueError(f"it does not attend to the {positions} positions of the feature levels")
+        raise ArgumentError(
+            _ACTIVATION,
+            f"must name a layer that attends to the {positions} positions of the feature levels, "
+            f"got {self.of.name!r}",
+        )
 
     def _in_space(self, attention: Tensor) -> list[Tensor]:
         """(B, heads, tokens, positions) → (B, heads, tokens, H, W) of each chosen level."""
@@ -218,7 +256,11 @@ class Recorded:
     def _chosen(self, maps: list[Tensor]) -> list[Tensor]:
         levels = range(len(maps)) if self.of.levels is None else self.of.levels
         if max(levels) >= len(maps):
-            raise ValueError(f"levels {tuple(levels)}: there are levels 0 to {len(maps) - 1}")
+            raise ArgumentError(
+                "heatmap.levels",
+                f"must be among the levels 0 to {len(maps) - 1} of {self.of.name!r}, "
+                f"got {tuple(levels)}",
+            )
         return [maps[level] for level in levels]
 
 
@@ -234,8 +276,8 @@ def _last_fusion_layer(detector: BaseDetector) -> str:
     try:
         return last_stage(detector)
     except ValueError as error:
-        raise ValueError(
-            f"heatmap.activation: {error}; name a module that gives feature maps"
+        raise ArgumentError(
+            _ACTIVATION, f"must name a module that gives feature maps, as the {error}"
         ) from error
 
 

@@ -13,6 +13,7 @@ too, for ``PointingGameMetric``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ from mm_plugins.auxiliary_losses import AuxiliaryLossMixin
 from mm_plugins.scores import Scores, phrase_score
 from mm_plugins.second_derivatives import second_derivatives
 from mm_plugins.settings import build_from
-from plugin_core import AttentionMaskConsistency
+from plugin_core import AttentionMaskConsistency, BatchFormer
+from plugin_core.errors import ArgumentError
 from plugin_core.inspection.attention_maps import Frame
 from plugin_core.methods.attention_mask_consistency import ScoredRegion
 
@@ -44,8 +46,10 @@ class AMCMixin(AuxiliaryLossMixin):
             image is annotated with, as ``PointingGameMetric`` needs them.
 
     Raises:
-        ValueError: if the detector has no scores to explain, or a setting is wrong.
+        ArgumentError: if the detector has no scores to explain, or a setting is wrong.
     """
+
+    place = 1
 
     def __init__(
         self,
@@ -63,18 +67,27 @@ class AMCMixin(AuxiliaryLossMixin):
                 "attention_mask_consistency", AttentionMaskConsistency, attention_mask_consistency
             )
             self._expect_auxiliary_loss()
-            if getattr(getattr(self, "batchformers", None), "gather", False):
-                raise ValueError(
-                    "batchformer.gather: must be False with attention_mask_consistency, got True; "
-                    "processes differ in how many phrases they differentiate, and would wait for "
-                    "one another"
-                )
+            self._refuse_gathering()
         if self._amc is not None or self._in_test:
-            Scores(self), self._activation()  # to raise what is wrong now
+            Scores(self)  # to raise what is wrong now
+            self._activation().check_checkpoints()
         if self._in_test and (self.test_cfg or {}).get("chunked_size", -1) > 0:
-            raise ValueError(
-                "heatmap.in_test: a text in chunks has no heatmaps; set test_cfg.chunked_size=-1"
+            raise ArgumentError(
+                "heatmap.in_test",
+                "must be False where a text is read in chunks, got True; set "
+                "test_cfg.chunked_size=-1",
             )
+
+    def _refuse_gathering(self) -> None:
+        for name, module in self.named_modules():
+            if isinstance(module, BatchFormer) and module.gather:
+                in_encoder = module in (getattr(self, "batchformers", None) or {}).values()
+                where = "batchformer" if in_encoder else re.sub(r"\.(\d+)", r"[\1]", name)
+                raise ArgumentError(
+                    f"{where}.gather",
+                    "must be False with attention_mask_consistency, got True; processes differ in "
+                    "how many phrases they differentiate, and would wait for one another",
+                )
 
     def _activation(self) -> Activation:
         # Made when it is needed, so that a copy of the detector has its own

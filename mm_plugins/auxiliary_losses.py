@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
 from mmengine.logging import MessageHub, print_log
 from torch import Tensor
 
 from mm_plugins.grounding.text_models import text_model_is_there
+from mm_plugins.mixins import DetectorMixin
+from plugin_core.errors import ArgumentError
 
 
-class AuxiliaryLossMixin(BaseDetector):
+class AuxiliaryLossMixin(DetectorMixin):
     """The base of mixins that add a loss on gradients to a detector.
 
     Raises:
@@ -22,7 +24,10 @@ class AuxiliaryLossMixin(BaseDetector):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         text_model = (kwargs.get("language_model") or {}).get("name")
-        with text_model_is_there(text_model, "language_model.name"):
+        guard: Any = nullcontext()
+        if text_model is not None:
+            guard = text_model_is_there(text_model, "language_model.name")
+        with guard:
             super().__init__(*args, **kwargs)
         self._steps = 0
         self._warned: set[str] = set()
@@ -32,7 +37,7 @@ class AuxiliaryLossMixin(BaseDetector):
         """Refuse activation checkpoints, which cannot be differentiated twice.
 
         Raises:
-            ValueError: names the setting.
+            ArgumentError: names the setting.
         """
         self._has_auxiliary_loss = True
         inner = getattr(getattr(self, "bbox_head", None), "head", None)
@@ -41,9 +46,10 @@ class AuxiliaryLossMixin(BaseDetector):
             ("bbox_head.use_checkpoint", inner, "use_checkpoint"),
         ):
             if getattr(module, attribute, 0) > 0:
-                raise ValueError(
-                    f"{setting}: gradients are differentiated, which activation checkpoints do not "
-                    f"allow, got {getattr(module, attribute)!r}; set it to 0 or False"
+                raise ArgumentError(
+                    setting,
+                    "must be 0 or False, as gradients are differentiated, which activation "
+                    f"checkpoints do not allow, got {getattr(module, attribute)!r}",
                 )
 
     def _is_due(self, every: int) -> bool:

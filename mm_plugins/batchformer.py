@@ -23,10 +23,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmdet.models.detectors import BaseDetector
 from mmdet.models.layers import DetrTransformerEncoder
 from torch import Tensor, nn
 
+from mm_plugins.mixins import DetectorMixin, not_for
 from mm_plugins.settings import build_from
 from plugin_core import BatchFormer
 from plugin_core.errors import ArgumentError
@@ -42,18 +42,23 @@ class Streams(list):
     """The samples of a training step: B of them, and 2B from ``pre_transformer`` on."""
 
 
-class BatchFormerMixin(BaseDetector):
+class BatchFormerMixin(DetectorMixin):
     """Puts BatchFormerV2 into a DETR: ``class MyDETR2(BatchFormerMixin, MyDETR)``.
 
     Parameters of the detector keep their names; BatchFormer's are ``encoder.batchformer.…``. Losses
-    are means over both streams, as heads divide by the number of targets.
+    are means over both streams, as heads divide by the number of targets. DDQ's auxiliary losses
+    are not: it divides them by their targets' weights, or by 1 where those are less. Nor are
+    Mask2Former's exactly, as it draws the points of its losses for each stream.
 
     Args:
         batchformer: arguments of :class:`BatchFormers`; None for the plain detector.
 
     Raises:
-        ValueError: if the detector has no encoder of MMDetection's, or an argument is wrong.
+        ArgumentError: if the detector has no encoder of MMDetection's, or an argument is wrong.
+        ValueError: in training, if the detector's ``loss`` does not hand on its list of samples.
     """
+
+    place = 2
 
     def __init__(self, *args: Any, batchformer: dict[str, Any] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -61,10 +66,7 @@ class BatchFormerMixin(BaseDetector):
             return
         encoder = self._detr_encoder()
         if not isinstance(encoder, DetrTransformerEncoder):
-            raise ValueError(
-                f"batchformer: {type(self).__name__} has no DETR encoder, which BatchFormerV2 goes "
-                "into; take a DETR, MaskFormer or Mask2Former, or leave it out"
-            )
+            raise not_for(self, "batchformer")
         encoder.batchformer = build_from(
             "batchformer",
             BatchFormers,
@@ -90,9 +92,17 @@ class BatchFormerMixin(BaseDetector):
         return modules is not None and modules.in_evaluation and not self.training
 
     def loss(self, batch_inputs: Tensor, batch_data_samples: list) -> dict | list:
-        if self._is_doubled():
-            batch_data_samples = Streams(batch_data_samples)
-        return super().loss(batch_inputs, batch_data_samples)
+        if not self._is_doubled():
+            return super().loss(batch_inputs, batch_data_samples)
+        streams = Streams(batch_data_samples)
+        losses: dict | list = super().loss(batch_inputs, streams)
+        if len(streams) != 2 * len(batch_data_samples):
+            raise ValueError(
+                f"batchformer: {type(self).__name__}.loss must hand on the list of samples that it "
+                "is given, to forward_transformer and to the head, which get each sample twice; "
+                "it has made a list of its own"
+            )
+        return losses
 
     def pre_transformer(
         self, img_feats: Sequence[Tensor], batch_data_samples: Any = None
@@ -138,7 +148,13 @@ class PixelDecoderBatchFormerMixin(BatchFormerMixin):
             return super().loss(batch_inputs, batch_data_samples)
         features = self.extract_feat(batch_inputs)
         detector = self._with_batchformers(tuple(features[-1].shape[-2:]))
-        return detector.panoptic_head.loss(repeat(features), list(batch_data_samples) * 2)
+        doubled, count = repeat(features), len(batch_data_samples)
+        if any(len(level) != 2 * count for level in doubled):
+            raise ValueError(
+                f"batchformer: the backbone must give feature maps of {count} images, got those of "
+                f"{[len(level) for level in features]}"
+            )
+        return detector.panoptic_head.loss(doubled, list(batch_data_samples) * 2)
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         detector: Any = self._with_batchformers() if self._is_related() else self
@@ -171,8 +187,8 @@ class BatchFormers(nn.ModuleDict):
             which images are evaluated together: the authors' batch inference.
 
     Raises:
-        ValueError: if ``insert_after`` names no layer of the encoder, or BatchFormer does not take
-            an argument's value.
+        ArgumentError: if ``insert_after`` names no layer of the encoder, or an argument's value is
+            wrong.
     """
 
     def __init__(
@@ -190,6 +206,9 @@ class BatchFormers(nn.ModuleDict):
         eval: bool = False,
     ) -> None:
         indices = _check_insertions(insert_after, depth)
+        for name, value in (("share", share), ("mask_padding", mask_padding), ("eval", eval)):
+            if not isinstance(value, bool):
+                raise ArgumentError(name, f"must be True or False, got {value!r}")
         super().__init__(
             {
                 str(index): BatchFormer(
@@ -264,14 +283,16 @@ class TwoStreamEncoder(nn.Module):
 
 
 def repeat(batch: Any) -> Any:
-    """Give a batch twice; also each of a tuple, or a dict, of batches."""
+    """Give a batch twice; also each of a tuple, list or dict of batches. Numbers stay."""
     if isinstance(batch, Tensor):
         return torch.cat([batch, batch])
-    if isinstance(batch, tuple):
-        return tuple(repeat(part) for part in batch)
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map(repeat, batch))
     if isinstance(batch, dict):
         return {key: x if key in _WITHOUT_BATCH else repeat(x) for key, x in batch.items()}
-    return batch
+    if batch is None or isinstance(batch, (bool, int, float)):
+        return batch
+    raise TypeError(f"batchformer: a batch must be of tensors, got a {type(batch).__name__}")
 
 
 def first_half(inputs: dict[str, Any]) -> dict[str, Any]:

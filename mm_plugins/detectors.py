@@ -1,11 +1,13 @@
 """MMDetection's detectors with BatchFormerV2, attention mask consistency and functional entropy.
 
-Name one in place of MMDetection's own; without settings it is the plain detector::
+Name one in place of MMDetection's own; without settings it is the plain detector. Each takes the
+methods that its docstring names, and refuses the settings of others::
 
     model = dict(type='PluginGroundingDINO', batchformer=dict(insert_after=(0,)),
                  attention_mask_consistency=dict(), functional_entropy=dict())
 
 A detector of one's own takes the mixins that it needs: ``class MyDETR2(BatchFormerMixin, MyDETR)``.
+They are in the order ``FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, MyDetector``.
 """
 
 from __future__ import annotations
@@ -34,72 +36,70 @@ from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
 
 
 @MODELS.register_module()
-class PluginDETR(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, DETR):
-    """DETR with any of the methods."""
+class PluginDETR(AMCMixin, BatchFormerMixin, DETR):
+    """DETR with attention mask consistency and BatchFormerV2."""
 
 
 @MODELS.register_module()
-class PluginConditionalDETR(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, ConditionalDETR):
-    """ConditionalDETR with any of the methods."""
+class PluginConditionalDETR(AMCMixin, BatchFormerMixin, ConditionalDETR):
+    """ConditionalDETR with attention mask consistency and BatchFormerV2."""
 
 
 @MODELS.register_module()
-class PluginDABDETR(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, DABDETR):
-    """DABDETR with any of the methods."""
+class PluginDABDETR(AMCMixin, BatchFormerMixin, DABDETR):
+    """DABDETR with attention mask consistency and BatchFormerV2."""
 
 
 @MODELS.register_module()
-class PluginDeformableDETR(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, DeformableDETR):
-    """DeformableDETR with any of the methods."""
+class PluginDeformableDETR(AMCMixin, BatchFormerMixin, DeformableDETR):
+    """DeformableDETR with attention mask consistency and BatchFormerV2."""
 
 
 @MODELS.register_module()
-class PluginDINO(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, DINO):
-    """DINO with any of the methods."""
+class PluginDINO(AMCMixin, BatchFormerMixin, DINO):
+    """DINO with attention mask consistency and BatchFormerV2."""
 
 
 @MODELS.register_module()
-class PluginDDQDETR(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, DDQDETR):
-    """DDQDETR with any of the methods."""
+class PluginDDQDETR(AMCMixin, BatchFormerMixin, DDQDETR):
+    """DDQDETR with attention mask consistency and BatchFormerV2."""
 
 
 @MODELS.register_module()
 class PluginGroundingDINO(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, GroundingDINO):
-    """GroundingDINO with any of the methods."""
+    """GroundingDINO with all three methods."""
 
 
 @MODELS.register_module()
-class PluginGLIP(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, GLIP):
-    """GLIP with any of the methods."""
+class PluginGLIP(FunctionalEntropyMixin, AMCMixin, GLIP):
+    """GLIP with attention mask consistency and functional entropy."""
 
 
 @MODELS.register_module()
-class PluginFasterRCNN(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, FasterRCNN):
-    """FasterRCNN with any of the methods."""
+class PluginFasterRCNN(AMCMixin, FasterRCNN):
+    """FasterRCNN with attention mask consistency."""
 
 
 @MODELS.register_module()
-class PluginMaskRCNN(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, MaskRCNN):
-    """MaskRCNN with any of the methods."""
+class PluginMaskRCNN(AMCMixin, MaskRCNN):
+    """MaskRCNN with attention mask consistency."""
 
 
 @MODELS.register_module()
-class PluginCascadeRCNN(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, CascadeRCNN):
-    """CascadeRCNN with any of the methods."""
+class PluginCascadeRCNN(AMCMixin, CascadeRCNN):
+    """CascadeRCNN with attention mask consistency."""
 
 
 @MODELS.register_module()
-class PluginRetinaNet(FunctionalEntropyMixin, AMCMixin, BatchFormerMixin, RetinaNet):
-    """RetinaNet with any of the methods."""
+class PluginRetinaNet(AMCMixin, RetinaNet):
+    """RetinaNet with attention mask consistency."""
 
 
 @MODELS.register_module()
-class PluginMaskFormer(FunctionalEntropyMixin, AMCMixin, PixelDecoderBatchFormerMixin, MaskFormer):
-    """MaskFormer with any of the methods."""
+class PluginMaskFormer(PixelDecoderBatchFormerMixin, MaskFormer):
+    """MaskFormer with BatchFormerV2."""
 
 
 @MODELS.register_module()
-class PluginMask2Former(
-    FunctionalEntropyMixin, AMCMixin, PixelDecoderBatchFormerMixin, Mask2Former
-):
-    """Mask2Former with any of the methods."""
+class PluginMask2Former(PixelDecoderBatchFormerMixin, Mask2Former):
+    """Mask2Former with BatchFormerV2."""

@@ -12,6 +12,7 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from mm_plugins.batchformer import repeat
 from mm_plugins.settings import build_from
 from plugin_core import BatchFormer, IDAClassifier
 from plugin_core.errors import ArgumentError
@@ -125,7 +126,7 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
         **kwargs: of ``ConvFCBBoxHead``.
 
     Raises:
-        ValueError: if an argument of the BatchFormer is wrong, or another argument leaves it
+        ArgumentError: if an argument of the BatchFormer is wrong, or another argument leaves it
             no vectors.
     """
 
@@ -181,7 +182,7 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
         """Compute the losses of both streams in training, from one stream's regions and targets."""
         predictions = bbox_pred if cls_score is None else cls_score
         if predictions is not None and len(predictions) == 2 * len(rois):
-            rois, targets = _twice(rois), tuple(map(_twice, targets))
+            rois, targets = repeat(rois), repeat(targets)
         return super().loss(cls_score, bbox_pred, rois, *targets, **kwargs)
 
     def refine_bboxes(
@@ -194,7 +195,3 @@ class BatchFormerBBoxHead(ConvFCBBoxHead):
         count = len(bbox_results["rois"])
         plain = {name: bbox_results[name][:count] for name in ("cls_score", "bbox_pred")}
         return super().refine_bboxes(sampling_results, {**bbox_results, **plain}, batch_img_metas)
-
-
-def _twice(x: Tensor) -> Tensor:
-    return torch.cat((x, x))

@@ -14,6 +14,7 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
+from mm_plugins.mixins import not_for
 from plugin_core.inspection.recorder import record_calls
 
 
@@ -42,16 +43,13 @@ class Scores:
         detector: with a ``bbox_head``, or a ``roi_head`` that has one.
 
     Raises:
-        ValueError: if it has neither.
+        ArgumentError: if it has neither.
     """
 
     def __init__(self, detector: BaseDetector) -> None:
         self.detector: Any = detector
         if not (hasattr(detector, "bbox_head") or hasattr(detector, "roi_head")):
-            raise ValueError(
-                f"{type(detector).__name__} has neither bbox_head nor roi_head, whose scores "
-                "attention mask consistency or a heatmap could explain"
-            )
+            raise not_for(detector, "attention_mask_consistency")
 
     @property
     def reads_text(self) -> bool:
@@ -94,7 +92,11 @@ class Scores:
     def _dense_logits(self, head: Any, output: Any) -> Tensor:
         """(B, candidates, columns) from the output of a head without regions."""
         if isinstance(output, Tensor) and output.dim() == 4:
-            # A DETR's, from each decoder layer; denoising queries come first
+            # A DETR's, from each decoder layer; denoising queries come first, DDQ's dense ones last
+            of_ddq = getattr(self.detector, "cache_dict", {}).get("dis_query_info")
+            if of_ddq is not None:
+                start, count = of_ddq
+                return output[-1][:, start : start + count]
             return output[-1][:, -self.detector.num_queries :]
         if isinstance(head, ATSSVLFusionHead):
             return torch.cat(output, dim=1)

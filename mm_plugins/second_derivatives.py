@@ -50,6 +50,7 @@ def second_derivatives(
     """Let the model's forward passes have second derivatives; first ones stay as they are.
 
     Attention takes PyTorch's mathematical path, as the fused ones have first derivatives only.
+    Contexts can be nested: a module can be differentiated twice where any of them wants it.
 
     Args:
         model: of MMDetection.
@@ -64,7 +65,10 @@ def second_derivatives(
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for name, module in model.named_modules():
             twice = _TWICE.get(type(module))
-            if twice is not None and getattr(module, "pool_mode", "avg") == "avg":
+            if type(module) in _ACTING:
+                either = _either(module.wanted, wanted)
+                stack.enter_context(acting_as(type(module), module, wanted=either))
+            elif twice is not None and getattr(module, "pool_mode", "avg") == "avg":
                 stack.enter_context(acting_as(twice, module, wanted=wanted))
             elif isinstance(module, refused):
                 stack.callback(module.register_forward_pre_hook(_refuse(name, wanted)).remove)
@@ -170,6 +174,11 @@ _TWICE: dict[type[nn.Module], type[nn.Module]] = {
     nn.Hardsigmoid: _Hardsigmoid,
     RoIAlign: _RoIAlign,
 }
+_ACTING = frozenset(_TWICE.values())
+
+
+def _either(first: Callable[[], bool], second: Callable[[], bool]) -> Callable[[], bool]:
+    return lambda: first() or second()
 
 
 def _convolve(module: Any, x: Tensor, offset: Tensor, mask: Tensor) -> Tensor:

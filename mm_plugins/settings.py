@@ -20,14 +20,12 @@ def build_from(setting: str, kind: Callable[..., T], arguments: Any, **given: An
         **given: arguments that the setting may not have.
 
     Raises:
-        ValueError: if the setting is no dict, or an argument is unknown or wrong; names both.
+        ArgumentError: if the setting is no dict, or an argument is unknown or wrong; names both.
     """
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"{setting}: expected dict(…), got {arguments!r}")
+        raise ArgumentError(setting, f"must be dict(…), got {arguments!r}")
     try:
         check_arguments(kind, arguments, reserved=given)
         return kind(**given, **arguments)
     except ArgumentError as error:
-        raise ValueError(f"{setting}.{error.argument}: {error.reason}") from error
-    except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from error
+        raise ArgumentError(f"{setting}.{error.argument}", error.reason) from error

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mm_plugins.auxiliary_losses import AuxiliaryLossMixin
 from mm_plugins.batchformer import MAP_SIZE
+from mm_plugins.mixins import not_for
 from mm_plugins.second_derivatives import second_derivatives
 from mm_plugins.settings import build_from
 from plugin_core import FunctionalEntropyRegularizer
@@ -49,8 +50,10 @@ class FunctionalEntropyMixin(AuxiliaryLossMixin):
             ``information_text``: how much the detector draws from either.
 
     Raises:
-        ValueError: if the detector reads no text, or an argument is wrong.
+        ArgumentError: if the detector reads no text, or an argument is wrong.
     """
+
+    place = 0
 
     def __init__(
         self, *args: Any, functional_entropy: dict[str, Any] | None = None, **kwargs: Any
@@ -61,10 +64,7 @@ class FunctionalEntropyMixin(AuxiliaryLossMixin):
         if functional_entropy is None:
             return
         if not isinstance(self, (GroundingDINO, GLIP)):
-            raise ValueError(
-                f"functional_entropy: {type(self).__name__} does not read a text; it is for "
-                "GroundingDINO and GLIP"
-            )
+            raise not_for(self, "functional_entropy")
         self._entropy, self._entropy_every = build_from(
             "functional_entropy", functional_entropy_loss, functional_entropy
         )

@@ -73,8 +73,10 @@ class BatchFormer(nn.Module):
                 "num_heads",
                 f"must divide embed_dims, got num_heads={num_heads} and embed_dims={embed_dims}",
             )
-        if not 0 <= dropout < 1:
+        if type(dropout) not in (int, float) or not 0 <= dropout < 1:
             raise ArgumentError("dropout", f"must be in [0, 1), got {dropout!r}")
+        if not isinstance(gather, bool):
+            raise ArgumentError("gather", f"must be True or False, got {gather!r}")
         self.embed_dims = embed_dims
         self.gather = gather
         self.layers = nn.ModuleList(

@@ -27,14 +27,16 @@ from batchformer_detectors import (
     without_dropout,
     write_tiny_bert,
 )
+from mmdet.models.detectors import DETR
 from mmdet.models.layers import DetrTransformerEncoder
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.model import ExponentialMovingAverage
 
-from mm_plugins.batchformer import BatchFormers, TwoStreamEncoder, repeat
+from mm_plugins.batchformer import BatchFormerMixin, BatchFormers, TwoStreamEncoder, repeat
 from plugin_core import BatchFormer
+from plugin_core.errors import ArgumentError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 EVERY_DETECTOR = pytest.mark.parametrize("name", DETECTORS)
@@ -333,6 +335,75 @@ def test_single_image_is_warned_about():
         loss_of(detector, batch(detector, True, shapes=((64, 64),)))
 
 
+def model_config_on_a_list() -> ConfigDict:
+    model = model_config("Mask2Former")
+    model.backbone = ConfigDict(
+        type="PyramidVisionTransformer",
+        embed_dims=16,
+        num_layers=[1, 1, 1, 1],
+        num_heads=[1, 2, 5, 8],
+        init_cfg=None,
+    )
+    model.panoptic_head.in_channels = [16, 32, 80, 128]
+    return model
+
+
+def test_backbone_that_gives_a_list_doubles_as_one_that_gives_a_tuple():
+    detector = without_dropout(build(with_batchformer(model_config_on_a_list()))).train()
+    data = batch(detector, True)
+    assert isinstance(detector.extract_feat(data["inputs"]), list)
+    sizes = []
+    decoder = detector.panoptic_head.transformer_decoder
+    decoder.register_forward_hook(
+        lambda module, args, kwargs, out: sizes.append(len(kwargs["query"])), with_kwargs=True
+    )
+    decoder.layers[0].register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["query"])), with_kwargs=True
+    )
+    as_list = loss_of(detector, data)
+    forward = detector.backbone.forward
+    detector.backbone.forward = lambda x: tuple(forward(x))
+    assert torch.equal(loss_of(detector, data), as_list)
+    assert sizes and set(sizes) == {4}
+
+
+def test_features_of_another_number_of_images_are_refused(monkeypatch):
+    detector = build(with_batchformer(model_config("Mask2Former"))).train()
+    features = detector.extract_feat(batch(detector, True)["inputs"])
+    monkeypatch.setattr(detector, "extract_feat", lambda x: [level[:1] for level in features])
+    with pytest.raises(ValueError, match="feature maps of 2 images, got those of .1, 1, 1, 1."):
+        loss_of(detector, batch(detector, True))
+
+
+def test_a_batch_is_repeated_in_whatever_holds_it():
+    x = torch.arange(2)
+    found = repeat({"a": [x, (x, None)], "spatial_shapes": x, "flag": True})
+    assert isinstance(found["a"], list) and isinstance(found["a"][1], tuple)
+    assert found["a"][0].tolist() == found["a"][1][0].tolist() == [0, 1, 0, 1]
+    assert found["spatial_shapes"] is x and found["flag"] is True
+    with pytest.raises(TypeError, match="must be of tensors, got a set"):
+        repeat((x, {1}))
+
+
+class OwnListDETR(DETR):
+    def loss(self, batch_inputs, batch_data_samples):
+        return super().loss(batch_inputs, [*batch_data_samples])
+
+
+class OwnListDETR2(BatchFormerMixin, OwnListDETR):
+    pass
+
+
+def test_a_detector_that_makes_a_list_of_samples_of_its_own_is_refused():
+    cfg = with_batchformer(model_config("DETR"))
+    cfg.type = OwnListDETR2
+    detector = build(cfg).train()
+    with pytest.raises(ValueError, match=r"OwnListDETR2.loss must hand on the list of samples"):
+        loss_of(detector, batch(detector, True))
+    detector.eval()
+    assert loss_of(detector, batch(detector, True)).isfinite()
+
+
 def test_losses_in_evaluation_are_the_plain_detectors():
     plain = build(model_config("DETR")).eval()
     detector = build(with_batchformer(model_config("DETR")), weights_of=plain).eval()
@@ -382,32 +453,38 @@ def test_detector_is_pickled():
 @pytest.mark.parametrize(
     ("batchformer", "message"),
     [
-        ({"insert_after": (1, 3)}, r"\.insert_after: names layer 3; .* layers 0 to 2"),
-        ({"insert_after": (-1,)}, r"\.insert_after: names layer -1"),
-        ({"insert_after": ()}, r"\.insert_after: must be a tuple .* such as \(0,\), got \(\)"),
-        ({"insert_after": 0}, r"\.insert_after: must be a tuple .* got 0"),
-        ({"insert_after": (1, 1)}, r"\.insert_after: names a layer twice"),
-        ({"num_heads": 7}, "num_heads.? must divide embed_dims"),
-        ({"dropout": 1.5}, r"dropout.? must be in \[0, 1\), got 1.5"),
-        ({"insert_befor": (1,)}, r"\.insert_befor: is no argument; .* did you mean 'insert_after'"),
-        ({"depth": 3}, r"\.depth: is no argument"),
+        ({"insert_after": (1, 3)}, r"\.insert_after names layer 3; .* layers 0 to 2"),
+        ({"insert_after": (-1,)}, r"\.insert_after names layer -1"),
+        ({"insert_after": ()}, r"\.insert_after must be a tuple .* such as \(0,\), got \(\)"),
+        ({"insert_after": 0}, r"\.insert_after must be a tuple .* got 0"),
+        ({"insert_after": (1, 1)}, r"\.insert_after names a layer twice"),
+        ({"num_heads": 7}, r"\.num_heads must divide embed_dims"),
+        ({"dropout": 1.5}, r"\.dropout must be in \[0, 1\), got 1.5"),
+        ({"dropout": True}, r"\.dropout must be in \[0, 1\), got True"),
+        ({"dropout": "0.1"}, r"\.dropout must be in \[0, 1\), got '0.1'"),
+        ({"share": "no"}, r"\.share must be True or False, got 'no'"),
+        ({"mask_padding": 1}, r"\.mask_padding must be True or False, got 1"),
+        ({"gather": "False"}, r"\.gather must be True or False, got 'False'"),
+        ({"eval": "False"}, r"\.eval must be True or False, got 'False'"),
+        ({"insert_befor": (1,)}, r"\.insert_befor is no argument; .* did you mean 'insert_after'"),
+        ({"depth": 3}, r"\.depth is no argument"),
     ],
 )
 def test_wrong_setting_is_named_by_the_constructor(batchformer, message):
-    with torch.device("meta"), pytest.raises(ValueError, match=f"^batchformer.*{message}"):
+    with torch.device("meta"), pytest.raises(ArgumentError, match=f"^batchformer{message}"):
         MODELS.build(with_batchformer(model_config("DETR"), **batchformer))
 
 
 def test_setting_that_is_no_dict_is_named():
     cfg = with_batchformer(model_config("DETR"))
     cfg.batchformer = 3
-    with pytest.raises(ValueError, match=r"^batchformer: expected dict\(…\), got 3"):
+    with pytest.raises(ValueError, match=r"^batchformer must be dict\(…\), got 3"):
         MODELS.build(cfg)
 
 
 def test_detector_without_an_encoder_is_refused():
     base = Config.fromfile(CONFIGS / "retinanet/retinanet_r18_fpn_1x_coco.py").model
-    with pytest.raises(ValueError, match="^batchformer: PluginRetinaNet has no DETR encoder"):
+    with pytest.raises(ValueError, match="^batchformer is for .*DETR.*; PluginRetinaNet is none"):
         MODELS.build(with_batchformer(base))
 
 

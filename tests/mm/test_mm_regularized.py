@@ -30,6 +30,7 @@ from grounding_detectors import (
     regularized,
     samples,
 )
+from mmcv.ops import RoIAlign
 from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
@@ -193,6 +194,36 @@ def test_noted_attention_computes_as_mmdetections(masks):
     assert noted[0].shape == (2, 4, 6, 10)
     torch.testing.assert_close(noted[0].sum(3), torch.ones(2, 4, 6))
     assert type(attention) is BiMultiHeadAttention and "noted" not in vars(attention)
+
+
+def test_acting_nests_and_gives_back_what_the_module_had():
+    class Outer(nn.Linear):
+        pass
+
+    class Inner(nn.Linear):
+        pass
+
+    module = nn.Linear(2, 2)
+    module.noted = "own"
+    with acting_as(Outer, module, noted="outer"):
+        with acting_as(Inner, module, noted="inner", more=1):
+            assert type(module) is Inner and (module.noted, module.more) == ("inner", 1)
+        assert type(module) is Outer and module.noted == "outer" and "more" not in vars(module)
+    assert type(module) is nn.Linear and module.noted == "own"
+
+
+def test_second_derivatives_nest(config):
+    detector = build(config("faster-rcnn"))
+    align = detector.roi_head.bbox_roi_extractor.roi_layers[0]
+    with second_derivatives(detector, wanted=lambda: True):
+        with second_derivatives(detector, wanted=lambda: False):
+            assert align.wanted()
+            total = _total(loss(detector, samples("classes")))
+        assert type(align) is not RoIAlign
+    assert type(align) is RoIAlign and "wanted" not in vars(align)
+    weight = detector.neck.fpn_convs[0].conv.weight
+    (slope,) = torch.autograd.grad(total, weight, create_graph=True)
+    assert torch.autograd.grad(slope.square().sum(), weight)[0].isfinite().all()
 
 
 def test_attention_and_its_gradient_are_those_of_the_product_rule(config):
