@@ -40,6 +40,15 @@ class BlockPlugin(plugin_core.BlockPlugin):
         self, in_channels: int, name: str, warm_start: bool = False, **arguments: Any
     ) -> None:
         super().__init__(make_module(name, in_channels, arguments), name, warm_start)
+        self._made_of = name, in_channels, arguments
+
+    def init_weights(self) -> None:
+        """Draw the module's initial weights as its constructor does.
+
+        mmengine asks for it after it has drawn those of all convolutions below a backbone its own
+        way. A module's own may be another, such as zeros, and is so in other frameworks.
+        """
+        self.module.load_state_dict(make_module(*self._made_of).state_dict())
 
     def forward(self, x: Tensor) -> Tensor:
         # Here and not in train(), as the backbone's train() goes over its norms afterwards.

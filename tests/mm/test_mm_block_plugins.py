@@ -26,6 +26,7 @@ from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
 
 import plugin_core
 from mm_plugins.block_plugins import BlockPlugin
+from plugin_core.block_plugins import make_module
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
@@ -487,3 +488,36 @@ def test_block_of_a_mobilenet_compiles_without_a_graph_break():
     compiled = torch.compile(block, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), twin(x))
     torch.testing.assert_close(dict(block.named_buffers()), dict(twin.named_buffers()))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("timm:gc", {"init_last_zero": True}),
+        ("timm:se", {}),
+        ("triplet_attention", {}),
+        ("ida", {"num_queries": 4}),
+    ],
+)
+def test_mmengine_leaves_the_weights_that_a_modules_constructor_draws(name, arguments, monkeypatch):
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    made: list[nn.Module] = []
+
+    def make(*given: Any) -> nn.Module:
+        made.append(make_module(*given))
+        return made[-1]
+
+    monkeypatch.setattr("mm_plugins.block_plugins.make_module", make)
+    layer = {"type": "BlockPlugin", "name": name, "warm_start": True, **arguments}
+    backbone = ResNet(
+        50, base_channels=16, plugins=[{"cfg": layer, "position": "after_conv3"}]
+    )  # without pretrained weights, mmengine draws those of all convolutions
+    backbone.init_weights()
+    plugins = [m for m in backbone.modules() if isinstance(m, BlockPlugin)]
+    assert len(made) == 2 * len(plugins) == 32
+    for plugin, fresh in zip(plugins, made[16:], strict=True):
+        expected = fresh.state_dict()
+        assert plugin.module is not fresh and not plugin.alpha.any()
+        for key, value in plugin.module.state_dict().items():
+            assert torch.equal(value, expected[key]), key
