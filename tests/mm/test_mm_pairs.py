@@ -142,30 +142,35 @@ def test_methods_train_a_step_together(kind, plugin, box_head, methods):
         (
             "Faster R-CNN",
             {"batchformer": {}},
-            "model.batchformer: PluginFasterRCNN has no DETR enc",
+            "batchformer: is for .* PluginFasterRCNN is none",
         ),
         (
             "RetinaNet",
             {"batchformer": {}},
-            "model.batchformer: PluginRetinaNet has no DETR encoder",
+            "batchformer: is for .* PluginRetinaNet is none",
         ),
         ("RetinaNet", {"functional_entropy": {}}, r"model.functional_entropy: .*text"),
         ("DETR", {"functional_entropy": {}}, r"model.functional_entropy: .*text"),
         (
             "DETR",
             {"batchformer": {"gather": True}, "attention_mask_consistency": {}},
-            "model.batchformer.gather: must be False with attention_mask_consistency, got True",
+            "batchformer.gather: must be False with attention_mask_consistency, got True",
         ),
         (
             "RetinaNet",
             {"roi_head": {"bbox_head": {"type": "IDABBoxHead"}}},
             "model.roi_head: is no argument; there are",
         ),
-        ("Mask2Former", AMC, "model: PluginMask2Former has neither bbox_head nor roi_head"),
+        (
+            "Mask2Former",
+            AMC,
+            "model.attention_mask_consistency: is for .* PluginMask2Former is none",
+        ),
     ],
 )
 def test_methods_that_cannot_meet_are_refused_in_one_line(kind, methods, message):
     with pytest.raises(ValueError) as error:
         check_config(detector(kind, **methods), train=True, resumes=False)
-    assert re.match(message, str(error.value)), error.value
+    assert str(error.value).startswith("model")
+    assert re.search(message, str(error.value)), error.value
     assert "\n" not in str(error.value)

@@ -305,12 +305,11 @@ IN_BACKBONE = "model.backbone.plugins[0]"
         ),
         (
             {"cfg": {"type": "TripletAttention", "kernel": 3}},
-            ".cfg.kernel: is no argument; there are kernel_size, no_spatial, norm; did you mean "
-            "'kernel_size'?",
+            ".cfg.kernel: is no argument; there are kernel_size, no_spatial, norm",
         ),
         (
             {"cfg": {"type": "IDABlock", "in_channels": 8}},
-            ".cfg.in_channels: leave it out; whatever builds it passes its own",
+            ".cfg.in_channels: leave it out; the backbone passes it",
         ),
         ({"cfg": {"type": "IDABlock", "num_queries": 0}}, ".cfg.num_queries: must be a positive"),
         ({"cfg": {"type": "IDABlock", "beta": 0.0}}, ".cfg.beta: must be positive, got 0.0"),
@@ -322,7 +321,10 @@ IN_BACKBONE = "model.backbone.plugins[0]"
             {"cfg": {"type": "BlockPlugin", "name": "simm"}},
             ".cfg.name: must be one of ida, simam, triplet_attention, one of timm's such as ",
         ),
-        ({"cfg": {"type": "BlockPlugin"}}, ".cfg.name: missing"),
+        (
+            {"cfg": {"type": "BlockPlugin"}},
+            ".cfg.name: is missing; name a block plugin ('timm:eca')",
+        ),
         (
             {"cfg": {"type": "BlockPlugin", "name": "math:sqrt"}},
             ".cfg.name: must be a class of nn.Module, got 'math:sqrt'",
@@ -333,8 +335,22 @@ def test_wrong_setting_of_a_plugin_is_named_with_its_path_and_what_is_right(chan
     entry = attention(**changed)
     assert error_of(config(resnet(plugins=[entry]))).startswith(IN_BACKBONE + message)
     # And the right one of several
-    found = error_of(config(resnet(plugins=[attention(), entry])))
+    other = attention(cfg={"type": "TripletAttention", "postfix": "_1"})
+    found = error_of(config(resnet(plugins=[other, entry])))
     assert found.startswith(f"model.backbone.plugins[1]{message}")
+
+
+def test_two_of_a_type_in_one_stage_need_a_postfix_of_their_own():
+    first, last = (True, True, False, False), (False, True, True, False)
+    message = error_of(config(resnet(plugins=[attention(stages=first), attention(stages=last)])))
+    assert message == (
+        "model.backbone.plugins[1].cfg: plugins[0] is a 'TripletAttention' in the same stage; give "
+        "each a postfix of its own, such as postfix='_2'"
+    )
+    apart = [attention(stages=first), attention(stages=(False, False, True, True))]
+    named = [attention(), attention(cfg={"type": "TripletAttention", "postfix": "_2"})]
+    for plugins in (apart, named):
+        check(config(resnet(plugins=plugins)))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +380,7 @@ def test_layers_of_ours_and_of_mmcv_pass(layer):
     ],
 )
 def test_heads_that_do_not_divide_the_channels_of_a_stage_are_named(backbone, entry, channels):
-    layers = [{"type": "IDABlock", "num_heads": heads} for heads in (8, 7)]
+    layers = [{"type": "IDABlock", "num_heads": heads, "postfix": heads} for heads in (8, 7)]
     plugins = [attention(cfg=layer, **entry) for layer in layers]
     assert error_of(config(backbone | {"plugins": plugins})) == (
         f"model.backbone.plugins[1].cfg.num_heads: must divide the {channels} channels, got 7"
@@ -504,7 +520,7 @@ HEAD = {"in_channels": 16, "roi_feat_size": 3, "num_classes": 4, "fc_out_channel
             {"batchformer": {"num_head": 2}},
             "batchformer.num_head: is no argument; there are num_heads, .*mean 'num_heads'",
         ),
-        ("BatchFormerBBoxHead", {"batchformer": 4}, r"batchformer: expected dict\(…\), got 4"),
+        ("BatchFormerBBoxHead", {"batchformer": 4}, r"batchformer: must be dict\(…\), got 4"),
         ("BatchFormerBBoxHead", {"batchformers": {}}, "batchformers: .*did you mean 'batchformer'"),
         ("BatchFormerBBoxHead", {"num_shared_fcs": 0}, "num_shared_fcs: must be at least 1, as"),
         ("BatchFormerBBoxHead", {"num_cls_convs": 1}, "num_cls_convs: must be 0, as shared fully"),
