@@ -22,6 +22,7 @@ from detectron2.modeling.backbone.fpn import (
     build_resnet_fpn_backbone,
     build_retinanet_resnet_fpn_backbone,
 )
+from omegaconf import OmegaConf
 
 from d2_plugins.block_plugins import insert_plugins, plugins_of, read_plugins
 
@@ -72,7 +73,9 @@ def build_resnet_with_plugins(
         ValueError: if a plugin's setting is wrong; it names the setting.
     """
     model = ResNet(**resnet)
-    insert = read_plugins(plugins, "model.backbone.bottom_up.plugins", model.stage_names)
+    # Constructors are to get plain lists and mappings.
+    plain: Any = OmegaConf.to_container(plugins) if OmegaConf.is_config(plugins) else plugins
+    insert = read_plugins(plain, "model.backbone.bottom_up.plugins", model.stage_names)
     for stage in model.stage_names:
         insert_plugins(getattr(model, stage), stage, insert)
     return model

@@ -84,6 +84,8 @@ def read_plugins(
             )
         is_upper = any(str(key).isupper() for key in entry)
         arguments = {str(key).lower(): value for key, value in entry.items()}
+        if len(arguments) < len(entry):
+            raise ValueError(f"{where}: a key is given twice, in capitals and not: {dict(entry)}")
         for key in ("name", "stages"):
             if key not in arguments:
                 shown = key.upper() if is_upper else key
@@ -155,7 +157,13 @@ def insert_plugins(
     for block, is_frozen in zip(blocks, frozen, strict=True):
         for plugin in plugins:
             module = plugin.build(block.out_channels)
-            insert_after_residual_branch(block, child_name(plugin.name), module)
+            child = child_name(plugin.name)
+            if hasattr(block, child):
+                raise ValueError(
+                    f"{plugin.setting}: {plugin.name!r} would be the block's child {child!r}, and "
+                    "the block has one already; rename the class"
+                )
+            insert_after_residual_branch(block, child, module)
         if is_frozen:
             block.freeze()  # again, for the inserted plugins
     if any(frozen):

@@ -284,13 +284,16 @@ def build_detector(config: Any, *, pretrained: bool) -> nn.Module:
     return detector
 
 
-def check_detector(cfg: CfgNode, *, eval_only: bool, resumed: bool) -> None:
+def check_detector(cfg: CfgNode, *, eval_only: bool, resumed: bool) -> nn.Module:
     """Find mistakes in a config for :class:`MMDetDetector` before training or evaluation.
 
     Args:
         cfg: the whole config.
         eval_only: whether the detector is not trained.
         resumed: whether ``MODEL.WEIGHTS`` is not read.
+
+    Returns:
+        The model, built once, without memory for its parameters where that is possible.
 
     Raises:
         ValueError: names the setting, its value and the right ones.
@@ -321,13 +324,12 @@ def check_detector(cfg: CfgNode, *, eval_only: bool, resumed: bool) -> None:
     # MMDetection's checks run without data. The weights are checked below.
     alone = {"model": config.model, "default_scope": scope, "load_from": cfg.MODEL.WEIGHTS}
     try:
-        check_config(Config(alone), train=False, resumes=True)
+        detector: Any = check_config(Config(alone), train=False, resumes=True)
     except ValueError as error:
         raise ValueError(f"MODEL.MMDET.CONFIG/OVERRIDES: {error}") from error
     if weights:
         check_weights(config.model, weights, "MODEL.WEIGHTS")
-    detector = _build_to_look_at(config.model, scope)
-    MMDetDetector(detector=detector, input_format=cfg.INPUT.FORMAT)
+    bridge = MMDetDetector(detector=detector, input_format=cfg.INPUT.FORMAT)
     if not eval_only:
         _check_training(detector, cfg)
     if cfg.TEST.AUG.ENABLED:
@@ -338,6 +340,7 @@ def check_detector(cfg: CfgNode, *, eval_only: bool, resumed: bool) -> None:
     for setting in ("TEST",) if eval_only else ("TRAIN", "TEST"):
         for name in cfg.DATASETS[setting]:
             _check_classes(detector, node.CONFIG, f"DATASETS.{setting}", name)
+    return bridge
 
 
 def _check_training(detector: Any, cfg: CfgNode) -> None:
@@ -418,15 +421,6 @@ def _pack_instances(instances: Instances) -> Any:
         # MMDetection reads masks of every image, also of one without annotations.
         packed.masks = BitmapMasks([], *instances.image_size)
     return packed
-
-
-def _build_to_look_at(model_config: Any, scope: str) -> Any:
-    """Build a detector without memory for its parameters, where that is possible."""
-    try:
-        with torch.device("meta"):
-            return _build(copy.deepcopy(model_config), scope)
-    except ValueError:  # the config is wrong, or a part computes with tensors when it is built
-        return _build(copy.deepcopy(model_config), scope)
 
 
 def _build(model_config: Any, scope: str) -> Any:

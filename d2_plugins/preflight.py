@@ -18,6 +18,7 @@ from detectron2.modeling import (
 )
 from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from d2_plugins.attention_mask_consistency import is_amc
 from d2_plugins.config import add_plugin_config
@@ -29,15 +30,16 @@ from d2_plugins.roi_heads import (
     Res5PluginROIHeads,
     StandardPluginROIHeads,
 )
+from plugin_core import BlockPlugin
 from plugin_core.block_plugins import registered_block_plugins
 from plugin_core.checkpoints.resnet_names import (
     RESNET_DEPTHS,
     check_resnet_checkpoint,
     check_resnet_names,
 )
-from plugin_core.errors import did_you_mean
+from plugin_core.errors import ArgumentError, did_you_mean, origin
 from plugin_core.evaluation.datasets import check_coco_json
-from plugin_core.inspection.building import build_once
+from plugin_core.inspection.building import build_once, in_a_line
 
 # Detectron2's builders of ResNets, and the same with plugins
 _WITH_PLUGINS = {
@@ -89,11 +91,11 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         _check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN, train=True)
     resumed = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     if is_bridge(cfg):
-        check_detector(cfg, eval_only=eval_only, resumed=resumed)
+        model = check_detector(cfg, eval_only=eval_only, resumed=resumed)
     else:
-        _check_model(cfg)
+        model = _check_model(cfg)
     if not resumed:
-        _check_weights(cfg, eval_only)
+        _check_weights(cfg, eval_only, model)
 
 
 def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None:
@@ -118,14 +120,18 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
     resumed = resume and os.path.isfile(os.path.join(cfg.train.output_dir, "last_checkpoint"))
     if eval_only and not weights:
         raise ValueError("train.init_checkpoint: --eval-only needs the checkpoint to evaluate")
-    build_once(lambda device: instantiate(cfg.model), "model")
+    model = build_once(
+        lambda device: instantiate(cfg.model), lambda error: _explain(error, "model")
+    )
+    key = "model.backbone.bottom_up.plugins"
+    _check_plugins_are_read(model, OmegaConf.select(cfg, key) or (), key, "name")
     if not weights or resumed or "://" in weights:
         return
     depth_key = "model.backbone.bottom_up.stages.depth"
     depth = _lazy_depth(cfg)
     if depth is not None:
         check_resnet_checkpoint(weights, depth, "train.init_checkpoint", depth_key)
-        _check_spelling(weights, "train.init_checkpoint")
+        _check_spelling(weights, "train.init_checkpoint", model)
     elif not os.path.isfile(weights):
         raise ValueError(f"train.init_checkpoint: there is no checkpoint {weights!r}")
 
@@ -235,16 +241,37 @@ def _check_roi_heads(cfg: CfgNode) -> None:
         )
 
 
-def _check_model(cfg: CfgNode) -> None:
+def _check_model(cfg: CfgNode) -> nn.Module:
     """Build the model once without memory, and raise its parts' errors in one line."""
 
-    def build(device: str) -> None:
+    def build(device: str) -> nn.Module:
         on_device = cfg.clone()
         on_device.defrost()
         on_device.MODEL.DEVICE = device
-        build_model(on_device)
+        return build_model(on_device)
 
-    build_once(build, "MODEL")
+    model = build_once(build, lambda error: _explain(error, "MODEL"))
+    _check_plugins_are_read(model, cfg.MODEL.RESNETS.PLUGINS, "MODEL.RESNETS.PLUGINS", "NAME")
+    return model
+
+
+def _explain(error: Exception, setting: str) -> ValueError:
+    """Say in a line what building the model raised; errors of d2_plugins name their setting."""
+    if isinstance(error, ArgumentError):
+        return ValueError(f"{setting}: {error}")
+    if isinstance(error, ValueError) and "d2_plugins" in origin(error):
+        return ValueError(" ".join(str(error).split()))
+    return ValueError(in_a_line(error, setting))
+
+
+def _check_plugins_are_read(model: nn.Module, plugins: Any, setting: str, key: str) -> None:
+    built = {m.plugin_name for m in model.modules() if isinstance(m, BlockPlugin)}
+    for i, plugin in enumerate(plugins):
+        if plugin[key] not in built:
+            raise ValueError(
+                f"{setting}[{i}]: {plugin[key]!r} is in no block of the model; name stages in it, "
+                "and take a backbone that reads the list, such as build_resnet_plugin_fpn_backbone"
+            )
 
 
 def _check_kind_of_roi_heads(cfg: CfgNode, setting: str, *kinds: type) -> None:
@@ -310,7 +337,7 @@ def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -
                 raise ValueError(f"{setting}: {error}") from error
 
 
-def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
+def _check_weights(cfg: CfgNode, eval_only: bool, model: nn.Module) -> None:
     weights = cfg.MODEL.WEIGHTS.partition("?")[0]  # the loader's options follow
     if not weights and eval_only:
         raise ValueError("MODEL.WEIGHTS: --eval-only needs the checkpoint that is to be evaluated")
@@ -323,10 +350,10 @@ def _check_weights(cfg: CfgNode, eval_only: bool) -> None:
     elif not os.path.isfile(weights):
         raise ValueError(f"MODEL.WEIGHTS: there is no checkpoint {weights!r}")
     if _has_resnet(cfg):
-        _check_spelling(weights, "MODEL.WEIGHTS")
+        _check_spelling(weights, "MODEL.WEIGHTS", model)
 
 
-def _check_spelling(weights: str, setting: str) -> None:
+def _check_spelling(weights: str, setting: str, model: nn.Module) -> None:
     """Check that Detectron2 will find the tensors in a file by their names.
 
     In a file with matching_heuristics, Detectron2 matches names by their ends. It does so before
@@ -337,6 +364,14 @@ def _check_spelling(weights: str, setting: str) -> None:
     with open(weights, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data.find(b"matching_heuristics") < 0:
             return
+        for name, module in model.named_modules():
+            child = name.rpartition(".")[2]
+            is_cold = isinstance(module, BlockPlugin) and module.alpha is None
+            if is_cold and data.find(f".{child}.alpha".encode()) >= 0:
+                raise ValueError(
+                    f"{setting}: {weights!r} has a {child} that was trained with a warm start (its "
+                    "alpha); the config's needs WARM_START True"
+                )
         for name, kind in registered_block_plugins().items():
             for published in getattr(kind, "published_names", ()):
                 if data.find(f".{name}.{published}".encode()) >= 0:

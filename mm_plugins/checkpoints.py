@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm_plugins.analysis import load_config
 from mm_plugins.pixels import pixel_format, pixel_settings
-from plugin_core.block_plugins import registered_block_plugins
+from plugin_core.block_plugins import child_name, registered_block_plugins
 from plugin_core.checkpoints.conversion import FoundPlugin
 from plugin_core.checkpoints.detr_conversion import DetrConversion
 from plugin_core.checkpoints.detr_settings import check_detr
@@ -44,7 +44,9 @@ def backbone_target(depth: int | None, plugins: Sequence[FoundPlugin]) -> Target
 def _layer(plugin: FoundPlugin) -> dict[str, Any]:
     kind = registered_block_plugins().get(plugin.name)
     layer = (
-        {"type": "BlockPlugin", "name": plugin.name} if kind is None else {"type": kind.__name__}
+        {"type": "BlockPlugin", "name": plugin.name, "postfix": f"_{child_name(plugin.name)}"}
+        if kind is None or MODELS.get(kind.__name__) is None
+        else {"type": kind.__name__}
     )
     return {**layer, "warm_start": plugin.warm_start, **plugin.arguments}
 
@@ -52,7 +54,8 @@ def _layer(plugin: FoundPlugin) -> dict[str, Any]:
 def config_target(config: str) -> Target:
     """Build the backbone of a config."""
     model = load_config(config).model
-    built = _build({**model.backbone, "init_cfg": None})
+    with torch.device("meta"):
+        built = _build({**model.backbone, "init_cfg": None})
     return Target(built.state_dict(), pixel_settings, pixel_format(model, model.backbone))
 
 

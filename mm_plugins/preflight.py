@@ -9,9 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import re
 import traceback
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmdet.datasets import CocoDataset
@@ -22,25 +21,32 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from mm_plugins.block_plugins import BlockPlugin
 from mm_plugins.grounding.text_models import check_pretrained
 from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, check_resnet_names
 from plugin_core.errors import ArgumentError, check_arguments, did_you_mean
 from plugin_core.evaluation.datasets import check_coco_json
-from plugin_core.inspection.building import build_once
+from plugin_core.inspection.building import build_once, in_a_line
 
 _RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 _MOBILENET_POSITIONS = ("after_linear_conv",)
 _PLUGIN_KEYS = ("cfg", "position", "stages")
+# Keys that no constructor is given
+_REGISTRY_KEYS = ("type", "_scope_", "_delete_", "postfix")
 
 
-def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
+def check_config(cfg: Config, *, train: bool, resumes: bool) -> nn.Module | None:
     """Find mistakes in a config before the run.
 
     Args:
         cfg: the whole config, with command-line overrides.
         train: whether ``train_dataloader`` will be used, or ``test_dataloader`` only.
         resumes: whether weights come from a checkpoint of the same training.
+
+    Returns:
+        The model, built once, without memory for its parameters where that is possible; None if
+        the config has none.
 
     Raises:
         ValueError: names the setting, its value and the right ones.
@@ -58,14 +64,16 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> None:
         _check_plugins(backbone, kind, setting)
         init_cfg = backbone.get("init_cfg")
         if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained" and not load_from:
-            checkpoint, where = init_cfg["checkpoint"], f"{setting}.init_cfg.checkpoint"
+            checkpoint, where = init_cfg.get("checkpoint"), f"{setting}.init_cfg.checkpoint"
+            if not isinstance(checkpoint, str):
+                raise ValueError(f"{where}: must be the path of a checkpoint, got {checkpoint!r}")
             _check_names(checkpoint, where, backbone, setting)
             _check_layout(checkpoint, where)
-    if model:
-        _check_model(model, cfg.get("default_scope") or "mmdet")
+    built = _check_model(model, cfg.get("default_scope") or "mmdet") if model else None
     if load_from and not resumes:
         check_weights(model, load_from, "load_from")
         _check_layout(load_from, "load_from")
+    return built
 
 
 def check_weights(model: ConfigDict, path: str, setting: str) -> None:
@@ -163,6 +171,12 @@ def _check_plugins(backbone: ConfigDict, kind: Any, setting: str) -> None:
             f"{setting}.type: MMDetection's {name} takes no plugins; "
             f"use type='Plugin{kind.__name__}' and position={positions[0]!r}"
         )
+    if not isinstance(plugins, (list, tuple)):
+        raise ValueError(
+            f"{setting}.plugins: must be a list of dict(cfg=dict(type=…), position=…, stages=…), "
+            f"got {plugins!r}"
+        )
+    children: dict[tuple[Any, ...], int] = {}
     for i, plugin in enumerate(plugins):
         where = f"{setting}.plugins[{i}]"
         if not isinstance(plugin, dict) or not isinstance(plugin.get("cfg"), dict):
@@ -178,7 +192,11 @@ def _check_plugins(backbone: ConfigDict, kind: Any, setting: str) -> None:
                 f"got {plugin.get('position')!r}"
             )
         stages = plugin.get("stages")
-        if stages is not None and (not isinstance(stages, Sized) or len(stages) != num_stages):
+        if stages is not None and (
+            not isinstance(stages, (list, tuple))
+            or len(stages) != num_stages
+            or any(stage not in (True, False) for stage in stages)
+        ):
             raise ValueError(
                 f"{where}.stages: expected {num_stages} times True or False, one for each stage "
                 f"of {setting}, got {stages!r}"
@@ -190,102 +208,67 @@ def _check_plugins(backbone: ConfigDict, kind: Any, setting: str) -> None:
                 f"{where}.cfg.type: must be a plugin layer such as 'TripletAttention' or "
                 f"'BlockPlugin', got {name!r}{hint}"
             )
+        kind = MODELS.get(name) if isinstance(name, str) else name
+        if inspect.isclass(kind) and issubclass(kind, BlockPlugin):
+            if "in_channels" in plugin["cfg"]:
+                raise ValueError(f"{where}.cfg.in_channels: leave it out; the backbone passes it")
+            if kind is BlockPlugin and "name" not in plugin["cfg"]:
+                raise ValueError(f"{where}.cfg.name: is missing; name a block plugin ('timm:eca')")
+        chosen = range(num_stages) if stages is None else [n for n, on in enumerate(stages) if on]
+        for stage in chosen:
+            other = children.setdefault((name, plugin["cfg"].get("postfix", ""), stage), i)
+            if other != i:
+                raise ValueError(
+                    f"{where}.cfg: plugins[{other}] is a {name!r} in the same stage; give each a "
+                    "postfix of its own, such as postfix='_2'"
+                )
 
 
-def _check_model(model: ConfigDict, scope: str) -> None:
+def _check_model(model: ConfigDict, scope: str) -> nn.Module:
     """Build the model once without memory, and raise its parts' errors in one line."""
 
-    def build(device: str) -> None:
+    def build(device: str) -> nn.Module:
         with DefaultScope.overwrite_default_scope(scope):
-            MODELS.build(copy.deepcopy(model))
+            return MODELS.build(copy.deepcopy(model))
 
-    try:
-        build_once(build, "model")
-    except ValueError as error:
-        raise ValueError(_with_place(error, model)) from error
-
-
-# What Python and the registry say of a module's arguments and type
-_CALL = re.compile(
-    r"(\w+)(?:\.__init__)?\(\) "
-    r"(got an unexpected|got multiple|missing \d+ required)[\w ]*:? '(\w+)'"
-)
-_UNKNOWN_TYPE = re.compile(r"([\w.]+) is not in the \S+ registry")
-
-
-def _with_place(error: ValueError, model: ConfigDict) -> str:
-    """Add the place in the config to the message of an error that building the model raised."""
-    text = str(error)
-    if found := _CALL.search(text):
-        kind_name, problem, argument = found.groups()
-        named = [
-            module
-            for module in _modules(model, nn.Module)
-            if kind_name in [base.__name__ for base in module[2].__mro__]
-        ]
-        for setting, node, kind in sorted(named, key=lambda m: m[2].__name__ != kind_name):
-            if (argument in node) == problem.startswith("missing"):
-                continue
-            if problem.startswith("missing"):
-                return f"{setting}.{argument}: missing"
-            if problem == "got multiple":
-                return f"{setting}.{argument}: leave it out; whatever builds it passes its own"
+    def explain(error: Exception) -> ValueError:
+        setting, node = _being_built(error, model)
+        kind = node.get("type")
+        if isinstance(kind, str) and MODELS.get(kind) is None:
+            hint = did_you_mean(kind, MODELS.module_dict)
+            return ValueError(f"{setting}.type: no module is registered as {kind!r}{hint}")
+        if isinstance(error, TypeError):
             try:
-                check_arguments(kind, [argument])
+                arguments = [key for key in node if key not in _REGISTRY_KEYS]
+                check_arguments(MODELS.get(kind) if isinstance(kind, str) else kind, arguments)
             except ArgumentError as unknown:
-                return f"{setting}.{argument}: {unknown.reason}"
-    if found := _UNKNOWN_TYPE.search(text):
-        for setting, node in _nodes(model, "model"):
-            if node.get("type") == found[1]:
-                hint = did_you_mean(found[1], MODELS.module_dict)
-                return f"{setting}.type: no module is registered as {found[1]!r}{hint}"
-    argument = error.argument if isinstance(error, ArgumentError) else ""
-    reason = error.reason if isinstance(error, ArgumentError) else text.removeprefix("model: ")
-    places = _places(error, model, argument, reason)
-    if not argument and _names_setting(reason, places):
-        argument, _, reason = reason.partition(": ")
-    end = f".{argument}" if argument else ""
-    where = " or ".join(f"{setting}{end}" for setting, _ in places[:3])
-    return f"{where or f'model{end}'}: {reason}"
+                error = unknown
+        if isinstance(error, ArgumentError):
+            return ValueError(f"{setting}.{error.argument}: {error.reason}")
+        if isinstance(error, ValueError):
+            return ValueError(f"{setting}: {' '.join(str(error).split())}")
+        return ValueError(in_a_line(error, setting))
+
+    return build_once(build, explain)
 
 
-def _names_setting(text: str, places: list[tuple[str, ConfigDict]]) -> bool:
-    """Tell whether a text begins with a setting, such as "batchformer.insert_after: "."""
-    start = re.match(r"(\w+)[\w.\[\]]*: ", text)
-    return start is not None and any(start[1] in node for _, node in places)
-
-
-def _places(
-    error: Exception, model: ConfigDict, argument: str, reason: str
-) -> list[tuple[str, ConfigDict]]:
-    """Find the config's modules whose constructors may have raised an error."""
-    for kind in _built_kinds(error):
-        found = [(setting, node) for setting, node, own in _modules(model, kind) if own is kind]
-        given = [(setting, node) for setting, node in found if argument.split(".")[0] in node]
-        meant = [place for place in given if repr(_value(place[1], argument)) in reason]
-        if found:
-            return meant or given or found
-    return []
-
-
-def _value(node: Any, argument: str) -> Any:
-    for key in argument.split("."):
-        node = node.get(key) if isinstance(node, dict) else None
-    return node
-
-
-def _built_kinds(error: BaseException) -> list[type]:
-    """List the classes whose constructors an error passed through, the innermost first."""
-    kinds: list[type] = []
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        for frame, _ in traceback.walk_tb(cause.__traceback__):
-            if frame.f_code.co_name == "__init__" and "self" in frame.f_locals:
-                kinds.append(type(frame.f_locals["self"]))
-        cause = cause.__cause__
-    return kinds[::-1]
+def _being_built(error: Exception, model: ConfigDict) -> tuple[str, ConfigDict]:
+    """Find the innermost module that was being built when an error was raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    for frame in reversed(frames):
+        # mmengine's function and mmcv's, both with the module's config as `cfg`. Whoever builds a
+        # part may have added to it.
+        if frame.f_code.co_name in ("build_from_cfg", "build_plugin_layer"):
+            built = frame.f_locals.get("cfg")
+            alike = [
+                (setting, node)
+                for setting, node in _nodes(model, "model")
+                if isinstance(built, dict)
+                and all(built.get(key) == node[key] for key in node if key != "postfix")
+            ]
+            if alike:
+                return max(alike, key=lambda place: len(place[1].keys() - {"postfix"}))
+    return "model", model
 
 
 def _nodes(node: Any, setting: str) -> Iterator[tuple[str, ConfigDict]]:

@@ -20,20 +20,20 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from plugin_core.errors import ArgumentError, check_arguments, did_you_mean
+from plugin_core.errors import ArgumentError, did_you_mean, origin, unknown_argument
 
 _REGISTRY: dict[str, type[nn.Module]] = {}
 _NO_NAMES: Mapping[str, str] = MappingProxyType({})
 # For hints only: timm has no list of them.
 _TIMM_NAMES = (
-    *("se", "ese", "eca", "ecam", "ceca", "ge", "gc", "gca", "cbam", "lcbam", "coord", "scoord"),
+    *("se", "ese", "eca", "ecam", "ceca", "gc", "gca", "cbam", "lcbam", "coord", "scoord"),
     *("ela", "strip", "sk", "splat", "lambda", "bottleneck", "halo", "nl", "bat"),
 )
 _Class = TypeVar("_Class", bound="type[nn.Module]")
@@ -94,7 +94,8 @@ def find_block_plugin(name: str) -> Callable[..., nn.Module]:
 
 def _find_in_timm(attention: str) -> Callable[..., nn.Module]:
     try:
-        from timm.layers.create_attn import get_attn
+        with torch.device("cpu"):  # a model may be being built without memory
+            from timm.layers.create_attn import get_attn
     except ImportError as error:
         raise ArgumentError(
             "name", f"'timm:{attention}' needs timm: `pip install -e .[timm]` ({error})"
@@ -114,14 +115,24 @@ def _find_in_timm(attention: str) -> Callable[..., nn.Module]:
 
 def _find_class(name: str, module: str, path: str) -> type[nn.Module]:
     try:
-        found: Any = importlib.import_module(module)
-        for part in path.split("."):
-            found = getattr(found, part)
-    except ImportError as error:
-        raise ArgumentError("name", f"{name!r} cannot be imported: {error}") from error
-    except AttributeError as error:
-        hint = did_you_mean(path, vars(importlib.import_module(module)))
-        raise ArgumentError("name", f"{name!r} does not exist: {error}{hint}") from error
+        with torch.device("cpu"):  # tensors of the user's module need memory
+            found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ArgumentError(
+            "name", f"{name!r} cannot be imported: {error}; its folder must be in PYTHONPATH"
+        ) from error
+    except Exception as error:  # whatever the module's code raises
+        raise ArgumentError(
+            "name", f"{name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ArgumentError(
+                "name",
+                f"{name!r} does not exist: {module!r} has no {part!r}"
+                f"{did_you_mean(part, vars(found))}",
+            )
+        found = getattr(found, part)
     if not (inspect.isclass(found) and issubclass(found, nn.Module)):
         raise ArgumentError("name", f"must be a class of nn.Module, got {name!r}, {found!r}")
     return found
@@ -141,11 +152,12 @@ class BlockPlugin(nn.Module):
 
     With ``warm_start`` it computes x + α (module(x) − x), where α is a learnable scalar that is 0
     at first. Any pretrained detector then starts as it was, to the last bit, whichever module it
-    gets. α = 1 is the module alone: a state dict that has the module and no ``alpha`` loads with
-    α = 1. A state dict with ``alpha`` loads only with ``warm_start``.
+    gets, as long as the module's output is finite. α = 1 is the module alone: a state dict that has
+    the whole module and no ``alpha`` loads with α = 1. A state dict with ``alpha`` loads only with
+    ``warm_start``.
 
     In state dicts the module's parameters have the names that they have without this class, and α
-    is ``alpha`` beside them.
+    is ``alpha`` beside them. Attributes of the module are found here, too.
 
     Args:
         module: (B, C, H, W) → (B, C, H, W).
@@ -155,7 +167,7 @@ class BlockPlugin(nn.Module):
     Shape: (B, C, H, W) → (B, C, H, W), same dtype.
 
     Raises:
-        ValueError: if the module changes the shape.
+        ValueError: if the module changes the shape, or with ``warm_start`` its input.
         RuntimeError: if a state dict with ``alpha`` is loaded without ``warm_start``.
     """
 
@@ -163,25 +175,43 @@ class BlockPlugin(nn.Module):
         super().__init__()
         if not isinstance(warm_start, bool):
             raise ArgumentError("warm_start", f"must be True or False, got {warm_start!r}")
-        self.module = module
         self.plugin_name = name
         self.alpha = nn.Parameter(torch.zeros(())) if warm_start else None
+        self.module = module
         self._blends_itself = "warm_start" in inspect.signature(type(module).forward).parameters
         self._register_state_dict_hook(_hide_module)
 
+    def __getattr__(self, name: str) -> Any:
+        # So that a tensor is found by the name that it has in a state dict
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+            return getattr(self.module, name)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.alpha is not None and self._blends_itself:
-            y = self.module(x, warm_start=self.alpha)
-        else:
-            y = self.module(x)
-        if not torch.jit.is_tracing() and y.shape != x.shape:
+            return self.module(x, warm_start=self.alpha).to(x.dtype)
+        if x.shape[0] == 0:
+            return x  # not every module takes an empty batch
+        is_eager = not (torch.jit.is_tracing() or torch.compiler.is_compiling() or x.is_inference())
+        version = x._version if is_eager else 0
+        y = self.module(x)
+        if not isinstance(y, Tensor) or (not torch.jit.is_tracing() and y.shape != x.shape):
+            got = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise ValueError(
                 f"block plugin {self.plugin_name!r} must keep the shape (B, C, H, W) of its "
-                f"input, got {tuple(y.shape)} from {tuple(x.shape)}"
+                f"input, got {got} from {tuple(x.shape)}"
             )
-        if self.alpha is not None and not self._blends_itself:
-            y = x + self.alpha * (y - x)
-        return y.to(x.dtype)
+        if self.alpha is None:
+            return y.to(x.dtype)
+        if is_eager and x._version != version:
+            raise ValueError(
+                f"block plugin {self.plugin_name!r} must leave its input as it is, which a warm "
+                "start needs; it has changed x in place"
+            )
+        return (x + self.alpha * (y - x)).to(x.dtype)
 
     def maps(self, x: Tensor) -> dict[str, Tensor]:
         """Pictures (B, h, w) of what the module attends to in x; empty where it offers none."""
@@ -195,25 +225,27 @@ class BlockPlugin(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         rename_published(state_dict, prefix, getattr(self.module, "published_names", _NO_NAMES))
-        own = "module.alpha" if "alpha" in _members(self.module) else None
-        names = [k.removeprefix(prefix) for k in state_dict if k.startswith(prefix)]
-        if self.alpha is None and "alpha" in names and own is None:
+        module = self.module.state_dict()
+        given = {k.removeprefix(prefix): k for k in state_dict if k.startswith(prefix)}
+        # A module may have an `alpha` of its own. Here that is written as "module.alpha".
+        is_modules = "alpha" in module and "module.alpha" not in given
+        if self.alpha is None and "alpha" in given and not is_modules:
             # Frameworks load what fits and log the rest: without alpha the result would be wrong.
             raise RuntimeError(
                 f"{prefix}alpha: this state dict was trained with warm_start=True, and the module "
                 "was built with warm_start=False; build it with warm_start=True"
             )
-        for name in names:
-            if name not in ("alpha", own):
+        for name in given:
+            if name != "module.alpha" and (name != "alpha" or is_modules):
                 state_dict[f"{prefix}module.{name}"] = state_dict.pop(prefix + name)
-        if self.alpha is not None and names:
+        is_whole = module and all(
+            tensor.shape == getattr(state_dict.get(f"{prefix}module.{name}"), "shape", None)
+            for name, tensor in module.items()
+            if not name.endswith("num_batches_tracked")
+        )
+        if self.alpha is not None and is_whole:
             state_dict.setdefault(f"{prefix}alpha", torch.ones(()))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _members(module: nn.Module) -> Iterator[str]:
-    yield from module._parameters
-    yield from module._buffers
 
 
 def _hide_module(plugin: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -250,8 +282,21 @@ def make_module(name: str, channels: int, arguments: Mapping[str, Any]) -> nn.Mo
         ArgumentError: names the argument that is unknown or wrong; "name" where that is unclear.
     """
     kind = find_block_plugin(name)
-    first = next(iter(inspect.signature(kind).parameters), None)
-    check_arguments(kind, arguments, reserved=() if first is None else (first,))
+    parameters = list(inspect.signature(kind).parameters.values())
+    if not parameters:
+        raise ArgumentError("name", f"{name!r} must take the channels as its first argument")
+    first = parameters.pop(0).name
+    if first in arguments:
+        raise ArgumentError(first, "is given by the block; leave it out")
+    # A config in capitals tells no upper from lower case.
+    spelled = {p.name.lower(): p.name for p in parameters}
+    arguments = {spelled.get(key.lower(), key): value for key, value in arguments.items()}
+    named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for key in arguments:
+        # timm's modules drop arguments that they do not know.
+        if key not in named and (not takes_any or name.startswith("timm:")):
+            raise unknown_argument(key, [*named, "warm_start"])
     try:
         return kind(channels, **arguments)
     except ArgumentError:
@@ -262,7 +307,7 @@ def make_module(name: str, channels: int, arguments: Mapping[str, Any]) -> nn.Mo
             "name",
             f"{name!r} cannot be built for {channels} channels"
             + (f" with {given}" if given else "")
-            + f": {type(error).__name__}: {error}",
+            + f": {type(error).__name__}: {error} ({origin(error)})",
         ) from error
 
 

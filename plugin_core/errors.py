@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Collection, Iterable
+import traceback
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -63,7 +64,16 @@ def check_arguments(
     names = [name for name in known if name != "self" and name not in reserved]
     for argument in arguments:
         if argument not in names:
-            there_are = f"there are {', '.join(names)}" if names else "it takes none"
-            raise ArgumentError(
-                argument, f"is no argument; {there_are}{did_you_mean(argument, names)}"
-            )
+            raise unknown_argument(argument, names)
+
+
+def unknown_argument(argument: str, names: Sequence[str]) -> ArgumentError:
+    """Make the error of an argument that is none of ``names``."""
+    there_are = f"there are {', '.join(names)}" if names else "it takes none"
+    return ArgumentError(argument, f"is no argument; {there_are}{did_you_mean(argument, names)}")
+
+
+def origin(error: BaseException) -> str:
+    """Say in which file and line an error was raised."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"

@@ -22,7 +22,8 @@ _NAME = re.compile(r"(conv[12]|bn1|fc|layer\d\.\d+)\.")
 _BLOCK = re.compile(r"layer\d\.\d+\.")
 _PLUGIN = re.compile(  # a child of a block, other than the parts of a ResNet or MobileNetV2
     r"(layer(\d)\.\d+)\."
-    r"((?!(?:conv\d|bn\d|downsample|expand_conv|depthwise_conv|linear_conv)\.)[^.]+)\.(.+)"
+    r"((?!(?:(?:conv|bn|gn|norm)\d(?:_offset)?|conv\d_\w+|convs|bns|downsample|"
+    r"expand_conv|depthwise_conv|linear_conv)\.)[^.]+)\.(.+)"
 )
 _BLOCK_CONVOLUTION = re.compile(r"layer([1-4])\.(\d+)\.conv([123])\.weight")
 # A C4 detector of Detectron2 or MMDetection has its last stage in its RoI head.
@@ -193,7 +194,9 @@ def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
         ValueError: if there is no backbone, or a block has a child that is no known plugin.
     """
     found = []
-    for child, blocks in find_backbone(state_dict).plugins().items():
+    backbone = find_backbone(state_dict)
+    all_blocks = {match[0][:-1] for match in map(_BLOCK.match, backbone.names) if match}
+    for child, blocks in backbone.plugins().items():
         kind = registered_block_plugins().get(child)
         name = f"timm:{child[5:]}" if child.startswith("timm_") else child
         if kind is None and name == child:
@@ -201,10 +204,17 @@ def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
                 f"its blocks have {child!r}, which is no block plugin's name; say by --config "
                 "which module that is"
             )
+        stages = tuple(sorted({int(block[len("layer")]) for block in blocks}))
+        of_stages = {b for b in all_blocks if int(b[len("layer")]) in stages}
+        parameters = {frozenset(names) for names in blocks.values()}
+        if of_stages != set(blocks) or len(parameters) > 1:
+            raise ValueError(
+                f"not every block of its stages has the same {child}; say by --config what the "
+                "model has"
+            )
         names = next(iter(blocks.values()))
         tensors = {parameter: state_dict[name_] for parameter, name_ in names.items()}
         reads = getattr(kind, "arguments_in", None)
-        stages = tuple(sorted({int(block[len("layer")]) for block in blocks}))
         arguments = {} if reads is None else reads(tensors)
         found.append(FoundPlugin(name, stages, "alpha" in names, arguments))
     return found
@@ -237,6 +247,7 @@ def convert(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> Conve
                     "model's needs warm_start=True too (WARM_START in Detectron2)"
                 )
     _check_same_function(from_backbone, from_names, to_backbone)
+    _check_order(from_names, to_backbone)
     conversion = Conversion({}, [], [], [], [])
     misfits = []
     for common, name in to_backbone.names.items():
@@ -279,9 +290,11 @@ def _renamed_plugins(
         return {p: tensors[name].shape for p, name in plugin.items() if p != "alpha"}
 
     theirs, ours = source.plugins(), target.plugins()
-    names = dict(source.names)
+    renamed: dict[str, str] = {}
     for child in [child for child in theirs if child not in ours]:
         for other in [other for other in ours if other not in theirs]:
+            if _has_known_name(child) and _has_known_name(other):
+                continue  # two different plugins
             if theirs[child].keys() == ours[other].keys() and all(
                 shapes(theirs[child][block], source_tensors)
                 == shapes(ours[other][block], target_tensors)
@@ -289,11 +302,31 @@ def _renamed_plugins(
             ):
                 for block, plugin in theirs[child].items():
                     for parameter in plugin:
-                        moved = names.pop(f"{block}.{child}.{parameter}")
-                        names[f"{block}.{other}.{parameter}"] = moved
+                        ours_is = f"{block}.{other}.{parameter}"
+                        renamed[f"{block}.{child}.{parameter}"] = ours_is
                 theirs[other] = theirs.pop(child)
                 break
-    return names
+    return {renamed.get(common, common): name for common, name in source.names.items()}
+
+
+def _has_known_name(child: str) -> bool:
+    return child in registered_block_plugins() or child.startswith("timm_")
+
+
+def _check_order(names: Mapping[str, str], target: Backbone) -> None:
+    """Check that a block applies its plugins in the order in which they were trained."""
+    orders = [
+        list(dict.fromkeys(m[3] for m in map(_PLUGIN.fullmatch, of) if m))
+        for of in (names, target.names)
+    ]
+    theirs, ours = (
+        [child for child in order if child in orders[1 - i]] for i, order in enumerate(orders)
+    )
+    if theirs != ours:
+        raise ValueError(
+            f"these weights' blocks apply {', then '.join(theirs)}; the model's apply "
+            f"{', then '.join(ours)}"
+        )
 
 
 def _check_same_function(source: Backbone, names: Mapping[str, str], target: Backbone) -> None:
@@ -309,9 +342,7 @@ def _check_same_function(source: Backbone, names: Mapping[str, str], target: Bac
         ):
             plugin = _PLUGIN.fullmatch(common)
             hint = "they are another network's"
-            if plugin and (
-                plugin[3] in registered_block_plugins() or plugin[3].startswith("timm_")
-            ):
+            if plugin and _has_known_name(plugin[3]):
                 hint = f"take a config with {plugin[3]} in the same stages"
             raise ValueError(
                 f"these weights' blocks have {name}, which the model's have no place for: {hint}"

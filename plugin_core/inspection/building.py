@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
-from collections.abc import Callable
-from typing import Any, TypeVar
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import origin
 
 _Built = TypeVar("_Built")
 
 
-def build_once(build: Callable[[str], _Built], setting: str) -> _Built:
+def build_once(
+    build: Callable[[str], _Built], explain: Callable[[Exception], ValueError]
+) -> _Built:
     """Build a model without memory for its parameters, where that is possible.
 
     A few parts compute with numbers while they are built. With such a part the model is built on
@@ -22,42 +26,39 @@ def build_once(build: Callable[[str], _Built], setting: str) -> _Built:
 
     Args:
         build: makes the model on a device, "meta" or "cpu".
-        setting: where the model stands in the config, for errors that name no setting.
+        explain: makes an error for the user of the one that a constructor raised.
 
     Raises:
-        ArgumentError: as a constructor raised it.
-        ValueError: in one line, whatever else a constructor raised.
+        ValueError: what ``explain`` has made.
     """
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), _silence():
         try:
-            with torch.device("meta"), _NumbersOnCPU():
+            with torch.device("meta"):
                 return build("meta")
-        except Exception:  # a wrong setting, or a part that computes with numbers
+        except Exception:  # of a wrong setting, or because there are no numbers
             pass
         try:
             return build("cpu")
         except Exception as error:
-            raise _in_a_line(error, setting) from error
+            raise explain(error) from error
 
 
-class _NumbersOnCPU(TorchFunctionMode):
-    """Has ``linspace`` give numbers: rates of dropped paths, which many backbones read."""
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep warnings back: the run builds the model again and repeats them."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
-    def __torch_function__(
-        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.linspace:
-            kwargs = {"device": "cpu", **kwargs}
-        return function(*args, **kwargs)
 
-
-def _in_a_line(error: Exception, setting: str) -> ValueError:
-    if isinstance(error, ArgumentError):
-        return error
+def in_a_line(error: Exception, setting: str) -> str:
+    """Say in one line that a setting's module cannot be built, and why."""
     text = " ".join(str(error).split())[:500]
-    if isinstance(error, ValueError):
-        return ValueError(text)
-    if not text:  # of a bare assertion, take its source line
+    if not text:  # a bare assertion has only its source line
         text = traceback.extract_tb(error.__traceback__)[-1].line or ""
-    return ValueError(f"{setting}: it cannot be built: {type(error).__name__}: {text}")
+    return f"{setting}: it cannot be built: {type(error).__name__}: {text} ({origin(error)})"

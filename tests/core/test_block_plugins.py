@@ -78,7 +78,7 @@ def test_a_name_is_given_once():
     ("name", "arguments", "said"),
     [
         ("ida", {"num_querys": 3}, "num_querys is no argument; .*did you mean 'num_queries'"),
-        ("ida", {"channels": 8}, "channels is no argument; there are num_queries"),
+        ("ida", {"channels": 8}, "channels is given by the block; leave it out"),
         ("ida", {"num_heads": 5}, "num_heads must divide the 8 channels, got 5"),
         ("simam", {"e_lambda": 0}, "e_lambda must be positive, got 0"),
         (f"{__name__}:Halving", {"factor": "x"}, "cannot be built for 8 channels with factor='x'"),
@@ -114,7 +114,66 @@ def test_names_in_a_state_dict_are_the_modules_own_and_alpha():
     cold = BlockPlugin(Halving(4), "halving")
     with pytest.raises(RuntimeError, match="alpha: .* trained with warm_start=True"):
         cold.load_state_dict(warm.state_dict())
-    assert not torch.nn.Module.load_state_dict(warm, {}, strict=False).unexpected_keys
+
+
+def test_a_part_of_a_module_is_not_the_module():
+    warm = build_block_plugin("triplet_attention", 4, True, kernel_size=3)
+    part = {k: t for k, t in warm.state_dict().items() if "conv.conv" not in k and k != "alpha"}
+    missing = warm.load_state_dict(part, strict=False).missing_keys
+    assert warm.alpha == 0 and "alpha" in missing
+    other = build_block_plugin("triplet_attention", 4, kernel_size=5).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch for module.cw.conv.conv.weight"):
+        warm.load_state_dict(other, strict=False)
+    assert warm.alpha == 0
+
+
+def test_a_tensor_is_found_by_its_name_in_a_state_dict():
+    warm = build_block_plugin("triplet_attention", 4, True)
+    for name, tensor in warm.state_dict().items():
+        *path, last = name.split(".")
+        owner = warm
+        for part in path:
+            owner = getattr(owner, part)
+        assert getattr(owner, last).shape == tensor.shape
+    with pytest.raises(AttributeError, match="no attribute 'no_such'"):
+        _ = warm.no_such
+
+
+class InPlace(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+def test_a_warm_start_needs_the_input_as_it_was():
+    with pytest.raises(ValueError, match="'InPlace' must leave its input as it is"):
+        BlockPlugin(InPlace(4), "InPlace", warm_start=True)(torch.ones(1, 4, 2, 2))
+    assert BlockPlugin(InPlace(4), "InPlace")(torch.ones(1, 4, 2, 2)).max() == 2
+
+
+def test_a_users_module_is_imported_with_memory(tmp_path, monkeypatch):
+    text = "import torch\nfrom torch import nn\nKERNEL = torch.ones(3)\n\nclass Block(nn.Module):\n"
+    text += "    def __init__(self, channels, G=2, **others):\n        super().__init__()\n"
+    text += "        self.G, self.others = G, others\n    def forward(self, x):\n        return x\n"
+    (tmp_path / "users_constants.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with torch.device("meta"):
+        block = build_block_plugin("users_constants:Block", 4, g=3, other=1).module
+    import users_constants
+
+    assert users_constants.KERNEL.device.type == "cpu"
+    assert block.G == 3 and block.others == {"other": 1}
+    (tmp_path / "users_broken.py").write_text("1 / 0")
+    with pytest.raises(ValueError, match="'users_broken:Block' cannot be imported: ZeroDivision"):
+        build_block_plugin("users_broken:Block", 4)
+
+
+def test_an_empty_batch_stays_empty():
+    pytest.importorskip("timm", reason="timm is not installed")
+    for name in ("timm:eca", "triplet_attention", "ida", "simam"):
+        assert build_block_plugin(name, 8, True)(torch.ones(0, 8, 4, 4)).shape == (0, 8, 4, 4)
 
 
 @pytest.mark.parametrize("warm_start", [False, True])

@@ -379,16 +379,33 @@ def test_block_plugins_are_found_with_their_arguments(no_spatial, warm_start):
     plugin = build_block_plugin("triplet_attention", 4, warm_start, **arguments)
     state_dict = resnet(18)
     assert plugins_in(state_dict) == []
-    for block in ("layer2.0", "layer2.1", "layer4.0"):
+    for block in ("layer2.0", "layer2.1", "layer4.0", "layer4.1"):
         tensors = plugin.state_dict()
         state_dict |= {f"{block}.triplet_attention.{n}": t for n, t in tensors.items()}
-    state_dict |= {"layer3.1.timm_eca.conv.weight": torch.zeros(1, 1, 3)}
+    eca = torch.zeros(1, 1, 3)
+    state_dict |= {f"layer3.{i}.timm_eca.conv.weight": eca for i in range(2)}
     assert plugins_in(state_dict) == [
         FoundPlugin("triplet_attention", (2, 4), warm_start, arguments),
         FoundPlugin("timm:eca", (3,), False, {}),
     ]
     with pytest.raises(ValueError, match="its blocks have 'my_attention', which is no block plug"):
         plugins_in(state_dict | {"layer3.1.my_attention.weight": torch.zeros(1)})
+    del state_dict["layer3.0.timm_eca.conv.weight"]
+    with pytest.raises(ValueError, match="not every block of its stages has the same timm_eca"):
+        plugins_in(state_dict)
+
+
+def test_another_name_is_another_plugin_unless_it_says_nothing():
+    def with_plugin(*children):
+        kernel = torch.zeros(1, 1, 3)
+        return resnet(18) | {f"layer4.1.{child}.conv.weight": kernel for child in children}
+
+    found = convert(with_plugin("block_plugin_x"), with_plugin("timm_eca"))
+    assert "layer4.1.timm_eca.conv.weight" in found.matched
+    with pytest.raises(ValueError, match="take a config with timm_eca in the same stages"):
+        convert(with_plugin("timm_eca"), with_plugin("timm_ceca"))
+    with pytest.raises(ValueError, match="apply timm_eca, then ida; the model's apply ida, then"):
+        convert(with_plugin("timm_eca", "ida"), with_plugin("ida", "timm_eca"))
 
 
 @pytest.mark.parametrize("child", ["triplet_attention", "timm_eca", "my_attention"])

@@ -169,6 +169,7 @@ def test_wrong_depth_is_found(good_cfg):
 
 def test_settings_of_resnets_do_not_matter_to_another_backbone(good_cfg):
     good_cfg.MODEL.BACKBONE.NAME = "build_mnasnet_backbone"
+    good_cfg.MODEL.RESNETS.PLUGINS = []
     good_cfg.MODEL.RESNETS.DEPTH = 51
     check_config(good_cfg, eval_only=False, resume=False)
 
@@ -321,12 +322,14 @@ def test_weights_of_another_depth_are_refused(good_cfg, tmp_path, eval_only):
 @pytest.mark.parametrize("backbone", ["build_resnet_plugin_backbone", "build_mnasnet_backbone"])
 def test_missing_weights_are_refused(good_cfg, backbone):
     good_cfg.MODEL.BACKBONE.NAME = backbone
+    good_cfg.MODEL.RESNETS.PLUGINS = []
     good_cfg.MODEL.WEIGHTS = "none.pth"
     assert error_of(good_cfg) == "MODEL.WEIGHTS: there is no checkpoint 'none.pth'"
 
 
 def test_weights_of_another_backbone_are_not_searched_for_a_resnet(good_cfg, tmp_path):
     good_cfg.MODEL.BACKBONE.NAME = "build_mnasnet_backbone"
+    good_cfg.MODEL.RESNETS.PLUGINS = []
     good_cfg.MODEL.WEIGHTS = resnet_checkpoint(tmp_path / "R-101.pth", (3, 4, 23, 3))
     check_config(good_cfg, eval_only=False, resume=False)
 
@@ -417,6 +420,8 @@ def test_several_datasets_can_be_registered(monkeypatch):
 def test_depth_of_a_builder_of_the_users_own_is_not_judged(good_cfg):
     good_cfg.MODEL.BACKBONE.NAME = "build_my_resnet_backbone"
     good_cfg.MODEL.RESNETS.DEPTH = 26
+    assert "MODEL.RESNETS.PLUGINS[0]: 'triplet_attention' is in no block" in error_of(good_cfg)
+    good_cfg.MODEL.RESNETS.PLUGINS = []
     check_config(good_cfg, eval_only=False, resume=False)
 
 
