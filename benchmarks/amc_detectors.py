@@ -48,7 +48,6 @@ def build(kind: str, loss: str, device: torch.device, small: bool = False) -> nn
     if loss != PLAIN:
         options += ["MODEL.META_ARCHITECTURE", f"AMC{cfg.MODEL.META_ARCHITECTURE}"]
     cfg.merge_from_list([*options, *(_SMALL if small else [])])
-    logging.getLogger("d2_plugins").setLevel(logging.ERROR)
     torch.manual_seed(0)
     model = build_model(cfg)
     for name, norm in model.named_buffers():

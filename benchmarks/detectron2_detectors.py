@@ -6,7 +6,6 @@ and work on the same proposals and detections.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +70,6 @@ def build(kind: str, plugin: str, device: torch.device, small: bool = False) -> 
     # res2 trains, also in the plain detector, as fresh attention in it has to train
     options += ["MODEL.BACKBONE.FREEZE_AT", "1"]
     cfg.merge_from_list([*options, *(_SMALL if small else []), *PLUGINS[plugin]])
-    logging.getLogger("d2_plugins").setLevel(logging.ERROR)
     torch.manual_seed(0)
     model = build_model(cfg)
     with torch.no_grad():

@@ -30,6 +30,7 @@ TIMM = ("timm:se", "timm:eca", "timm:cbam", "timm:gc")
 
 def rows(setting: Setting) -> list[Row]:
     names = [*registered_block_plugins(), *(TIMM if find_spec("timm") else ())]
+    names = names[-2:] if setting.quick else names
     measured = []
     for shape in QUICK_SHAPES if setting.quick else SHAPES:
         for dtype, what, name in itertools.product(setting.dtypes, blocks.PASSES, names):

@@ -6,6 +6,7 @@ import textwrap
 
 import numpy as np
 
+from plugin_core.errors import ArgumentError
 from plugin_core.inspection.attention_maps import Caption, Detector, Grounder
 from plugin_core.inspection.sheets import Panel, Row, with_box, with_colours, with_cross
 
@@ -63,4 +64,6 @@ def phrase_rows(detector: Detector, ground: Grounder, caption: Caption, path: st
 
 def _with_option(error: ValueError) -> ValueError:
     """Name the option in place of the setting of a config."""
-    return ValueError(str(error).replace("heatmap.activation", "--layer"))
+    if isinstance(error, ArgumentError) and error.argument == "heatmap.activation":
+        return ValueError(f"--layer: {error.reason}")
+    return error

@@ -292,8 +292,11 @@ def test_detector_that_reads_a_text_asks_for_a_phrase(trained, image, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "text"),
     [
-        (["--layer", "nek"], "--layer: the detector has no module 'nek'; similar names: neck"),
-        (["--layer", "encoder"], "--layer: 'encoder' has 2 fusion layers, name one"),
+        (
+            ["--layer", "nek"],
+            "--layer: must be a module of the detector, got 'nek'; similar names: neck",
+        ),
+        (["--layer", "encoder"], "--layer: must name one fusion layer, got 'encoder' with 2"),
         (["--phrase", "(it)"], "phrase '(it)': it has no words, or not all of them are among"),
         (["--text", "disk " * 62 + "red"], "among the first 64 tokens of the text"),
     ],
@@ -328,4 +331,5 @@ def test_layer_that_the_score_does_not_depend_on_is_reported(trained, image, tmp
     argv = ["--phrase", "red", "--layer", "bbox_head.reg_branches.0"]
     with pytest.raises(SystemExit, match="no picture was made"):
         visualize_attention.main(argv_of(trained("grounding-dino"), image, tmp_path, *argv))
-    assert "--layer 'bbox_head.reg_branches.0': " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--layer: must name a module" in said and "bbox_head.reg_branches.0" in said
