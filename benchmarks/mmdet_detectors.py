@@ -49,6 +49,7 @@ def build(kind: str, device: torch.device, small: bool = False) -> nn.Module:
     for name, norm in detector.named_parameters():
         if name.endswith("bn3.weight"):
             nn.init.constant_(norm, 0.2)  # random residual branches would add up to huge features
+    nn.init.normal_(detector.level_embed)  # otherwise whatever the memory held
     if kind == STREAMS:
         streams = detector.encoder.batchformer
         for index in streams:

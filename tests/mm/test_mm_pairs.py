@@ -109,6 +109,8 @@ def test_methods_train_a_step_together(kind, plugin, box_head, methods):
     cfg = detector(kind, plugin, box_head, **settings)
     check_config(cfg, train=True, resumes=False)
     model = MODELS.build(cfg.model).train()
+    if hasattr(model, "level_embed"):  # MMDetection leaves it as the memory was
+        nn.init.normal_(model.level_embed)
     for module in model.modules():
         if isinstance(module, BlockPlugin):
             nn.init.constant_(module.alpha, 0.5)  # 0 lets nothing but itself learn
