@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import posixpath
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import IO
+from typing import IO, Any
 
 from detectron2 import model_zoo
 from detectron2.config import CfgNode as CN
 from detectron2.config import LazyConfig
+from detectron2.config.compat import guess_version
 from detectron2.utils.file_io import PathManager
 from hydra.errors import HydraException
 from omegaconf import DictConfig
@@ -157,21 +157,27 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
         source = f"config file {config_file!r}"
         try:
             loaded = _ModelZooBases.load_yaml_with_base(config_file, True)
-            if loaded.get("VERSION") == cfg.VERSION:
+            if not isinstance(loaded, dict):
+                raise ValueError(f"{source}: not a yaml file of keys and values")
+            version = loaded.get("VERSION") or guess_version(CN(loaded), config_file)
+            if version == cfg.VERSION:
+                _check_values(cfg, cfg, loaded, source)
                 cfg.merge_from_other_cfg(CN(loaded))
-            else:  # Detectron2 guesses the version and upgrades the file
+            else:  # Detectron2 upgrades the file
                 cfg.merge_from_file(config_file)
         except (OSError, YAMLError) as error:
             raise ValueError(f"{source}: {error}") from error
-        except (KeyError, AssertionError, AttributeError, TypeError, ValueError) as error:
-            raise _explain(error, cfg, source) from error
+        except (KeyError, AssertionError, AttributeError, TypeError) as error:
+            raise ValueError(f"{source}: not a yaml file of keys and values ({error})") from error
     for key, value in zip(options[::2], options[1::2], strict=True):
-        try:
-            cfg.merge_from_list([key, value])
-        except (KeyError, AssertionError, ValueError) as error:
-            raise _explain(error, cfg, "the command line") from error
-        except TypeError as error:  # a key below a value
-            raise ValueError(f"the command line: there is no config key {key}") from error
+        *nodes, name = key.split(".")
+        node: Any = cfg
+        for part in nodes:
+            node = node.get(part) if isinstance(node, CN) else None
+        if not isinstance(node, CN):
+            raise _no_key(cfg, key, "the command line")
+        _check_values(cfg, node, {name: value}, "the command line", "".join(f"{n}." for n in nodes))
+        cfg.merge_from_list([key, value])
 
 
 def find_config_file(config_file: str) -> str:
@@ -232,15 +238,9 @@ def _check_lazy_key(cfg: DictConfig, key: str) -> None:
         node = node.get(name)
 
 
-# yacs says: Type mismatch (<class 'list'> vs. <class 'str'>) with values ([] vs. ida) for …
-_TYPE_MISMATCH = re.compile(
-    r"Type mismatch \(<class '(\w+)'> vs\. <class '\w+'>\) with values \(.* vs\. (.*)\) for config "
-    r"key: (\S+)",
-    re.DOTALL,
-)
 _KINDS = {
     **{"list": "a list", "tuple": "a list", "str": "a text", "bool": "True or False"},
-    **{"int": "a whole number", "float": "a number"},
+    **{"int": "a whole number", "float": "a number with a decimal point"},
 }
 # Of earlier configs, in which each block plugin had a node of its own
 _EARLIER_KEYS = tuple(f"MODEL.RESNETS.{n}" for n in ("TRIPLET_ATTENTION", "IDA", "PLUGIN_ORDER"))
@@ -269,17 +269,41 @@ def _path_of(filename: str) -> str:
     return filename
 
 
-def _explain(error: Exception, cfg: CN, source: str) -> ValueError:
-    """Make an error of yacs readable, and name the key that was probably meant."""
-    reason = str(error.args[0])
-    if isinstance(error, (AttributeError, TypeError)):
-        return ValueError(f"{source}: not a yaml file of keys and values ({reason})")
-    if mismatch := _TYPE_MISMATCH.search(reason):
-        kind, value, key = mismatch.groups()
-        return ValueError(f"{source}: {key}: must be {_KINDS.get(kind, kind)}, got {value}")
-    if not reason.startswith("Non-existent"):
-        return ValueError(f"{source}: {reason}")
-    key = reason.rsplit(" ", 1)[-1]
+def _check_values(
+    cfg: CN, node: CN, values: Mapping[str, Any], source: str, path: str = ""
+) -> None:
+    """Check keys and types before yacs does, which tells less.
+
+    Args:
+        cfg: the whole config.
+        node: the part of it that the values are for.
+        values: by their keys, as a file or the command line has them.
+        source: of the values, for messages.
+        path: of the node, with a dot behind it.
+
+    Raises:
+        ValueError: names the key, and the likely one or the type.
+    """
+    for name, value in values.items():
+        key = f"{path}{name}"
+        if name not in node:
+            if node.is_new_allowed() or cfg.key_is_deprecated(key) or cfg.key_is_renamed(key):
+                continue
+            raise _no_key(cfg, key, source)
+        known = node[name]
+        if isinstance(known, CN) and isinstance(value, Mapping):
+            _check_values(cfg, known, value, source, f"{key}.")
+            continue
+        new = CN._decode_cfg_value(value)  # "1" is a number there
+        types = {type(known), type(new)}
+        if not (len(types) == 1 or type(None) in types or types == {list, tuple}):
+            kind = "a node of keys and values" if isinstance(known, CN) else type(known).__name__
+            got = dict(new) if isinstance(new, CN) else new
+            raise ValueError(f"{source}: {key}: must be {_KINDS.get(kind, kind)}, got {got!r}")
+
+
+def _no_key(cfg: CN, key: str, source: str) -> ValueError:
+    """Make the error of a key that does not exist, and name the one that was probably meant."""
     if key.startswith(_EARLIER_KEYS):
         return ValueError(
             f"{source}: there is no config key {key}; block plugins are one list, "

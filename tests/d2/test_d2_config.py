@@ -264,7 +264,7 @@ def test_wrong_type_names_key_and_value(tmp_path, cfg, key, value):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("MODEL.RESNETS.PLUGINS", "ida", "must be a list, got ida"),
+        ("MODEL.RESNETS.PLUGINS", "ida", "must be a list, got 'ida'"),
         ("MODEL.RESNETS.PLUGINS", "{'NAME': 'ida'}", "must be a list, got {'NAME': 'ida'}"),
         ("MODEL.MASK_ON", "3", "must be True or False, got 3"),
     ],
