@@ -14,8 +14,10 @@ from mmcv.ops import get_compiling_cuda_version
 from mmengine.config import Config
 from torch import distributed
 
+from mm_plugins.launch import arrange, explain_errors, only_training
 from mm_plugins.pixels import find_mismatches
 from mm_plugins.preflight import check_config
+from mm_plugins.survival import OccupiedError, is_main
 
 
 def run(name: str) -> None:
@@ -60,16 +62,20 @@ def run(name: str) -> None:
         if name == "test":
             cfg.load_from = args.checkpoint
         resumes = getattr(args, "resume", None) is not None or cfg.get("resume", False)
-        check_config(cfg, train=name == "train", resumes=resumes)
+        model = check_config(cfg, train=name == "train", resumes=resumes)
+        told = arrange(args, cfg, model)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    ranks = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    if not resumes and all(os.environ.get(rank, "0") == "0" for rank in ranks):
-        for text in find_mismatches(cfg):
+    if is_main():
+        for text in [*told, *([] if resumes else find_mismatches(cfg))]:
             print(f"warning: {text}", file=sys.stderr, flush=True)
     if args.launcher == "pytorch" and not torch.cuda.is_available():
         _distribute_over_cpus(cfg)
-    script.main()
+    try:
+        with only_training(args, cfg), explain_errors():
+            script.main()
+    except OccupiedError as error:
+        sys.exit(f"error: {error}")
 
 
 # Launcher → program that starts the processes, and the variable that it sets in them

@@ -1,0 +1,149 @@
+"""Reading images of which some are damaged: a clear error, or left out by name."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import os
+from collections import Counter
+from typing import Any
+
+import mmcv
+import mmengine.fileio as fileio
+import numpy as np
+from mmcv.transforms import LoadImageFromFile
+from mmengine.logging import print_log
+from mmengine.registry import TRANSFORMS
+from PIL import Image, UnidentifiedImageError
+
+_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}  # of JPEG and PNG
+_MOST_IN_A_ROW = 1000  # as often as mmengine's datasets draw another image
+
+
+class UnreadableImage(ValueError):
+    """An image of the user's data cannot be read.
+
+    Args:
+        message: names the image and what is wrong with it. A worker process wraps its traceback
+            around the message. The traceback is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        self.message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
+        super().__init__(self.message)
+
+
+@TRANSFORMS.register_module()
+class LoadReadableImage(LoadImageFromFile):
+    """Loads an image as ``LoadImageFromFile`` does, and never half of one.
+
+    Args:
+        left_out: file that collects the names of images that cannot be read. Such an image is
+            left out, and the dataset draws another one. Without the file it is an error.
+        **arguments: of ``LoadImageFromFile``.
+    """
+
+    def __init__(self, *, left_out: str | None = None, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.left_out = left_out
+        self._told: set[str] = set()
+        self._in_a_row = 0
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
+        path = results["img_path"]
+        try:
+            image = self._read(path)
+        except UnreadableImage as error:
+            self._in_a_row += 1
+            if self.left_out is None:
+                raise
+            if self._in_a_row == _MOST_IN_A_ROW:
+                raise UnreadableImage(
+                    f"{_MOST_IN_A_ROW} images in a row cannot be read; the last: {error}"
+                ) from error
+            if path not in self._told:
+                self._told.add(path)
+                print_log(f"{error}; it is left out", "current", logging.WARNING)
+            # One short write, which those of other processes do not mix with
+            with open(self.left_out, "a", encoding="utf-8") as file:
+                file.write(f"{path}\n")
+            return None
+        self._in_a_row = 0
+        results["img"] = image.astype(np.float32) if self.to_float32 else image
+        results["img_shape"] = results["ori_shape"] = image.shape[:2]
+        return results
+
+    def _read(self, path: str) -> np.ndarray:
+        try:
+            if self.file_client_args is not None:
+                client = fileio.FileClient.infer_client(self.file_client_args, path)
+                content = client.get(path)
+            else:
+                content = fileio.get(path, backend_args=self.backend_args)
+        except OSError as error:
+            raise UnreadableImage(f"image {path!r} cannot be read: {error.strerror}") from error
+        if not content:
+            raise UnreadableImage(f"image {path!r} cannot be read: it is empty (0 bytes)")
+        _check_end(path, content)
+        try:
+            image = mmcv.imfrombytes(content, flag=self.color_type, backend=self.imdecode_backend)
+        except Exception as error:  # a damaged file makes the readers raise almost anything
+            reason = " ".join(str(error).split())[:80]
+            raise UnreadableImage(f"image {path!r} cannot be read: {reason}") from error
+        if image is None:
+            raise UnreadableImage(
+                f"image {path!r} cannot be read: it is no image (it begins with {content[:12]!r})"
+            )
+        return image
+
+
+def _check_end(path: str, content: bytes) -> None:
+    """Check that a file is not cut off, of which OpenCV reads the rest as grey."""
+    end = _ENDS.get(content[:2])
+    if end and content[-64:].rstrip(b"\0").endswith(end):
+        return
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.load()
+    except UnidentifiedImageError:
+        return  # OpenCV reads more formats
+    except Exception as error:
+        raise UnreadableImage(
+            f"image {path!r} cannot be read: it is damaged or cut off ({str(error)[:80]})"
+        ) from error
+
+
+def check_images_while_reading(node: Any, left_out: str | None) -> Any:
+    """Copy a config with :class:`LoadReadableImage` in the place of ``LoadImageFromFile``.
+
+    Args:
+        node: config of a data loader or of hooks.
+        left_out: file that collects the names of unreadable images, which are errors without it.
+    """
+    if isinstance(node, (list, tuple)):
+        return type(node)(check_images_while_reading(part, left_out) for part in node)
+    if not isinstance(node, dict):
+        return node
+    node = copy.copy(node)
+    for key, value in node.items():
+        node[key] = check_images_while_reading(value, left_out)
+    kind = node.get("type")
+    if kind is LoadImageFromFile or (
+        isinstance(kind, str) and kind.rpartition(".")[2] == "LoadImageFromFile"
+    ):
+        node |= {"type": LoadReadableImage, "left_out": left_out}
+    return node
+
+
+def count_left_out(path: str) -> str | None:
+    """Say how many images were left out, and which; None if there were none."""
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        names = Counter(file.read().splitlines())
+    few = ", ".join(map(repr, list(names)[:5])) + (", …" if len(names) > 5 else "")
+    return (
+        f"{len(names)} unreadable images were left out, {names.total()} times in all: {few} "
+        f"(all of them in {path})"
+    )
