@@ -14,7 +14,7 @@ from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mm_plugins.survival import NonFiniteGuard
+from mm_plugins.survival import NonFiniteGuard, NonFiniteLoss
 
 MAX_NON_FINITE_STEPS = 20
 
@@ -53,7 +53,11 @@ class GuardedMixin(OptimWrapper):
 
     def update_params(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
         losses = {**dict(_mean_losses(self.losses)), "loss": loss}
-        wrong = self.guard.check(losses, find_images(self.batch))
+        try:
+            wrong = self.guard.check(losses, find_images(self.batch))
+        except NonFiniteLoss as error:
+            last = self.message_hub.get_info("last_ckpt") or "none"
+            raise NonFiniteLoss(f"{error}; last checkpoint: {last}") from None
         if wrong:
             print_log(f"Step left out: {wrong}", "current", logging.WARNING)
             self._left_out = True

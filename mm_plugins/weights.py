@@ -82,12 +82,13 @@ def check_weights(
     path = os.path.expanduser(path)
     check_readable(path, setting)
     content = dict(read_checkpoint(path))
-    fit_names(content, model)
+    if not setting.endswith("init_cfg.checkpoint"):  # mmengine takes such a file as it is
+        fit_names(content, model)
     state = content.get("state_dict", content)
     tensors = {
-        name.removeprefix(prefix): value
+        name.removeprefix("module.").removeprefix(prefix): value
         for name, value in state.items()
-        if isinstance(value, Tensor) and name.startswith(prefix)
+        if isinstance(value, Tensor) and name.removeprefix("module.").startswith(prefix)
     }
     try:
         missing, unexpected, mismatched = _load(model, tensors)
@@ -173,6 +174,8 @@ def fit_names(checkpoint: dict[str, Any], model: nn.Module) -> None:
             for name, value in ends.items()
             if name.startswith(prefix)
         }
+        if 2 * len(renamed.keys() & wanted) <= len(wanted):
+            return
         for name in ends:
             del state[name]
         state.update(renamed)
