@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +16,18 @@ from torch import nn
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
+from mmengine.fileio import get_file_backend
+from mmengine.logging import MessageHub
 from mmengine.optim import MultiStepLR, OptimWrapper
 
+from mm_plugins.checkpoint_files import REPLACING, SafeCheckpointHook
 from mm_plugins.images import LoadReadableImage, UnreadableImage, count_left_out
+from mm_plugins.launch import explain_errors
 from mm_plugins.non_finite import GuardedOptimWrapper
 from mm_plugins.schedules import Changes, replay
 from mm_plugins.survival import NonFiniteLoss, OccupiedError, find_resumable, occupy
 from mm_plugins.weights import check_weights, fit_names
+from plugin_core import files
 
 NAN = float("nan")
 
@@ -221,3 +228,44 @@ def test_replayed_schedule_is_that_of_a_training_with_it_from_the_beginning():
     schedulers = [MultiStepLR(wrapper, milestones=[3, 8], gamma=0.1, by_epoch=False)]
     replay(schedulers, iterations=5, epochs=0, epoch_length=100)
     assert wrapper.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+# ------------------------------------------------------------------------- writing checkpoints
+
+
+class FullDisk(io.BytesIO):
+    def write(self, content) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_checkpoint_on_a_full_disk_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    path = tmp_path / "iter_2.pth"
+    backend = get_file_backend(str(tmp_path), backend_args=REPLACING)
+    backend.put(b"old", str(path))
+    monkeypatch.setattr(files, "open", lambda *_: FullDisk(), raising=False)
+    refused = pytest.raises(SystemExit, match="No space left .* earlier checkpoints are whole")
+    with refused, explain_errors():
+        backend.put(b"new", str(path))
+    assert path.read_bytes() == b"old"
+
+
+def test_old_checkpoint_is_removed_only_when_the_new_one_is_written(tmp_path):
+    there: list[list[str]] = []
+
+    def save_checkpoint(out_dir: str, name: str, *_: object, **__: object) -> None:
+        there.append(sorted(path.name for path in tmp_path.glob("*.pth")))
+        (tmp_path / name).write_bytes(b"")
+
+    runner = SimpleNamespace(
+        work_dir=str(tmp_path),
+        message_hub=MessageHub.get_instance(tmp_path.name),
+        logger=logging.getLogger("test_mm_survival"),
+        save_checkpoint=save_checkpoint,
+    )
+    hook = SafeCheckpointHook(by_epoch=False, max_keep_ckpts=1)
+    hook.before_train(runner)
+    for step in (2, 4):
+        hook._save_checkpoint_with_step(runner, step, {})
+    assert there == [[], ["iter_2.pth"]]
+    assert [path.name for path in tmp_path.glob("*.pth")] == ["iter_4.pth"]
+    assert (tmp_path / "last_checkpoint").read_text() == str(tmp_path / "iter_4.pth")
