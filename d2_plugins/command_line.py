@@ -12,7 +12,7 @@ import torch
 from detectron2.engine import default_argument_parser, launch
 
 from d2_plugins.config import find_config_file
-from d2_plugins.data import register_coco
+from d2_plugins.datasets import register_coco
 
 logger = logging.getLogger("detectron2.plugins")
 

@@ -1,9 +1,8 @@
-"""Datasets and loaders: COCO-format data without code, and resuming in the middle of an epoch."""
+"""Loaders of training data that go on in the middle of an epoch."""
 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,61 +10,14 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
-    DatasetCatalog,
     DatasetFromList,
     DatasetMapper,
     MapDataset,
     build_detection_train_loader,
 )
-from detectron2.data.datasets import register_coco_instances
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from torch.utils.data import Dataset, Sampler
-
-from plugin_core.evaluation.datasets import check_coco_json
-
-
-def register_coco(name: str, json_file: str, image_root: str) -> None:
-    """Register a COCO-format dataset of boxes, and of masks and keypoints where it has them.
-
-    Args:
-        name: for ``DATASETS.TRAIN`` and ``DATASETS.TEST``.
-        json_file: annotations, as ``instances_*.json`` or ``person_keypoints_*.json`` of COCO.
-        image_root: folder that the annotations' file names are relative to.
-
-    Raises:
-        ValueError: if the name is taken, or the annotations cannot be read.
-    """
-    setting = f"--register-coco {name}"
-    if name in DatasetCatalog:
-        raise ValueError(f"{setting}: a dataset of this name exists; choose another name")
-    check_coco_json(json_file, setting)
-    try:
-        with open(json_file, encoding="utf-8") as file:
-            categories = json.load(file)["categories"]
-        metadata = {
-            # Detectron2 finds the same when it reads the annotations. Checks need it earlier.
-            "thing_classes": [c["name"] for c in sorted(categories, key=lambda c: c["id"])],
-            **_keypoint_metadata(categories),
-        }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{setting}: {json_file!r} is no COCO-format JSON, which has a list of categories, "
-            f"each with an id and a name: {error!r}"
-        ) from error
-    register_coco_instances(name, metadata, json_file, image_root)
-
-
-def _keypoint_metadata(categories: list[dict[str, Any]]) -> dict[str, Any]:
-    """Collect Detectron2's metadata of keypoints: their names, and the pairs that a flip swaps."""
-    names = next((c["keypoints"] for c in categories if c.get("keypoints")), None)
-    if names is None:
-        return {}
-    flips = [(n, n.replace("left", "right")) for n in names if "left" in n]
-    return {
-        "keypoint_names": names,
-        "keypoint_flip_map": [(left, right) for left, right in flips if right in names],
-    }
 
 
 class PluginDatasetMapper(DatasetMapper):

@@ -473,8 +473,10 @@ def _without_reports() -> Iterator[None]:
 
 def _check_classes(detector: nn.Module, config: str, setting: str, dataset: str) -> None:
     """Compare numbers of classes, where the dataset's metadata and the detector tell them."""
+    from mm_plugins.datasets import number_of_classes
+
     metadata = MetadataCatalog.get(dataset)
-    known = {"thing": _number_of_classes(detector)}
+    known = {"thing": number_of_classes(detector)}
     stuff = getattr(detector, "num_stuff_classes", 0)
     if stuff:
         known["stuff"] = stuff + 1  # Detectron2 counts all things as one of them
@@ -486,17 +488,6 @@ def _check_classes(detector: nn.Module, config: str, setting: str, dataset: str)
                 f"{config!r} has {number}; set its number of classes by MODEL.MMDET.OVERRIDES, "
                 "such as ['model.bbox_head.num_classes=20']"
             )
-
-
-def _number_of_classes(detector: Any) -> int | None:
-    """Count a detector's classes of things; None if it does not tell them."""
-    if hasattr(detector, "num_things_classes"):
-        return detector.num_things_classes
-    owner = getattr(detector, "roi_head", detector)
-    head = getattr(owner, "bbox_head", None) or getattr(owner, "mask_head", None)
-    if isinstance(head, nn.ModuleList):  # of the stages of a cascade
-        head = head[-1]
-    return getattr(head, "num_classes", None)
 
 
 def _in_a_line(error: Exception) -> str:

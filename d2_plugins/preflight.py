@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import mmap
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg, instantiate
@@ -21,7 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from d2_plugins.attention_mask_consistency import is_amc
-from d2_plugins.config import add_plugin_config
+from d2_plugins.checkpoints import classes_of
+from d2_plugins.config import add_plugin_config, load_lazy_config, merge_config
+from d2_plugins.datasets import describe, prepare
 from d2_plugins.evaluation import check_evaluator
 from d2_plugins.mmdet_bridge import check_detector, is_bridge
 from d2_plugins.optimizer import check_solver
@@ -37,8 +40,9 @@ from plugin_core.checkpoints.resnet_names import (
     check_resnet_checkpoint,
     check_resnet_names,
 )
+from plugin_core.datasets.check import Reads, Use
+from plugin_core.datasets.coco_file import check_whole
 from plugin_core.errors import ArgumentError, did_you_mean, origin
-from plugin_core.evaluation.datasets import check_coco_json
 from plugin_core.inspection.building import build_once, in_a_line
 
 # Detectron2's builders of ResNets, and the same with plugins
@@ -96,6 +100,74 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         model = _check_model(cfg)
     if not resumed:
         _check_weights(cfg, eval_only, model)
+    _check_data(cfg, model, eval_only=eval_only, resumed=resumed)
+
+
+def reads_of(config: str) -> Reads:
+    """Tell what a config of either kind reads of its training data; raises ValueError."""
+    if config.endswith(".py"):
+        lazy = load_lazy_config(config, [])
+        return _lazy_reads(lazy, _build_lazily(lazy))
+    cfg = _default_config()
+    merge_config(cfg, config, ["MODEL.DEVICE", "cpu"])
+    return _reads(cfg, None if is_bridge(cfg) else _check_model(cfg))
+
+
+def _reads(cfg: CfgNode, model: nn.Module | None) -> Reads:
+    number = _number_of_classes(model)
+    node = "MODEL.RETINANET" if hasattr(model, "num_classes") else "MODEL.ROI_HEADS"
+    use = Use(
+        "train",
+        cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else "",
+        cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
+        keeps_empty=len(cfg.DATASETS.TRAIN) > 1 or not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+    )
+    return Reads(use, heads=[] if number is None else [(f"{node}.NUM_CLASSES", number)])
+
+
+def _check_data(cfg: CfgNode, model: nn.Module, *, eval_only: bool, resumed: bool) -> None:
+    """Check the files of the datasets, and what the model reads of them."""
+    sigmas, reads = cfg.TEST.KEYPOINT_OKS_SIGMAS, _reads(cfg, model)
+    keypoints = reads.use.keypoints
+    # Without sigmas of its own pycocotools takes those of COCO's 17 keypoints.
+    if keypoints and cfg.DATASETS.TEST and len(sigmas or range(17)) != keypoints:
+        raise ValueError(
+            f"TEST.KEYPOINT_OKS_SIGMAS: it has {len(sigmas) or 17} sigmas, but "
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}; set one for each keypoint "
+            "(about 0.05)"
+        )
+    folder, weights = cfg.OUTPUT_DIR if resumed else "", cfg.MODEL.WEIGHTS if eval_only else ""
+    prepare(
+        [] if eval_only else [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN],
+        [("DATASETS.TEST", name) for name in cfg.DATASETS.TEST],
+        reads,
+        _known_classes(folder, weights, cfg.DATASETS.TRAIN),
+    )
+
+
+def _number_of_classes(model: Any) -> int | None:
+    """Count the classes of a detector of Detectron2; None if it does not tell them."""
+    number = getattr(getattr(model, "roi_heads", model), "num_classes", None)
+    return number if isinstance(number, int) else None
+
+
+def _known_classes(folder: str, weights: str, train: Sequence[str]) -> Sequence[str] | None:
+    """Read the classes of the checkpoint that a run goes on with, or evaluates.
+
+    A checkpoint that does not name them is taken for one of the training sets in the config, if
+    these are registered.
+    """
+    if folder:
+        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:
+            weights = os.path.join(folder, file.read().strip())
+    if not folder and not weights:
+        return None
+    classes = classes_of(weights) if os.path.isfile(weights) else None
+    if classes is None and not folder:
+        for name in train:
+            if name in DatasetCatalog:
+                return MetadataCatalog.get(name).get("thing_classes")
+    return classes
 
 
 def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None:
@@ -113,18 +185,16 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
         key = f"dataloader.{split}.dataset.names"
         names = OmegaConf.select(cfg, key)
         if names is not None:  # another kind of loader has no names
-            names = (names,) if isinstance(names, str) else tuple(names)
-            _check_datasets(key, names, train=split == "train")
+            _check_datasets(key, _lazy_names(cfg, split), train=split == "train")
     _check_lazy_plugins(cfg)
     weights = cfg.train.init_checkpoint.partition("?")[0]
     resumed = resume and os.path.isfile(os.path.join(cfg.train.output_dir, "last_checkpoint"))
     if eval_only and not weights:
         raise ValueError("train.init_checkpoint: --eval-only needs the checkpoint to evaluate")
-    model = build_once(
-        lambda device: instantiate(cfg.model), lambda error: _explain(error, "model")
-    )
+    model = _build_lazily(cfg)
     key = "model.backbone.bottom_up.plugins"
     _check_plugins_are_read(model, OmegaConf.select(cfg, key) or (), key, "name")
+    _check_lazy_data(cfg, model, eval_only=eval_only, resumed=resumed)
     if not weights or resumed or "://" in weights:
         return
     depth_key = "model.backbone.bottom_up.stages.depth"
@@ -134,6 +204,43 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
         _check_spelling(weights, "train.init_checkpoint", model)
     elif not os.path.isfile(weights):
         raise ValueError(f"train.init_checkpoint: there is no checkpoint {weights!r}")
+
+
+def _build_lazily(cfg: DictConfig) -> nn.Module:
+    return build_once(lambda device: instantiate(cfg.model), lambda error: _explain(error, "model"))
+
+
+def _lazy_reads(cfg: DictConfig, model: Any) -> Reads:
+    heads = getattr(model, "roi_heads", None)
+    masks = getattr(heads, "mask_head", None) is not None
+    mask_format = OmegaConf.select(cfg, "dataloader.train.mapper.instance_mask_format")
+    keeps_empty = OmegaConf.select(cfg, "dataloader.train.dataset.filter_empty") is False
+    use = Use(
+        "train",
+        (mask_format or "polygon") if masks else "",
+        getattr(getattr(heads, "keypoint_head", None), "num_keypoints", 0),
+        keeps_empty=len(_lazy_names(cfg, "train")) > 1 or keeps_empty,
+    )
+    number = _number_of_classes(model)
+    node = "model" if heads is None else "model.roi_heads"
+    return Reads(use, heads=[] if number is None else [(f"{node}.num_classes", number)])
+
+
+def _lazy_names(cfg: DictConfig, split: str) -> tuple[str, ...]:
+    names = OmegaConf.select(cfg, f"dataloader.{split}.dataset.names") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _check_lazy_data(cfg: DictConfig, model: Any, *, eval_only: bool, resumed: bool) -> None:
+    """Check the files of a LazyConfig's datasets, and what the model reads of them."""
+    train, test = (
+        [(f"dataloader.{split}.dataset.names", name) for name in _lazy_names(cfg, split)]
+        for split in ("train", "test")
+    )
+    folder = cfg.train.output_dir if resumed else ""
+    weights = cfg.train.init_checkpoint if eval_only else ""
+    classes = _known_classes(folder, weights, _lazy_names(cfg, "train"))
+    prepare([] if eval_only else train, test, _lazy_reads(cfg, model), classes)
 
 
 def _lazy_depth(cfg: DictConfig) -> int | None:
@@ -319,13 +426,15 @@ def _check_datasets(setting: str, names: tuple[str, ...], train: bool = False) -
             if importlib.util.find_spec(package) is None:
                 raise ValueError(f"{setting} {name!r}: it needs the package {package}: {install}")
         json_file = metadata.get("json_file")
-        root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-        where = f"{setting} {name!r}"
-        if str(json_file).startswith(os.path.join(root, "")):
-            where += f" (below {root!r}, which DETECTRON2_DATASETS sets)"
-        if json_file and kind in ("coco", "coco_panoptic_seg", "lvis"):
-            needs_annotations = train and len(names) == 1
-            check_coco_json(json_file, where, needs_annotations=needs_annotations)
+        where = describe(setting, name)
+        if json_file and not os.path.isfile(json_file):
+            raise ValueError(f"{where}: there is no annotation file {json_file!r}")
+        for file in (json_file if kind == "lvis" else None, metadata.get("panoptic_json")):
+            try:
+                if file:
+                    check_whole(file)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
         for key, what in _FOLDERS.items():
             folder = metadata.get(key)
             if folder and not os.path.isdir(folder):

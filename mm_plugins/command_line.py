@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from mmcv.ops import get_compiling_cuda_version
 from mmengine.config import Config
 from torch import distributed
 
+from mm_plugins.datasets import prepare
 from mm_plugins.launch import arrange, explain_errors, only_training
 from mm_plugins.pixels import find_mismatches
 from mm_plugins.preflight import check_config
@@ -64,11 +66,13 @@ def run(name: str) -> None:
         resumes = getattr(args, "resume", None) is not None or cfg.get("resume", False)
         model = check_config(cfg, train=name == "train", resumes=resumes)
         told = arrange(args, cfg, model)
+        changes = prepare(cfg, model, train=name == "train")
     except ValueError as error:
         sys.exit(f"error: {error}")
     if is_main():
         for text in [*told, *([] if resumes else find_mismatches(cfg))]:
             print(f"warning: {text}", file=sys.stderr, flush=True)
+    _change(changes)
     if args.launcher == "pytorch" and not torch.cuda.is_available():
         _distribute_over_cpus(cfg)
     try:
@@ -117,7 +121,13 @@ def _distribute_over_cpus(cfg: Config) -> None:
             "find_unused_parameters": cfg.get("find_unused_parameters", False),
             "broadcast_buffers": False,
         }
-    sys.argv += ["--cfg-options", *(f"model_wrapper_cfg.{k}={v}" for k, v in wrapper.items())]
+    _change({f"model_wrapper_cfg.{key}": value for key, value in wrapper.items()})
+
+
+def _change(settings: Mapping[str, Any]) -> None:
+    """Change settings of the config in the arguments, which MMDetection's script reads."""
+    if settings:
+        sys.argv += ["--cfg-options", *(f"{key}={value}" for key, value in settings.items())]
 
 
 def has_cuda_operators() -> bool:

@@ -13,20 +13,21 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmdet.datasets import CocoDataset
 from mmdet.models.backbones import MobileNetV2, ResNet
-from mmdet.registry import DATASETS, MODELS
+from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DefaultScope
 from torch import nn
 
+from mm_plugins.analysis import load_config
 from mm_plugins.block_plugins import BlockPlugin
+from mm_plugins.datasets import reads
 from mm_plugins.grounding.text_models import check_pretrained
 from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, check_resnet_names
+from plugin_core.datasets.check import Reads
 from plugin_core.errors import ArgumentError, check_arguments, did_you_mean
-from plugin_core.evaluation.datasets import check_coco_json
 from plugin_core.inspection.building import build_once, in_a_line
 
 _RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
@@ -55,8 +56,6 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> nn.Module | None
     loaders = ("train_dataloader", "val_dataloader") if train else ("test_dataloader",)
     for loader in loaders:
         if cfg.get(loader) is not None:
-            is_train = loader == "train_dataloader"
-            _check_datasets(cfg[loader].get("dataset"), f"{loader}.dataset", is_train)
             _check_tokenizers(cfg[loader], loader)
     load_from = cfg.get("load_from")
     model = cfg.get("model", {})
@@ -74,6 +73,14 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> nn.Module | None
         check_weights(model, load_from, "load_from")
         _check_layout(load_from, "load_from")
     return built
+
+
+def reads_of(config: str) -> Reads:
+    """Tell what a config reads of its training data; raises ValueError."""
+    cfg = load_config(config)
+    register_all_modules(init_default_scope=False)
+    model = _check_model(cfg.model, cfg.get("default_scope") or "mmdet")
+    return reads(cfg, model)
 
 
 def check_weights(model: ConfigDict, path: str, setting: str) -> None:
@@ -94,39 +101,6 @@ def check_weights(model: ConfigDict, path: str, setting: str) -> None:
                 f"{setting}: {path!r} holds a backbone alone, which is not loaded into a detector; "
                 f"use {where}.init_cfg=dict(type='Pretrained', checkpoint={path!r})"
             )
-
-
-def _check_datasets(dataset: Any, setting: str, train: bool) -> None:
-    """Check a dataset in COCO's format, or the datasets that it wraps, joins or repeats."""
-    if isinstance(dataset, (list, tuple)):
-        for i, part in enumerate(dataset):
-            _check_datasets(part, f"{setting}[{i}]", train=False)
-        return
-    if not isinstance(dataset, dict):
-        return
-    for key in ("dataset", "datasets"):
-        _check_datasets(dataset.get(key), f"{setting}.{key}", train)
-    kind = dataset.get("type")
-    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
-    ann_file, root = dataset.get("ann_file"), dataset.get("data_root") or ""
-    if (
-        not (inspect.isclass(kind) and issubclass(kind, CocoDataset))
-        or dataset.get("backend_args")  # files come from elsewhere than the disk
-        or not isinstance(ann_file, str)
-        or not ann_file
-        or "://" in os.path.join(root, ann_file)
-    ):
-        return
-    filtered = dict(dataset.get("filter_cfg") or {}).get("filter_empty_gt", False)
-    check_coco_json(
-        os.path.join(root, ann_file), f"{setting}.ann_file", needs_annotations=train and filtered
-    )
-    prefix = dataset.get("data_prefix")
-    folder = prefix.get("img") if isinstance(prefix, dict) else None
-    if isinstance(folder, str) and folder and "://" not in folder:
-        images = os.path.join(root, folder)
-        if not os.path.isdir(images):
-            raise ValueError(f"{setting}.data_prefix.img: there is no image folder {images!r}")
 
 
 def _check_tokenizers(node: Any, setting: str) -> None:

@@ -23,6 +23,12 @@ def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PLUGIN_KERNELS", raising=False)  # tests choose for themselves
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep results of data checks out of the user's cache, for tools that tests start, too."""
+    os.environ["DETECTION_PLUGINS_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def coco_sample() -> Path:
     """A folder of 33 real images in the layout of COCO 2017."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plugin_core.evaluation.datasets import check_coco_json
+from plugin_core.datasets.coco_file import check_text
 
 Record = dict[str, Any]
 Checks = dict[str, Callable[[Any], bool]]  # key → check of its value
@@ -36,8 +36,9 @@ def read_annotations(source: Source, iou_type: str | None = None) -> Record:
     Raises:
         ValueError: if the file or one of its records cannot be used.
     """
-    check_coco_json(source.path, source.option, needs_annotations=True)
     content = read_json(source)
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: expected an object, COCO's instances")
     for key in ("images", "annotations", "categories"):
         if not isinstance(content.get(key), list) or not content[key]:
             raise ValueError(f"{source}: no list of {key}; expected COCO's instances")
@@ -56,6 +57,11 @@ def read_annotations(source: Source, iou_type: str | None = None) -> Record:
     for key in ("images", "annotations", "categories"):
         check_unique(content[key], "id", f"{source}: {key}")
     check_references(content["annotations"], content, f"{source}: annotations", "the file")
+    ids = [annotation["id"] for annotation in content["annotations"]]
+    if not all(isinstance(i, int) and i > 0 for i in ids):
+        # pycocotools takes an object of id 0 for one that was never found.
+        for number, annotation in enumerate(content["annotations"], 1):
+            annotation["id"] = number
     return content
 
 
@@ -90,10 +96,10 @@ def read_results(
 def read_json(source: Source) -> Any:
     """Read a JSON file; raises ValueError if it cannot be read."""
     try:
-        return json.loads(Path(source.path).read_text(encoding="utf-8"))
+        return json.loads(check_text(Path(source.path).read_bytes(), str(source))[0])
     except OSError as error:
         raise ValueError(f"{source}: {error.strerror}") from error
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise ValueError(f"{source}: not JSON: {error}") from error
 
 

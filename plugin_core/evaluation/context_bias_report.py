@@ -124,7 +124,7 @@ def draw(classes: Sequence[ClassBias], iou_type: str, score_threshold: float) ->
             largest = max(largest, *widths)
         axes.axhline(len(classes) - 0.5, color="black", linewidth=0.8)
         axes.set(xlim=(0, 1.05 * largest), ylim=(len(labels) - 0.5, -0.5))
-        axes.set_yticks(range(len(labels)), labels)
+        axes.set_yticks(range(len(labels)), labels, parse_math=False)  # names may have a $
         axes.tick_params(labeltop=True)
         axes.grid(axis="x", alpha=0.4)
         axes.set_axisbelow(True)

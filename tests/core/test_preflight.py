@@ -1,4 +1,4 @@
-"""Checks of annotation files and checkpoints that both frameworks' sides make."""
+"""Checks of checkpoints that both frameworks' sides make."""
 
 from __future__ import annotations
 
@@ -11,87 +11,6 @@ import pytest
 import torch
 
 from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, find_resnet_depths
-from plugin_core.evaluation.datasets import check_coco_json
-
-WHOLE = '{"images": [{"id": 1}], "annotations": [{"id": 1}], "categories": [{"id": 1}]}'
-
-
-def write(folder: Path, text: str) -> str:
-    path = folder / "annotations.json"
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-# -------------------------------------------------------------------------------------- annotations
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        WHOLE,
-        f"\n  {WHOLE}\n\n",
-        '{"images": [{"id": 1}], "categories": [{"id": 1}]}',  # a test set has no annotations
-        WHOLE.replace('"annotations": [', '"licenses": [], "annotations": ['),
-    ],
-    ids=["whole", "padded", "test set", "empty licenses"],
-)
-def test_whole_annotation_file_is_accepted(tmp_path, text):
-    check_coco_json(write(tmp_path, text), "DATASETS.TRAIN")
-
-
-def test_missing_annotation_file_names_setting_and_path(tmp_path):
-    path = str(tmp_path / "nowhere.json")
-    with pytest.raises(ValueError, match="there is no annotation file") as error:
-        check_coco_json(path, "DATASETS.TRAIN 'mine'")
-    assert str(error.value).startswith("DATASETS.TRAIN 'mine': ") and path in str(error.value)
-
-
-def test_folder_in_place_of_an_annotation_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="there is no annotation file"):
-        check_coco_json(str(tmp_path), "DATASETS.TRAIN")
-
-
-def test_empty_annotation_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="is empty; expected COCO-format JSON"):
-        check_coco_json(write(tmp_path, ""), "DATASETS.TRAIN")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [WHOLE[:-1], WHOLE[: len(WHOLE) // 2], WHOLE[1:], f"[{WHOLE}]", "version https://git-lfs", " "],
-    ids=["end cut off", "half", "start cut off", "a list", "no JSON", "a blank"],
-)
-def test_annotation_file_that_is_no_whole_object_is_refused(tmp_path, text):
-    with pytest.raises(ValueError, match="is no whole COCO-format JSON object"):
-        check_coco_json(write(tmp_path, text), "DATASETS.TRAIN")
-
-
-@pytest.mark.parametrize("empty", ["[]", "[ \n ]"])
-def test_empty_list_of_images_is_named(tmp_path, empty):
-    text = f'{{"images" : {empty}, "annotations": [{{"id": 1}}]}}'
-    with pytest.raises(ValueError, match="^DATASETS.TRAIN: .*has an empty list of images"):
-        check_coco_json(write(tmp_path, text), "DATASETS.TRAIN")
-
-
-@pytest.mark.parametrize("empty", ["[]", "[ \n ]"])
-def test_empty_list_of_annotations_is_refused_only_where_they_are_needed(tmp_path, empty):
-    path = write(tmp_path, f'{{"images": [{{"id": 1}}], "annotations":{empty}}}')
-    check_coco_json(path, "DATASETS.TEST")
-    with pytest.raises(ValueError, match="^DATASETS.TRAIN: .*has an empty list of annotations"):
-        check_coco_json(path, "DATASETS.TRAIN", needs_annotations=True)
-
-
-def test_empty_list_deeper_in_the_file_is_none_of_its_own(tmp_path):
-    text = WHOLE.replace('{"id": 1}]', '{"id": 1, "annotations": [], "images": []}]', 1)
-    check_coco_json(write(tmp_path, text), "DATASETS.TRAIN", needs_annotations=True)
-
-
-def test_broken_file_with_an_empty_list_is_named(tmp_path):
-    path = write(tmp_path, '{"images": [], "annotations": [1 2]}')
-    with pytest.raises(ValueError) as error:
-        check_coco_json(path, "DATASETS.TRAIN")
-    assert str(error.value).startswith("DATASETS.TRAIN: ") and path in str(error.value)
-
 
 # -------------------------------------------------------------------------------------- checkpoints
 

@@ -70,10 +70,9 @@ def tiny_coco(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
         image = Image.linear_gradient("L").rotate(40 * i).resize((width, height)).convert("RGB")
         image.save(folder / f"{i}.png")
         images.append({"id": i, "file_name": f"{i}.png", "width": width, "height": height})
-        box = [2, 3, 10, 8]
-        annotations.append(
-            {"id": i, "image_id": i, "category_id": 1, "bbox": box, "area": 80, "iscrowd": 0}
-        )
+        box, corners = [2, 3, 10, 8], [2, 3, 12, 3, 12, 11, 2, 11]
+        record = {"id": i, "image_id": i, "category_id": 1, "bbox": box, "area": 80, "iscrowd": 0}
+        annotations.append({**record, "segmentation": [corners]})
     path = folder / "annotations.json"
     categories = [{"id": 1, "name": "thing"}]
     content = {"images": images, "annotations": annotations, "categories": categories}

@@ -29,7 +29,7 @@ from detectron2.utils.events import EventStorage
 from small_rcnn import shrink
 
 from d2_plugins.attention_mask_consistency import AMCGeneralizedRCNN, AMCRetinaNet, amc_regions
-from d2_plugins.data import register_coco
+from d2_plugins.datasets import register_coco
 from d2_plugins.preflight import check_config
 
 MEAN, MAX = "loss_amc_mean", "loss_amc_max"

@@ -30,8 +30,8 @@ from d2_plugins.data import (
     ResumableTrainLoader,
     _SampleStream,
     derive_seed,
-    register_coco,
 )
+from d2_plugins.datasets import register_coco
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -94,7 +94,9 @@ def test_annotations_that_are_no_coco_json_are_refused(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError) as error:
         register_coco("data_broken", str(path), str(tmp_path))
-    assert str(error.value).startswith(f"--register-coco data_broken: {str(path)!r} is no COCO")
+    assert str(error.value).startswith("--register-coco data_broken: ") and repr(str(path)) in str(
+        error.value
+    )
     assert "data_broken" not in DatasetCatalog
 
 

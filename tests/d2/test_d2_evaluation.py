@@ -22,7 +22,7 @@ from detectron2.evaluation import (
 )
 from detectron2.structures import Boxes, Instances
 
-from d2_plugins.data import register_coco
+from d2_plugins.datasets import register_coco
 from d2_plugins.evaluation import build_evaluator
 
 pytestmark = pytest.mark.usefixtures("registered")

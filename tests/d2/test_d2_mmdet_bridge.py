@@ -43,7 +43,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from d2_plugins import merge_config, mmdet_bridge
 from d2_plugins.analysis import analyze
-from d2_plugins.data import register_coco
+from d2_plugins.datasets import register_coco
 from d2_plugins.evaluation import build_evaluator
 from d2_plugins.mmdet_bridge import MMDetDetector, build_detector, is_bridge, load_config
 from d2_plugins.pixels import find_mismatches

@@ -18,7 +18,7 @@ from PIL import Image
 
 from d2_plugins import merge_config
 from d2_plugins.config import load_lazy_config
-from d2_plugins.data import register_coco
+from d2_plugins.datasets import register_coco
 from d2_plugins.mmdet_bridge import load_config as load_mmdet_config
 from d2_plugins.trainer import PluginTrainer
 from plugin_core import BatchFormer, BlockPlugin, IDABlock, IDAClassifier, TripletAttention

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,6 @@ class PartsOfADetector(nn.Module):
         super().__init__()
         for part in parts.values():
             MODELS.build(part)
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> dict[str, Any]:
-    """A dataset that is there: its annotations and its folder of images."""
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "images").mkdir()
-    content = {"images": [{"id": 1}], "annotations": [{"id": 1}], "categories": [{"id": 1}]}
-    (tmp_path / "annotations" / "train.json").write_text(json.dumps(content))
-    return {
-        "type": "CocoDataset",
-        "data_root": str(tmp_path),
-        "ann_file": "annotations/train.json",
-        "data_prefix": {"img": "images/"},
-    }
 
 
 def attention(**changed: Any) -> dict[str, Any]:
@@ -89,10 +73,10 @@ def resnet_checkpoint(path: Path, blocks: tuple[int, ...]) -> str:
     return str(path)
 
 
-def test_good_config_passes_unchanged_and_nothing_is_written(dataset, tmp_path, monkeypatch):
+def test_good_config_passes_unchanged_and_nothing_is_written(tmp_path, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    cfg = config(train_dataloader={"dataset": dataset}, val_dataloader=None, work_dir="work_dirs/a")
+    cfg = config(val_dataloader=None, work_dir="work_dirs/a")
     before = cfg.to_dict()
     check(cfg)
     assert cfg.to_dict() == before
@@ -135,118 +119,6 @@ def test_model_that_computes_while_it_is_built_passes_and_draws_no_random_number
     before = torch.get_rng_state()
     check(parts())
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ----------------------------------------------------------------------------------------- datasets
-
-
-@pytest.mark.parametrize(
-    ("train", "loaders"),
-    [(True, ["train_dataloader", "val_dataloader"]), (False, ["test_dataloader"])],
-)
-def test_datasets_that_will_be_used_are_checked_and_no_others(dataset, tmp_path, train, loaders):
-    wrong = dataset | {"ann_file": "none.json"}
-    for loader in ("train_dataloader", "val_dataloader", "test_dataloader"):
-        cfg = config(**{loader: {"dataset": wrong}})
-        if loader in loaders:
-            assert error_of(cfg, train=train) == (
-                f"{loader}.dataset.ann_file: there is no annotation file "
-                f"{str(tmp_path / 'none.json')!r}"
-            )
-        else:
-            check(cfg, train=train)
-
-
-@pytest.mark.parametrize(
-    ("wrap", "where"),
-    [
-        (lambda d: {"type": "RepeatDataset", "times": 2, "dataset": d}, "dataset.dataset"),
-        (lambda d: {"type": "ConcatDataset", "datasets": [d]}, "dataset.datasets[0]"),
-        (
-            lambda d: {"type": "MultiImageMixDataset", "dataset": {"datasets": [{}, d]}},
-            "dataset.dataset.datasets[1]",
-        ),
-    ],
-    ids=["repeated", "concatenated", "nested"],
-)
-def test_wrapped_datasets_are_checked(dataset, wrap, where):
-    check(config(train_dataloader={"dataset": wrap(dataset)}))
-    dataset["ann_file"] = "none.json"
-    message = error_of(config(train_dataloader={"dataset": wrap(dataset)}))
-    assert message.startswith(f"train_dataloader.{where}.ann_file: there is no annotation file")
-
-
-def test_broken_annotations_are_found(dataset, tmp_path):
-    (tmp_path / "annotations" / "train.json").write_text('{"images": [')
-    message = error_of(config(train_dataloader={"dataset": dataset}))
-    assert message.startswith("train_dataloader.dataset.ann_file: ")
-    assert "no whole COCO-format JSON" in message
-
-
-def test_missing_image_folder_is_found(dataset, tmp_path):
-    dataset["data_prefix"] = {"img": "none/"}
-    message = error_of(config(train_dataloader={"dataset": dataset}))
-    assert message.startswith("train_dataloader.dataset.data_prefix.img: there is no image folder")
-    assert str(tmp_path / "none") in message
-
-
-def test_dataset_whose_files_have_whole_paths_needs_no_root(dataset, tmp_path):
-    path = str(tmp_path / "annotations" / "train.json")
-    for changed in ({"data_prefix": {"img": ""}}, {"data_root": "", "data_prefix": {"img": ""}}):
-        own = {"type": "CocoDataset", "ann_file": path} | changed
-        check(config(train_dataloader={"dataset": own}))
-
-
-def test_whole_paths_are_not_looked_for_below_the_root(dataset, tmp_path):
-    dataset["ann_file"] = str(tmp_path / "annotations" / "train.json")
-    dataset["data_prefix"] = {"img": str(tmp_path / "images")}
-    dataset["data_root"] = "none/"
-    check(config(train_dataloader={"dataset": dataset}))
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [
-        {"type": "VOCDataset"},
-        {"type": "NoSuchDataset"},
-        {"ann_file": ""},
-        {"ann_file": ["none.json"]},
-        {"data_root": "s3://bucket/coco"},
-        {"ann_file": "https://example.com/none.json", "data_root": None},
-        {"backend_args": {"backend": "petrel"}},
-    ],
-)
-def test_annotations_of_another_kind_or_place_are_left_alone(dataset, changed):
-    check(config(train_dataloader={"dataset": dataset | {"ann_file": "none.json"} | changed}))
-
-
-@pytest.mark.parametrize(
-    "changed",
-    [{"data_prefix": {"img": "s3://bucket/"}}, {"data_prefix": {}}, {"data_prefix": None}],
-)
-def test_images_of_another_place_are_left_alone(dataset, changed):
-    check(config(train_dataloader={"dataset": dataset | changed}))
-
-
-def test_every_dataset_in_cocos_format_is_checked(dataset):
-    for kind in ("CocoDataset", "mmdet.CocoDataset", "LVISDataset", "CocoPanopticDataset"):
-        wrong = dataset | {"type": kind, "ann_file": "none.json"}
-        assert "there is no annotation file" in error_of(
-            config(train_dataloader={"dataset": wrong})
-        )
-
-
-def test_only_training_without_empty_images_needs_annotations(dataset, tmp_path):
-    content = '{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}]}'
-    (tmp_path / "annotations" / "train.json").write_text(content)
-    check(config(train_dataloader={"dataset": dataset}))
-    dataset["filter_cfg"] = {"filter_empty_gt": True}
-    check(config(val_dataloader={"dataset": dataset}))
-    both = {"type": "ConcatDataset", "datasets": [dataset, dataset]}
-    check(config(train_dataloader={"dataset": both}))
-    message = error_of(config(train_dataloader={"dataset": dataset}))
-    assert message.startswith("train_dataloader.dataset.ann_file: ")
-    assert "has an empty list of annotations" in message
 
 
 # -------------------------------------------------------------------------------- backbone, plugins

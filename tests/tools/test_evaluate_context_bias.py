@@ -515,13 +515,13 @@ def test_perfect_results_of_a_drawn_dataset_have_no_bias(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "text", "expected"),
     [
-        ("--annotations", None, "there is no annotation file"),
+        ("--annotations", None, "No such file"),
         ("--annotations", "", "is empty"),
-        ("--annotations", '{"images": [', "no whole COCO-format JSON"),
+        ("--annotations", '{"images": [', "not JSON: "),
         ("--annotations", '{"images": [}', "not JSON"),
-        ("--annotations", '{"images": [], "annotations": []}', "an empty list of images"),
+        ("--annotations", '{"images": [], "annotations": []}', "no list of images"),
         ("--annotations", '{"images": [{"id": 1}], "annotations": [{}]}', "no list of categories"),
-        ("--train-annotations", None, "there is no annotation file"),
+        ("--train-annotations", None, "No such file"),
         ("--train-annotations", "{}", "no list of images"),
         ("--results", None, "No such file"),
         ("--results", "[{", "not JSON"),

@@ -1,0 +1,1 @@
+"""Checking and reading COCO-format datasets before a training does."""

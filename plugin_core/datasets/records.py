@@ -1,0 +1,392 @@
+"""Checks of an annotation file's records: fields, ids, and what refers to them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from plugin_core.datasets.coco_file import UNSET, CocoFile
+from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report, both
+from plugin_core.datasets.mending import Mends
+
+_STOP_OR_LOSE = {
+    "detectron2": "stops with a KeyError while it loads the file",
+    "mmdetection": "leaves them out without a word",
+}
+_STOP = both("stops with a traceback")
+
+
+def number(value: Any) -> float | None:
+    """Read a finite number, or a text of one; None if it is neither."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, (int, float)) and math.isfinite(value):
+        return value
+    return None
+
+
+def is_id(value: Any) -> bool:
+    """Tell whether a record can have this id: a whole number or a text."""
+    if isinstance(value, float):
+        return value.is_integer()
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def image_name(content: CocoFile, index: int) -> str:
+    """Name an image for a message."""
+    image = content.images[index]
+    name = image.file_name if isinstance(image.file_name, str) else f"images[{index}]"
+    return f"image {image.id!r} {name!r}" if is_id(image.id) else repr(name)
+
+
+class Places:
+    """Names annotations for messages, by their ids and images."""
+
+    def __init__(self, content: CocoFile, image_index: Sequence[int]) -> None:
+        self.content = content
+        self.image_index = image_index  # of each annotation; -1 for an unknown image
+
+    def __call__(self, index: int) -> str:
+        annotation = self.content.annotations[index]
+        name = f"annotation {annotation.id!r}" if is_id(annotation.id) else f"annotations[{index}]"
+        image = self.image_index[index]
+        if image < 0:
+            return name
+        file_name = self.content.images[image].file_name
+        return f"{name} of {file_name!r}" if isinstance(file_name, str) else name
+
+    def of(self, indices: Iterable[int]) -> list[str]:
+        """Name the first of some annotations; the list is as long as ``indices``."""
+        indices = list(indices)
+        return [self(i) for i in indices[:3]] + [""] * max(0, len(indices) - 3)
+
+
+def check_lists(content: CocoFile, report: Report) -> None:
+    """Check that the lists are there and hold objects."""
+    for name in content.absent:
+        level = WARNING if name == "annotations" else ERROR
+        report.add("no-list", level, f"no list of {name}", [], count=1, left=_STOP)
+    for name, places in content.not_objects.items():
+        report.add(
+            "no-object",
+            ERROR,
+            f"{name} that are no objects",
+            [f"{name}[{i}]" for i in places],
+            left=_STOP,
+            remedy="each record is an object in braces",
+        )
+    if not content.images and "images" not in content.absent:
+        report.add(
+            "no-images",
+            ERROR,
+            "an empty list of images",
+            [],
+            count=1,
+            remedy="expected at least one",
+        )
+
+
+def check_images(content: CocoFile, report: Report, mends: Mends) -> dict[Any, int]:
+    """Check the records of images; returns the place of each id."""
+    images = content.images
+    index = _check_ids(
+        "image", [image.id for image in images], lambda i: image_name(content, i), report
+    )
+    bad = [i for i, image in enumerate(images) if not isinstance(image.file_name, str)]
+    report.add(
+        "file-name",
+        ERROR,
+        "file_name missing or no text",
+        [image_name(content, i) for i in bad],
+        left=_STOP,
+        remedy="name each image's file, relative to the image folder",
+    )
+    for key in ("width", "height"):
+        values = [getattr(image, key) for image in images]
+        if set(map(type, values)) <= {int} and min(values, default=1) > 0:
+            continue
+        for i, value in enumerate(values):
+            size = number(value)
+            if size is None or size <= 0 or size != int(size):
+                mends.sizes.add(i)
+            elif not isinstance(value, int):
+                mends.set("images", i, key, int(size))
+                mends.texts.append(image_name(content, i))
+    names = Counter(image.file_name for image in images if isinstance(image.file_name, str))
+    repeated = {name for name, count in names.items() if count > 1}
+    report.add(
+        "file-twice",
+        WARNING,
+        "the same file listed as several images",
+        [f"{name!r}" for name in names if name in repeated],
+        remedy="list each file once, or its objects are only partly known in each",
+    )
+    return index
+
+
+def check_categories(content: CocoFile, report: Report, mends: Mends) -> dict[Any, int]:
+    """Check the records of categories; returns the place of each id."""
+    categories = content.categories
+
+    def place(i: int) -> str:
+        category = categories[i]
+        return f"category {category.id!r} {category.name!r}"
+
+    index = _check_ids("category", [category.id for category in categories], place, report)
+    if not categories and "categories" not in content.absent:
+        report.add("no-categories", ERROR, "an empty list of categories", [], count=1)
+    bad = [i for i, c in enumerate(categories) if not isinstance(c.name, str) or not c.name.strip()]
+    report.add(
+        "category-name",
+        ERROR,
+        "categories without a name",
+        [place(i) for i in bad],
+        left=_STOP,
+        remedy="give each category a name: classes are told apart by it",
+    )
+    names = Counter(c.name for c in categories if isinstance(c.name, str))
+    report.add(
+        "category-name-twice",
+        ERROR,
+        "names that several categories have",
+        [
+            f"{name!r} (ids {', '.join(repr(c.id) for c in categories if c.name == name)})"
+            for name, count in names.items()
+            if count > 1
+        ],
+        left={
+            "detectron2": "trains them as several classes of one name",
+            "mmdetection": "gives labels past the last class",
+        },
+        remedy="make them one category, or name them apart",
+    )
+    used = {annotation.category_id for annotation in content.annotations if is_id_fast(annotation)}
+    for category in find_root(categories, used):
+        mends.drop("categories", category)
+        report.add(
+            "root-category",
+            WARNING,
+            "a group that is listed as a class, as Roboflow's exports do",
+            [place(category)],
+            left={
+                "detectron2": "counts it as a class, so that the last class may be one too many",
+                "mmdetection": "counts it as a class where metainfo.classes has it",
+            },
+            mended="fix",
+        )
+    return index
+
+
+def is_id_fast(annotation: Any) -> bool:
+    """Tell whether an annotation's category id can be looked up."""
+    return isinstance(annotation.category_id, (int, str, float))
+
+
+def find_root(categories: Sequence[Any], used: set[Any]) -> list[int]:
+    """Find a category without objects that is the supercategory of all others."""
+    if len(categories) < 2:
+        return []
+    for i, category in enumerate(categories):
+        others = [c for c in categories if c is not category]
+        if (
+            is_id(category.id)
+            and category.id not in used
+            and isinstance(category.name, str)
+            and all(other.supercategory == category.name for other in others)
+            and category.supercategory != category.name
+        ):
+            return [i]
+    return []
+
+
+def check_annotations(
+    content: CocoFile,
+    images: dict[Any, int],
+    categories: dict[Any, int],
+    report: Report,
+    mends: Mends,
+) -> tuple[list[int], list[int]]:
+    """Check ids and references of annotations; returns the places of their images and categories.
+
+    An unknown image or category is at -1.
+    """
+    annotations = content.annotations
+    image_index = _look_up(images, [a.image_id for a in annotations])
+    category_index = _look_up(categories, [a.category_id for a in annotations])
+    place = Places(content, image_index)
+    for key, title in (("image_id", "image"), ("category_id", "category")):
+        missing = [i for i, a in enumerate(annotations) if not is_id(getattr(a, key))]
+        report.add(
+            f"{title}-id-of-annotation",
+            ERROR,
+            f"annotations whose {key} is missing or no id",
+            place.of(missing),
+            left=_STOP,
+            remedy=f"set {key} to the id of a listed {title}",
+        )
+    unknown = [i for i, at in enumerate(image_index) if at < 0 and is_id(annotations[i].image_id)]
+    report.add(
+        "unknown-image",
+        WARNING,
+        "annotations of images that are not listed",
+        [
+            f"image_id {annotations[i].image_id!r} in annotation {annotations[i].id!r}"
+            for i in unknown[:3]
+        ],
+        count=len(unknown),
+        left=both("leaves them out"),
+        remedy="list the images, or take the annotations out",
+        mended="fix",
+    )
+    mends.drop("annotations", *unknown)
+    lost = [
+        i for i, at in enumerate(category_index) if at < 0 and is_id(annotations[i].category_id)
+    ]
+    report.add(
+        "unknown-category",
+        ERROR,
+        "annotations of categories that are not listed",
+        [f"category_id {annotations[i].category_id!r} in {place(i)}" for i in lost[:3]],
+        count=len(lost),
+        left=_STOP_OR_LOSE,
+        remedy="list the category with this id, or take the annotations out",
+    )
+    _check_annotation_ids(content, place, report, mends)
+    ignored = [i for i, a in enumerate(annotations) if a.ignore is not UNSET and a.ignore]
+    report.add(
+        "ignore",
+        ERROR,
+        "annotations with 'ignore'",
+        place.of(ignored),
+        left={"detectron2": "stops at an assertion", "mmdetection": "leaves them out"},
+        remedy="use iscrowd 1 for regions that are neither object nor background",
+    )
+    _check_crowds(annotations, place, report, mends)
+    return image_index, category_index
+
+
+def _check_annotation_ids(content: CocoFile, place: Places, report: Report, mends: Mends) -> None:
+    """Check ids of annotations. Nothing refers to them, so new ones can be given."""
+    ids = [a.id for a in content.annotations]
+    usable = set(map(type, ids)) <= {int} and min(ids, default=1) > 0
+    if usable and len(set(ids)) == len(ids):
+        return
+    missing = [i for i, value in enumerate(ids) if not is_id(value)]
+    report.add(
+        "annotation-id",
+        WARNING,
+        "annotations without an id",
+        place.of(missing),
+        left=_STOP,
+        mended="read",
+    )
+    known = [value for value in ids if is_id(value)]
+    repeated = {value for value, count in Counter(known).items() if count > 1}
+    twice = [i for i, value in enumerate(ids) if is_id(value) and value in repeated]
+    report.add(
+        "annotation-id-twice",
+        WARNING,
+        "annotations that share an id",
+        place.of(twice),
+        left=both("stops at an assertion in training"),
+        mended="read",
+    )
+    zeros = [i for i, value in enumerate(ids) if is_id(value) and not isinstance(value, str)]
+    zeros = [i for i in zeros if ids[i] <= 0]
+    report.add(
+        "annotation-id-zero",
+        NOTE,
+        "annotation ids that are 0 or negative",
+        place.of(zeros),
+        left=both("counts these objects as never found"),
+        mended="read",
+    )
+    texts = [i for i, value in enumerate(ids) if isinstance(value, str)]
+    report.add(
+        "annotation-id-text",
+        NOTE,
+        "annotation ids that are texts",
+        place.of(texts),
+        left=_STOP,
+        mended="read",
+    )
+    for i in range(len(ids)):
+        mends.set("annotations", i, "id", i + 1)
+
+
+def _check_crowds(annotations: Sequence[Any], place: Places, report: Report, mends: Mends) -> None:
+    values = [a.iscrowd for a in annotations]
+    if set(map(type, values)) <= {int} and set(values) <= {0, 1}:
+        return
+    missing = [i for i, value in enumerate(values) if value is UNSET or value is None]
+    report.add(
+        "no-iscrowd",
+        NOTE,
+        "annotations without iscrowd",
+        place.of(missing),
+        left=both("trains, and stops with a KeyError at the evaluation"),
+        mended="read",
+    )
+    mends.set_all("annotations", missing, "iscrowd", 0)
+    wrong = []
+    for i, value in enumerate(values):
+        if value is UNSET or value is None or (type(value) is int and value in (0, 1)):
+            continue
+        flag = value if isinstance(value, bool) else number(value)
+        if flag in (0, 1):
+            mends.set("annotations", i, "iscrowd", int(flag))
+        else:
+            wrong.append(i)
+    report.add(
+        "iscrowd",
+        ERROR,
+        "annotations whose iscrowd is neither 0 nor 1",
+        place.of(wrong),
+        left=both("takes them for crowds"),
+        remedy="set iscrowd to 0 for an object and to 1 for a region of many",
+    )
+
+
+def _check_ids(
+    title: str, ids: Sequence[Any], place: Callable[[int], str], report: Report
+) -> dict[Any, int]:
+    if not set(map(type, ids)) <= {int, str}:
+        bad = [i for i, value in enumerate(ids) if not is_id(value)]
+        report.add(
+            f"{title}-id",
+            ERROR,
+            f"{title} ids that are missing or neither number nor text",
+            [place(i) for i in bad],
+            left=_STOP,
+            remedy="give each record a whole number of its own",
+        )
+    index = {value: i for i, value in enumerate(ids) if is_id(value)}
+    if len(index) < len(ids):
+        counts = Counter(value for value in ids if is_id(value))
+        twice = [i for i, value in enumerate(ids) if is_id(value) and counts[value] > 1]
+        report.add(
+            f"{title}-id-twice",
+            ERROR,
+            f"{title} ids that occur twice",
+            [place(i) for i in twice],
+            left=both(
+                "takes the last record of an id for all of them"
+                if title == "category"
+                else "gives one image the objects of all",
+            ),
+            remedy="give each record an id of its own",
+        )
+    return index
+
+
+def _look_up(index: dict[Any, int], ids: Sequence[Any]) -> list[int]:
+    if set(map(type, ids)) <= {int, str, float}:
+        return [index.get(value, -1) for value in ids]
+    return [index.get(value, -1) if is_id(value) else -1 for value in ids]

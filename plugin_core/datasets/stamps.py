@@ -1,0 +1,201 @@
+"""Checking each dataset once: what was found is kept until a file changes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from plugin_core.datasets.check import Checked, Use, check_dataset
+from plugin_core.datasets.coco_file import Category, encode, sort_categories
+from plugin_core.datasets.findings import Report
+from plugin_core.datasets.mending import mended
+from plugin_core.files import replacing
+
+# Goes up when checks change, as older results say nothing then.
+_VERSION = 1
+
+
+@dataclass
+class Dataset:
+    """A checked dataset.
+
+    Attributes:
+        report: what was found.
+        ann_file: the file to read: the user's own, or a copy of it in the cache folder that says
+            the same in a way that both frameworks read.
+        categories: names and ids of its classes.
+    """
+
+    report: Report
+    ann_file: str
+    categories: list[tuple[str, Any]]
+
+
+@cache
+def cache_folder() -> Path:
+    """Return the folder of results and copies; ``DETECTION_PLUGINS_CACHE`` names another one.
+
+    Where it cannot be written to, it is a folder for temporary files.
+    """
+    own = os.environ.get("DETECTION_PLUGINS_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(own or os.path.join(base, "detection-plugins")).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="detection-plugins-"))
+
+
+def checked_dataset(
+    annotations: str,
+    images: str | None,
+    use: Use | None = None,
+    classes: Sequence[str] | None = None,
+    *,
+    other_classes: bool = False,
+) -> Dataset:
+    """Check a dataset, or look up what was found when its files were as they are now.
+
+    Args:
+        annotations: path of the file in COCO's format.
+        images: folder of the images; None to check the annotations alone.
+        use: what the dataset is for.
+        classes: the detector's classes. The file to read lists its categories in this order, and
+            those that it lacks as well. So a framework's labels do not depend on the file's order.
+        other_classes: keep categories that are none of ``classes``.
+
+    Raises:
+        ValueError: if the file cannot be read at all.
+    """
+    wanted = {"version": _VERSION, "use": asdict(use or Use()), "classes": list(classes or ())}
+    place = [os.path.abspath(annotations), images and os.path.abspath(images), other_classes]
+    name = hashlib.sha256(json.dumps([wanted, place]).encode()).hexdigest()[:24]
+    stamp_file = cache_folder() / "checked" / f"{name}.json"
+    stamp = _read_stamp(stamp_file)
+    state = _file_state(annotations)
+    if stamp and _is_unchanged(stamp, annotations, images, state):
+        if stamp["file"] != state:
+            _write(stamp_file, json.dumps({**stamp, "file": state}).encode())
+        report = Report.from_dict(stamp["report"])
+        return Dataset(report, stamp["ann_file"], [tuple(c) for c in stamp["categories"]])
+    checked = check_dataset(annotations, images, use)
+    digest = _digest(annotations)
+    copy = cache_folder() / "copies" / f"{digest[:12]}-{name}.json"
+    ann_file = _write_copy(checked, copy, classes, other_classes)
+    folders = sorted({os.path.dirname(str(i.file_name)) for i in checked.content.images})
+    stamp = {
+        "file": state,
+        "digest": digest,
+        "folders": folders,
+        "images": _folder_state(annotations, images, folders),
+        "report": checked.report.as_dict(),
+        "ann_file": ann_file,
+        "categories": [(str(c.name), c.id) for c in sort_categories(checked.content.categories)],
+    }
+    with suppress(TypeError, ValueError):  # ids of odd types; the report has errors then
+        _write(stamp_file, json.dumps(stamp).encode())
+    return Dataset(checked.report, ann_file, stamp["categories"])
+
+
+def _write_copy(
+    checked: Checked, copy: Path, classes: Sequence[str] | None, other_classes: bool
+) -> str:
+    """Write a file that both frameworks read right, where the user's own is none."""
+    content, mends = checked.content, checked.mends
+    if checked.report.of("error"):
+        return content.path
+    categories = _categories_in_order(content.categories, classes, other_classes)
+    if not (content.rewritten or any(mends.read.values()) or categories is not None):
+        return content.path
+    whole = mended(content.path, mends, fix=False)
+    if categories is not None:
+        records = whole["categories"]
+        whole["categories"] = [records[c] if isinstance(c, int) else c for c in categories]
+    _write(copy, encode(whole))
+    return str(copy)
+
+
+def _categories_in_order(
+    categories: Sequence[Category], classes: Sequence[str] | None, other_classes: bool
+) -> list[int | dict[str, Any]] | None:
+    """List the categories to write, by their places, and new ones; None if they are right."""
+    if classes is None:
+        return None
+    places = {category.name: i for i, category in enumerate(categories)}
+    unused = count(max((c.id for c in categories if isinstance(c.id, int)), default=0) + 1)
+    order: list[int | dict[str, Any]] = []
+    for name in classes:
+        order.append(places[name] if name in places else {"id": next(unused), "name": name})
+    if other_classes:
+        named = set(classes)
+        order += [i for i, category in enumerate(categories) if category.name not in named]
+    return None if order == list(range(len(categories))) else order
+
+
+def _file_state(path: str) -> list[int]:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _folder_state(annotations: str, images: str | None, folders: Sequence[str]) -> str:
+    """Digest names, sizes and times of the files in the folders that the images are in."""
+    own = os.path.abspath(annotations)
+    digest = hashlib.blake2b(digest_size=16)
+    for folder in folders if images else ():
+        try:
+            with os.scandir(os.path.join(images or "", folder.replace("\\", "/"))) as entries:
+                files = sorted(
+                    (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
+                    for entry in entries
+                    if os.path.abspath(entry.path) != own
+                )
+        except OSError:
+            files = []
+        digest.update(repr((folder, files)).encode())
+    return digest.hexdigest()
+
+
+def _digest(path: str) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _is_unchanged(
+    stamp: dict[str, Any], annotations: str, images: str | None, state: list[int]
+) -> bool:
+    if not os.path.isfile(stamp["ann_file"]) or not state:
+        return False
+    same = stamp["file"] == state or (
+        stamp["file"][0] == state[0] and stamp["digest"] == _digest(annotations)
+    )
+    return same and stamp["images"] == _folder_state(annotations, images, stamp["folders"])
+
+
+def _read_stamp(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        file.write(content)

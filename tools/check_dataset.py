@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Check a dataset in COCO's format, as the trainings here do before they begin.
+
+    tools/check_dataset.py annotations/instances_train.json train/
+    tools/check_dataset.py train.json images/ --config configs/mm/… --split train
+    tools/check_dataset.py train.json images/ --fix mended.json --json report.json
+
+It prints errors (a training would fail or learn something wrong), warnings (some of the data is
+lost) and notes, each with the first places, with what happens in Detectron2 and in MMDetection, and
+with the remedy. It ends with status 1 if there are errors. ANNOTATIONS and IMAGES are never
+changed. --fix writes a copy with what can be mended without guessing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from plugin_core.datasets.check import Use, check_dataset
+from plugin_core.datasets.classes import check_classes, check_number_of_classes
+from plugin_core.datasets.findings import ERROR, FRAMEWORKS
+from plugin_core.datasets.mending import write_fixed
+from plugin_core.files import replacing
+from plugin_core.inspection.config_kinds import side_of
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    try:
+        framework, use, classes, numbers = None, Use(args.split), None, []
+        if args.config:
+            side = side_of(args.config)
+            framework = "detectron2" if side == "d2_plugins" else "mmdetection"
+            reads = importlib.import_module(f"{side}.preflight").reads_of(args.config)
+            use, classes, numbers = replace(reads.use, split=args.split), reads.classes, reads.heads
+        checked = check_dataset(args.annotations, args.images, use, decode=args.decode)
+        report = checked.report
+        if classes is not None:
+            check_classes(report, classes, args.config, may_leave_out=framework != "detectron2")
+        for setting, number in numbers:
+            names = list(report.classes) if classes is None else classes
+            if text := check_number_of_classes(number, names, setting, report):
+                report.add("number-of-classes", ERROR, text, [], count=1)
+        print(f"{args.annotations}: {_counts(report.counts)}")
+        print(report.text(framework) or "nothing was found that is wrong")
+        if args.json:
+            with replacing(args.json) as file:
+                file.write(json.dumps(report.as_dict(), indent=1, ensure_ascii=False).encode())
+        if args.fix:
+            done = write_fixed(args.annotations, checked.mends, args.fix)
+            print(f"wrote {args.fix}: {'; '.join(done) or 'nothing had to be changed'}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    errors = len(report.of(ERROR, framework))
+    if errors:
+        where = f" for {FRAMEWORKS[framework]}" if framework else ""
+        print(f"{errors} {'kind' if errors == 1 else 'kinds'} of errors{where}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} {what}" for what, number in counts.items() if number)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("annotations", metavar="ANNOTATIONS", help="file in COCO's format")
+    parser.add_argument(
+        "images", metavar="IMAGES", nargs="?", help="folder that the file names are relative to"
+    )
+    parser.add_argument(
+        "--config", help="of either framework: check what it reads, and its classes"
+    )
+    parser.add_argument(
+        "--split", choices=("train", "test"), default="train", help="what the data is for"
+    )
+    parser.add_argument("--decode", action="store_true", help="read every image whole")
+    parser.add_argument("--fix", metavar="OUT.json", type=Path, help="write a mended copy")
+    parser.add_argument("--json", metavar="REPORT.json", type=Path, help="write all findings")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
