@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, launch
+from torch.multiprocessing import ProcessExitedException
 
+from d2_plugins.checkpointer import find_resumable
 from d2_plugins.config import find_config_file
 from d2_plugins.datasets import register_coco
+from plugin_core.training import RunError
+from plugin_core.training.checkpoint_files import check_readable
+from plugin_core.training.run_folder import occupy
 
 logger = logging.getLogger("detectron2.plugins")
 
@@ -63,6 +71,32 @@ def check_batch_size(args: argparse.Namespace, setting: str, batch_size: int | N
         )
 
 
+def check_files(args: argparse.Namespace, folder: str, weights: str, setting: str) -> None:
+    """Check the checkpoint that a run begins with, or goes on with where ``--resume`` is given.
+
+    Args:
+        args: of :func:`parse_args`.
+        folder: of the run's checkpoints.
+        weights: path or address of the weights; empty for none.
+        setting: that names the weights.
+
+    Raises:
+        RunError: names the setting, the file and what is wrong.
+    """
+    resumed = args.resume and find_resumable(folder)
+    path = weights.partition("?")[0]  # the loader's options follow
+    if path and "://" not in path and not resumed:
+        check_readable(path, setting)
+
+
+def check_amp(args: argparse.Namespace, setting: str, enabled: bool, device: str) -> None:
+    """Check that a training in mixed precision has a GPU; raises ValueError."""
+    if enabled and not args.eval_only and device == "cpu":
+        raise ValueError(
+            f"{setting}: mixed precision needs a GPU, and this run is on the CPU; set it to False"
+        )
+
+
 def warn(device: str, mismatches: Iterable[str]) -> None:
     """Warn that a run is on the CPU, and of wrong pixel settings."""
     if device == "cpu":
@@ -87,24 +121,54 @@ def run(
         main: trains or evaluates.
 
     Raises:
-        SystemExit: if the set-up fails; the message is the ValueError's.
+        SystemExit: if the set-up fails, or the run ends with a RunError or a full disk. The
+            message is the error's.
     """
     try:
         cfg = setup(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    if args.num_gpus * args.num_machines <= 1:
-        main(args, cfg)
-        return
-    launch(
-        _run_process,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args, setup, main),
-    )
+    setting = "OUTPUT_DIR" if isinstance(cfg, CfgNode) else "train.output_dir"
+    folder = cfg.OUTPUT_DIR if isinstance(cfg, CfgNode) else cfg.train.output_dir
+    writes = not args.eval_only and not args.machine_rank and folder and "://" not in folder
+    with _ending_in_a_line(), occupy(folder, setting) if writes else nullcontext():
+        if args.num_gpus * args.num_machines <= 1:
+            main(args, cfg)
+            return
+        launch(
+            _run_process,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args, setup, main),
+        )
 
 
 def _run_process(args: argparse.Namespace, setup: Callable, main: Callable) -> None:
-    main(args, setup(args))  # a spawned process has registered nothing yet
+    with _ending_in_a_line():
+        main(args, setup(args))  # a spawned process has registered nothing yet
+
+
+@contextmanager
+def _ending_in_a_line() -> Iterator[None]:
+    """Show an expected error as a line, without a traceback, and exit."""
+    # Detectron2's loop logs each exception with its traceback.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(_is_unexpected)
+    try:
+        yield
+    except (RunError, OSError) as error:
+        if not _is_expected(error):
+            raise
+        sys.exit(f"error: {error}")
+    except ProcessExitedException as end:  # that process has shown the line
+        sys.exit(end.exit_code)
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and _is_expected(record.exc_info[1]))
+
+
+def _is_expected(error: BaseException | None) -> bool:
+    no_room = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, RunError) or no_room

@@ -21,7 +21,10 @@ from yaml import YAMLError
 from plugin_core.errors import ArgumentError, did_you_mean
 
 # Detectron2 reads these keys, although its own configs do not set them.
-_OPTIONAL_LAZY_KEYS = ("train.seed", "train.cudnn_benchmark", "train.float32_precision")
+_OPTIONAL_LAZY_KEYS = (
+    *("train.seed", "train.cudnn_benchmark", "train.float32_precision"),
+    "train.max_non_finite_steps",  # of tools/lazyconfig_train_net.py
+)
 
 
 def add_plugin_config(cfg: CN) -> None:
@@ -99,6 +102,14 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.SOLVER.LR_FACTORS = []
     # With ADAMW, SOLVER.CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": the norm of all
     # gradients together.
+
+    # ---------------------------------------------------------------------------- #
+    # Trainings that survive
+    # ---------------------------------------------------------------------------- #
+    # A step whose loss is not finite is left out. So many in a row end the training.
+    cfg.SOLVER.MAX_NON_FINITE_STEPS = 20
+    # Whether a training leaves out images that cannot be read. If not, the first one ends it.
+    cfg.INPUT.SKIP_BAD_IMAGES = False
 
     # ---------------------------------------------------------------------------- #
     # A detector of MMDetection. Read where MODEL.META_ARCHITECTURE is "MMDetDetector".

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import logging
+import struct
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -15,25 +19,136 @@ from detectron2.data import (
     MapDataset,
     build_detection_train_loader,
 )
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
+
+from plugin_core.training import RunError
+
+logger = logging.getLogger("detectron2.plugins")
+
+_MOST_IN_A_ROW = 1000
+
+
+class DataError(RunError):
+    """An image of the user's data cannot be read.
+
+    Args:
+        message: names the image and what is wrong with it. PyTorch wraps a worker process's
+            traceback around the message. The traceback is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+@contextmanager
+def naming_image(dataset_dict: Mapping[str, Any]) -> Iterator[None]:
+    """Name the image that cannot be read; raises DataError."""
+    name = dataset_dict.get("file_name")
+    try:
+        yield
+    except SizeMismatchError as error:
+        raise DataError(f"image {name!r} does not fit its annotations: {error}") from error
+    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        # of Pillow, for a broken image
+        raise DataError(
+            f"image {name!r} cannot be read ({error}); restore the file, or take the image out of "
+            "the dataset's annotations"
+        ) from error
 
 
 class PluginDatasetMapper(DatasetMapper):
     """Detectron2's mapper, naming the image that does not decode."""
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        try:
+        with naming_image(dataset_dict):
             return super().__call__(dataset_dict)
-        except (OSError, SyntaxError) as error:  # of Pillow, for a broken image
-            raise ValueError(
-                f"image {dataset_dict['file_name']!r} cannot be read ({error}); restore the file, "
-                "or take the image out of the dataset's annotations"
-            ) from error
 
 
-class ResumableTrainLoader:
+class NamingMapper:
+    """Any mapper, naming the image that does not decode.
+
+    Args:
+        mapper: of a sample.
+    """
+
+    def __init__(self, mapper: Callable[[dict[str, Any]], Any]) -> None:
+        self.mapper = mapper
+
+    def __call__(self, dataset_dict: dict[str, Any]) -> Any:
+        with naming_image(dataset_dict):
+            return self.mapper(dataset_dict)
+
+
+class TrainLoader:
+    """A loader that tells of the images that :class:`ReadableDataset` left out.
+
+    Args:
+        loader: gives batches, which are lists of samples.
+
+    Attributes:
+        left_out: how often each image was left out.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+        self.left_out: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self._tell, self._loader)
+
+    def _tell(self, batch: Any) -> Any:
+        for sample in batch if isinstance(batch, list) else ():
+            reasons = sample.pop("left_out", {}) if isinstance(sample, dict) else {}
+            for name, reason in reasons.items():
+                if name not in self.left_out:
+                    logger.warning("Left out: %s", reason)
+                self.left_out[name] += 1
+        return batch
+
+
+class ReadableDataset(Dataset):
+    """Gives another sample, drawn by NumPy's random numbers, in the place of an unreadable one.
+
+    Args:
+        samples: of Detectron2's kind.
+        mapper: of a sample; raises DataError where an image cannot be read.
+    """
+
+    def __init__(self, samples: Sequence[dict[str, Any]], mapper: Callable) -> None:
+        self.samples = DatasetFromList(list(samples), copy=False)
+        self.mapped = MapDataset(self.samples, mapper)
+        self.wide = [s.get("width", 0) > s.get("height", 0) for s in samples]
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            return self.mapped[index]
+        except DataError as error:
+            left_out, last = {self.samples[index]["file_name"]: str(error)}, error
+        others = np.random.permutation(len(self))
+        others = others[others != index]
+        # Batches are grouped by shape. So one of the same shape comes first.
+        for other in sorted(others, key=lambda i: self.wide[i] != self.wide[index])[
+            : _MOST_IN_A_ROW - 1
+        ]:
+            try:
+                sample = self.mapped[int(other)]
+            except DataError as error:
+                left_out[self.samples[int(other)]["file_name"]], last = str(error), error
+                continue
+            # It joins the batch that waits for the unreadable one.
+            shape = {k: v for k, v in self.samples[index].items() if k in ("width", "height")}
+            return {**sample, **shape, "left_out": left_out}
+        raise DataError(f"all of {len(left_out)} images in turn cannot be read; the last: {last}")
+
+
+class ResumableTrainLoader(TrainLoader):
     """Detectron2's train loader, able to go on where a training stopped.
 
     When a training is resumed, Detectron2 begins its stream of samples anew, and random numbers
@@ -50,12 +165,16 @@ class ResumableTrainLoader:
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        super().__init__(None)
         self.start_iter = 0
         self._seed = cfg.SEED
         self._stream: _SampleStream | None = None
-        mapper = PluginDatasetMapper(cfg, is_train=True)
+        mapper: Any = PluginDatasetMapper(cfg, is_train=True)
         if self._seed < 0:
-            self._loader = build_detection_train_loader(cfg, mapper=mapper)
+            parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
+            if cfg.INPUT.SKIP_BAD_IMAGES and parts["dataset"]:
+                parts["dataset"] = ReadableDataset(parts["dataset"], parts.pop("mapper"))
+            self._loader = build_detection_train_loader(**{"mapper": None, **parts})
             return
         random_state = np.random.get_state()
         np.random.seed(derive_seed(self._seed))  # the sampler draws its own seed from NumPy
@@ -78,7 +197,9 @@ class ResumableTrainLoader:
             # workers. One by one, the samples come in the stream's order.
             parts["total_batch_size"] = comm.get_world_size()
         self._stream = _SampleStream(sampler, groups, self._batch_size)
-        mapped = MapDataset(DatasetFromList(samples, copy=False), mapper)
+        mapped: Any = MapDataset(DatasetFromList(samples, copy=False), mapper)
+        if cfg.INPUT.SKIP_BAD_IMAGES:
+            mapped = ReadableDataset(samples, mapper)
         dataset = _SeededDataset(mapped, self._seed, comm.get_rank())
         self._loader = build_detection_train_loader(
             dataset=dataset, mapper=None, sampler=self._stream, **parts
@@ -87,7 +208,7 @@ class ResumableTrainLoader:
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         # A generator: workers start at the first batch, when `start_iter` is known.
         if self._stream is None:
-            yield from self._loader
+            yield from super().__iter__()
             return
         self._stream.batches_done = self.start_iter
         if self._grouped:
@@ -97,7 +218,7 @@ class ResumableTrainLoader:
             batches = iter(lambda: list(itertools.islice(samples, self._batch_size)), [])
         for iteration, batch in enumerate(batches, self.start_iter):
             torch.manual_seed(derive_seed(self._seed, comm.get_rank(), iteration, 1))
-            yield batch
+            yield self._tell(batch)
 
 
 class _SampleStream(Sampler):
@@ -134,7 +255,7 @@ class _SampleStream(Sampler):
 class _SeededDataset(Dataset):
     """Loads a sample with random numbers that depend on its place in the stream only."""
 
-    def __init__(self, dataset: MapDataset, seed: int, rank: int) -> None:
+    def __init__(self, dataset: Any, seed: int, rank: int) -> None:
         self.dataset = dataset
         self.seed = seed
         self.rank = rank

@@ -1,37 +1,45 @@
-"""Detectron2's ``DefaultTrainer`` with the dataset's evaluator and exact resuming."""
+"""Detectron2's ``DefaultTrainer`` with the dataset's evaluator, for trainings that survive."""
 
 from __future__ import annotations
 
 import logging
 import os
+import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
+from detectron2.solver import LRMultiplier
 from torch import nn
 from torch.utils.data import DataLoader
 
+from d2_plugins.checkpointer import PluginCheckpointer, find_resumable
 from d2_plugins.data import PluginDatasetMapper, ResumableTrainLoader
 from d2_plugins.evaluation import build_evaluator
 from d2_plugins.optimizer import build_optimizer
+from d2_plugins.training_loop import (
+    GuardedAMPTrainer,
+    GuardedTrainer,
+    TellLeftOut,
+    without_base_lrs,
+)
+from plugin_core.training.non_finite import NonFiniteGuard
+
+__all__ = ["PluginCheckpointer", "PluginTrainer", "find_resumable"]
 
 logger = logging.getLogger(__name__)
 
-
-class PluginCheckpointer(DetectionCheckpointer):
-    """``DetectionCheckpointer`` that also reads MMDetection's checkpoints."""
-
-    def _load_file(self, filename: str) -> dict[str, Any]:
-        loaded = super()._load_file(filename)
-        state_dict = loaded["model"].get("state_dict")
-        return {"model": dict(state_dict)} if isinstance(state_dict, Mapping) else loaded
+# Settings of the optimizer and its schedule. A resumed training says which of them are new.
+_SCHEDULE = (
+    *("OPTIMIZER", "BASE_LR", "LR_FACTORS", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV"),
+    *("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS", "LR_SCHEDULER_NAME", "STEPS"),
+    *("GAMMA", "MAX_ITER", "WARMUP_METHOD", "WARMUP_ITERS", "WARMUP_FACTOR"),
+)
 
 
 class PluginTrainer(DefaultTrainer):
@@ -40,6 +48,9 @@ class PluginTrainer(DefaultTrainer):
     With a ``SEED``, a stopped and resumed training ends with the same weights as an uninterrupted
     one. ``TEST.PRECISE_BN`` is an exception: its own stream of data begins anew. Where ``TEST.AUG``
     asks for it, evaluation with test-time augmentation follows the training.
+
+    Steps whose loss is not finite are left out, at most ``SOLVER.MAX_NON_FINITE_STEPS`` in a row.
+    A resumed training takes the optimizer's settings and the schedule of its config.
     """
 
     def train(self) -> Any:
@@ -47,10 +58,9 @@ class PluginTrainer(DefaultTrainer):
         return super().train()
 
     def resume_or_load(self, resume: bool = True) -> None:
-        if resume and self.checkpointer.has_checkpoint():
-            super().resume_or_load()
-        else:
-            PluginCheckpointer(self.model).load(self.cfg.MODEL.WEIGHTS)
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if self.checkpointer.resumed:
+            self.start_iter = self.iter + 1
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
@@ -59,18 +69,43 @@ class PluginTrainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        super().load_state_dict(without_base_lrs(state_dict))
         if "_trainer" in state_dict:
             self._trainer.load_state_dict(state_dict["_trainer"])
+        if isinstance(self.scheduler, LRMultiplier):
+            for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+                group["lr"] = lr
 
     def build_hooks(self) -> list[HookBase | None]:
-        all_hooks = super().build_hooks()
+        self._guard()
+        all_hooks = [*super().build_hooks(), TellLeftOut(self._trainer.guard, self.data_loader)]
         if self.cfg.TEST.AUG.ENABLED:
             # At the same place in every process: only the main one has a writer after it.
             place = [isinstance(hook, hooks.EvalHook) for hook in all_hooks].index(True) + 1
             tta = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
             all_hooks.insert(place, tta)
         return all_hooks
+
+    def _guard(self) -> None:
+        """Put a guarded loop and checkpointer in the place of those that Detectron2 has made."""
+        cfg: Any = self.cfg
+        parts = self.model, self.data_loader, self.optimizer
+        del self._trainer  # and the workers that it may have started
+        make_trainer = GuardedAMPTrainer if cfg.SOLVER.AMP.ENABLED else GuardedTrainer
+        setting = "SOLVER.MAX_NON_FINITE_STEPS"
+        self._trainer = make_trainer(
+            *parts,
+            guard=NonFiniteGuard(cfg.SOLVER.MAX_NON_FINITE_STEPS, setting),
+            settings={f"SOLVER.{key}": _plain(cfg.SOLVER[key]) for key in _SCHEDULE},
+            remedy="Lower SOLVER.BASE_LR, set SOLVER.CLIP_GRADIENTS.ENABLED True, or look at the "
+            "annotations of these images; then go on with --resume",
+        )
+        self.checkpointer = self._trainer.checkpointer = PluginCheckpointer(
+            self.model,
+            cfg.OUTPUT_DIR,
+            thing_classes=MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("thing_classes"),
+            trainer=weakref.proxy(self),
+        )
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -98,3 +133,8 @@ class PluginTrainer(DefaultTrainer):
         evaluators = [build_evaluator(cfg, name, output_dir) for name in cfg.DATASETS.TEST]
         results = cls.test(cfg, GeneralizedRCNNWithTTA(cfg, model), evaluators)
         return OrderedDict((f"{task}_TTA", result) for task, result in results.items())
+
+
+def _plain(value: Any) -> Any:
+    """Give the same value for lists and tuples, which a checkpoint and a config mix up."""
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -21,6 +21,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with open(part, "wb") as file:
             yield file
+            # On the disk first, so that a crash of the machine leaves no empty file in place
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         with suppress(FileNotFoundError):

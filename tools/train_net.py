@@ -21,10 +21,19 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from d2_plugins import add_plugin_config, merge_config
-from d2_plugins.command_line import apply_arguments, check_batch_size, parse_args, run, warn
+from d2_plugins.command_line import (
+    apply_arguments,
+    check_amp,
+    check_batch_size,
+    check_files,
+    parse_args,
+    run,
+    warn,
+)
 from d2_plugins.pixels import find_mismatches
 from d2_plugins.preflight import check_config
 from d2_plugins.trainer import PluginCheckpointer, PluginTrainer
+from plugin_core.training.non_finite import NonFiniteGuard
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
@@ -36,6 +45,9 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     check_batch_size(args, "SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH)
+    check_amp(args, "SOLVER.AMP.ENABLED", cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
+    NonFiniteGuard(cfg.SOLVER.MAX_NON_FINITE_STEPS, "SOLVER.MAX_NON_FINITE_STEPS")
+    check_files(args, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     check_config(cfg, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()
     return cfg
@@ -46,7 +58,7 @@ def main(args: argparse.Namespace, cfg: CfgNode) -> Any:
     warn(cfg.MODEL.DEVICE, find_mismatches(cfg))
     if args.eval_only:
         model = PluginTrainer.build_model(cfg)
-        checkpointer = PluginCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer = PluginCheckpointer(model, save_dir=cfg.OUTPUT_DIR, whole=True)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = PluginTrainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:

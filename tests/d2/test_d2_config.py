@@ -60,10 +60,12 @@ def test_plugins_are_off_by_default():
     }
     assert dict(cfg.MODEL.MMDET) == {"CONFIG": "", "OVERRIDES": []}
     assert (cfg.SOLVER.OPTIMIZER, cfg.SOLVER.LR_FACTORS) == ("SGD", [])
+    assert (cfg.SOLVER.MAX_NON_FINITE_STEPS, cfg.INPUT.SKIP_BAD_IMAGES) == (20, False)
     for key in ("IDA", "BATCHFORMER"):
         del cfg.MODEL.ROI_BOX_HEAD[key]
-    for key in ("OPTIMIZER", "LR_FACTORS"):
+    for key in ("OPTIMIZER", "LR_FACTORS", "MAX_NON_FINITE_STEPS"):
         del cfg.SOLVER[key]
+    del cfg.INPUT["SKIP_BAD_IMAGES"]
     del cfg.MODEL["MMDET"]
     assert cfg == get_cfg()
 

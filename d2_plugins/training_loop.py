@@ -1,0 +1,199 @@
+"""Detectron2's training loops, leaving out bad steps and taking new settings when resumed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from d2_plugins.checkpointer import PluginCheckpointer
+from plugin_core.training import RunError
+from plugin_core.training.non_finite import (
+    NonFiniteGuard,
+    NonFiniteLoss,
+    copy_statistics,
+    restore_statistics,
+)
+
+logger = logging.getLogger("detectron2.plugins")
+
+# Where a change means that the optimizer's momenta are of another kind
+_KINDS = ("SOLVER.OPTIMIZER", "optimizer._target_")
+
+
+class _LeaveOut(Exception):
+    """The step's loss is not finite."""
+
+
+class GuardedTrainer(SimpleTrainer):
+    """``SimpleTrainer`` that leaves out steps whose loss is not finite.
+
+    Neither parameters nor batch norms' statistics change in such a step. The schedule goes on.
+
+    Args:
+        model: as for ``SimpleTrainer``.
+        data_loader: likewise.
+        optimizer: likewise.
+        guard: says which steps are left out.
+        settings: of the optimizer and its schedule, by name. They are saved, so that a resumed
+            training can say what has changed.
+        remedy: for too many such steps in a row.
+
+    Attributes:
+        checkpointer: of the run, for messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Any,
+        optimizer: Optimizer,
+        *,
+        guard: NonFiniteGuard,
+        settings: Mapping[str, Any],
+        remedy: str,
+    ) -> None:
+        super().__init__(model, data_loader, optimizer)
+        self._data_loader_iter = self._remember(self._data_loader_iter)
+        self.guard, self.settings, self.remedy = guard, dict(settings), remedy
+        self.checkpointer: PluginCheckpointer | None = None
+        self._batch: Any = None
+
+    def _remember(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for self._batch in batches:
+            yield self._batch
+
+    def run_step(self) -> None:
+        statistics = copy_statistics(self.model)
+        try:
+            super().run_step()
+        except _LeaveOut as wrong:
+            # Only now, as the processes of a distributed training go through the backward together
+            self.optimizer.zero_grad()
+            restore_statistics(statistics)
+            logger.warning("Step %d left out: %s", self.iter, wrong)
+
+    def _write_metrics(
+        self, loss_dict: Mapping[str, Tensor], data_time: float, prefix: str = ""
+    ) -> None:
+        # Detectron2 calls this between the backward and the optimizer's step.
+        total = sum(value.detach() for value in loss_dict.values())
+        try:
+            wrong = self.guard.check({**loss_dict, "loss": total}, find_images(self._batch))
+        except NonFiniteLoss as error:
+            last = self.checkpointer.last_good if self.checkpointer else ""
+            raise NonFiniteLoss(
+                f"{error}; last good checkpoint: {last or 'none'}. {self.remedy}"
+            ) from None
+        if wrong:
+            raise _LeaveOut(wrong)
+        super()._write_metrics(loss_dict, data_time, prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "parameter_names": self._names(),
+            "settings": self.settings,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        state = without_base_lrs(state_dict)
+        old, new = state.get("settings", self.settings), self.settings
+        changes = [
+            f"{key} {old.get(key)!r} -> {new.get(key)!r}"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        ]
+        if changes:
+            logger.warning(
+                "Resumed at iteration %d with other settings, which hold from here on: %s",
+                state["iteration"] + 1,
+                ", ".join(changes),
+            )
+        same_kind = all(old.get(key) == new.get(key) for key in _KINDS)
+        state["optimizer"] = self._fit(state["optimizer"], state.get("parameter_names"), same_kind)
+        super().load_state_dict(state)
+
+    def _names(self) -> list[str]:
+        """Name the parameters in the optimizer's order."""
+        names = {p: name.removeprefix("module.") for name, p in self.model.named_parameters()}
+        groups = self.optimizer.param_groups
+        return [names.get(p, "") for group in groups for p in group["params"]]
+
+    def _fit(self, saved: Any, names: list[str] | None, same_kind: bool) -> dict[str, Any]:
+        """Give each parameter its momenta, and its group the settings of now."""
+        fresh = self.optimizer.state_dict()
+        groups = fresh["param_groups"]
+        same_groups = [len(g["params"]) for g in groups] == [
+            len(g["params"]) for g in saved["param_groups"]
+        ]
+        if names is None and not same_groups:
+            raise RunError(
+                "--resume: the checkpoint's optimizer has other groups of parameters, and does not "
+                "name them; set the weight decays and learning rate factors as they were"
+            )
+        numbers = {name: i for i, name in enumerate(names or ())}
+        state = saved["state"]
+        if names is not None:
+            places = {i: numbers.get(name) for i, name in enumerate(self._names())}
+            state = {i: state[place] for i, place in places.items() if place in state}
+        for i, group in enumerate(groups):
+            # A schedule that is made later begins with this.
+            group.setdefault("initial_lr", group["lr"])
+            if same_groups:
+                group["lr"] = saved["param_groups"][i]["lr"]
+        return {"state": state if same_kind else {}, "param_groups": groups}
+
+
+class GuardedAMPTrainer(GuardedTrainer, AMPTrainer):
+    """``AMPTrainer`` that leaves out steps whose loss is not finite.
+
+    Overflows of gradients are its scaler's own affair.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # A training without mixed precision has saved none.
+        super().load_state_dict({"grad_scaler": self.grad_scaler.state_dict(), **state_dict})
+
+
+class TellLeftOut(HookBase):
+    """Says at the end of a training what was left out.
+
+    Args:
+        guard: of the training's steps.
+        loader: of its data.
+    """
+
+    def __init__(self, guard: NonFiniteGuard, loader: Any) -> None:
+        self.guard, self.loader = guard, loader
+
+    def after_train(self) -> None:
+        if self.guard.total:
+            logger.warning("%d steps were left out, as their loss was not finite", self.guard.total)
+        names = getattr(self.loader, "left_out", None)
+        if names:
+            few = ", ".join(map(repr, list(names)[:5])) + (", …" if len(names) > 5 else "")
+            logger.warning(
+                "%d unreadable images were left out, %d times in all: %s",
+                len(names),
+                sum(names.values()),
+                few,
+            )
+
+
+def without_base_lrs(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy a trainer's state without the learning rates that its schedule began with."""
+    hooks = dict(state.get("hooks", {}))
+    if "LRScheduler" in hooks:
+        hooks["LRScheduler"] = {k: v for k, v in hooks["LRScheduler"].items() if k != "base_lrs"}
+    return {**state, "hooks": hooks}
+
+
+def find_images(batch: Any) -> list[str]:
+    """List the images of a batch, as far as their paths are known."""
+    samples = batch if isinstance(batch, (list, tuple)) else []
+    return [str(s["file_name"]) for s in samples if isinstance(s, dict) and "file_name" in s]

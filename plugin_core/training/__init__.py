@@ -1,0 +1,1 @@
+"""What keeps a training alive, and its folder in order, in either framework."""
