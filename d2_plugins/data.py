@@ -25,36 +25,24 @@ from detectron2.utils.env import seed_all_rng
 from PIL import Image
 from torch.utils.data import Dataset, Sampler
 
-from plugin_core.training import RunError
+from plugin_core.training.unreadable_images import UnreadableImage
 
 logger = logging.getLogger("detectron2.plugins")
 
 _MOST_IN_A_ROW = 1000
 
 
-class DataError(RunError):
-    """An image of the user's data cannot be read.
-
-    Args:
-        message: names the image and what is wrong with it. PyTorch wraps a worker process's
-            traceback around the message. The traceback is left out.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
-
-
 @contextmanager
 def naming_image(dataset_dict: Mapping[str, Any]) -> Iterator[None]:
-    """Name the image that cannot be read; raises DataError."""
+    """Name the image that cannot be read; raises UnreadableImage."""
     name = dataset_dict.get("file_name")
     try:
         yield
     except SizeMismatchError as error:
-        raise DataError(f"image {name!r} does not fit its annotations: {error}") from error
+        raise UnreadableImage(f"image {name!r} does not fit its annotations: {error}") from error
     except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
         # of Pillow, for a broken image
-        raise DataError(
+        raise UnreadableImage(
             f"image {name!r} cannot be read ({error}); restore the file, or take the image out of "
             "the dataset's annotations"
         ) from error
@@ -115,7 +103,7 @@ class ReadableDataset(Dataset):
 
     Args:
         samples: of Detectron2's kind.
-        mapper: of a sample; raises DataError where an image cannot be read.
+        mapper: of a sample; raises UnreadableImage where an image cannot be read.
     """
 
     def __init__(self, samples: Sequence[dict[str, Any]], mapper: Callable) -> None:
@@ -129,7 +117,7 @@ class ReadableDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return self.mapped[index]
-        except DataError as error:
+        except UnreadableImage as error:
             left_out, last = {self.samples[index]["file_name"]: str(error)}, error
         others = np.random.permutation(len(self))
         others = others[others != index]
@@ -139,13 +127,15 @@ class ReadableDataset(Dataset):
         ]:
             try:
                 sample = self.mapped[int(other)]
-            except DataError as error:
+            except UnreadableImage as error:
                 left_out[self.samples[int(other)]["file_name"]], last = str(error), error
                 continue
             # It joins the batch that waits for the unreadable one.
             shape = {k: v for k, v in self.samples[index].items() if k in ("width", "height")}
             return {**sample, **shape, "left_out": left_out}
-        raise DataError(f"all of {len(left_out)} images in turn cannot be read; the last: {last}")
+        raise UnreadableImage(
+            f"all of {len(left_out)} images in turn cannot be read; the last: {last}"
+        )
 
 
 class ResumableTrainLoader(TrainLoader):

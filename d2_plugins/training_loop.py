@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from plugin_core.training.non_finite import (
     copy_statistics,
     restore_statistics,
 )
+from plugin_core.training.unreadable_images import summarize_left_out
 
 logger = logging.getLogger("detectron2.plugins")
 
@@ -174,15 +176,8 @@ class TellLeftOut(HookBase):
     def after_train(self) -> None:
         if self.guard.total:
             logger.warning("%d steps were left out, as their loss was not finite", self.guard.total)
-        names = getattr(self.loader, "left_out", None)
-        if names:
-            few = ", ".join(map(repr, list(names)[:5])) + (", …" if len(names) > 5 else "")
-            logger.warning(
-                "%d unreadable images were left out, %d times in all: %s",
-                len(names),
-                sum(names.values()),
-                few,
-            )
+        if told := summarize_left_out(getattr(self.loader, "left_out", Counter())):
+            logger.warning(told)
 
 
 def without_base_lrs(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from plugin_core.checkpoints.reading import read_checkpoint
+from plugin_core.training.errors import RunError
 
 
 def check_readable(path: str, setting: str) -> None:
@@ -18,26 +22,28 @@ def check_readable(path: str, setting: str) -> None:
         setting: that names it, for the message.
 
     Raises:
-        ValueError: names the setting, the file and what is wrong.
+        RunError: names the setting, the file and what is wrong.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"{setting}: there is no checkpoint {path!r}")
+        raise RunError(f"{setting}: there is no checkpoint {path!r}")
     with open(path, "rb") as file:
-        start = file.read(64).lstrip().lower()
-    if not start and not os.path.getsize(path):
-        raise ValueError(f"{setting}: {path!r} is empty (0 bytes); download or write it again")
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise ValueError(
+        start = file.read(64)
+    if not start:
+        raise RunError(f"{setting}: {path!r} is empty (0 bytes); download or write it again")
+    if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise RunError(
             f"{setting}: {path!r} is a web page, not a checkpoint; download the file itself"
         )
     try:
-        damaged = _damaged_part(path)
-        if damaged is None:
-            read_checkpoint(path)
+        read_checkpoint(path)
     except ValueError as error:
-        raise ValueError(f"{setting}: {error}") from error
+        # Only tools/convert_checkpoint.py has this option.
+        command = "tools/convert_checkpoint.py --trust makes a file of its weights alone"
+        told = str(error).replace("--trust lets it", command)
+        raise RunError(f"{setting}: {told}") from error
+    damaged = _damaged_part(path)
     if damaged:
-        raise ValueError(
+        raise RunError(
             f"{setting}: {path!r} is damaged, in its part {damaged!r}; download or write it again"
         )
 
@@ -45,17 +51,15 @@ def check_readable(path: str, setting: str) -> None:
 def is_whole(path: str | os.PathLike[str]) -> bool:
     """Tell whether a checkpoint can be read to its end."""
     path = os.fspath(path)
-    if not os.path.isfile(path):
-        return False
-    with suppress(ValueError, OSError):
-        if zipfile.is_zipfile(path):  # of PyTorch; what else it holds does not matter here
+    with suppress(OSError, ValueError):
+        if zipfile.is_zipfile(path):  # of PyTorch; what the file holds is another question
             return _damaged_part(path) is None
-        read_checkpoint(path)
+        check_readable(path, "")
         return True
     return False
 
 
-def newest_whole(paths: Iterable[str]) -> tuple[str | None, list[str]]:
+def newest_whole(paths: Sequence[str]) -> tuple[str | None, list[str]]:
     """Find the first whole file.
 
     Args:
@@ -70,6 +74,47 @@ def newest_whole(paths: Iterable[str]) -> tuple[str | None, list[str]]:
             return path, damaged
         damaged.append(path)
     return None, damaged
+
+
+def find_resumable(
+    folder: str, named: str, work_dir: str | None = None, *, final: Sequence[str] = ()
+) -> tuple[str | None, list[str]]:
+    """Find the newest whole checkpoint of a training.
+
+    Args:
+        folder: with the checkpoints.
+        named: their names, such as "model_{}.pth".
+        work_dir: folder with the file ``last_checkpoint``; by default the same folder.
+        final: names of checkpoints of a training's end.
+
+    Returns:
+        Its path, or None if there is no checkpoint; and the newer ones that are damaged.
+
+    Raises:
+        RunError: if there are checkpoints and none is whole.
+    """
+    pattern = re.compile(r"(\d+)".join(map(re.escape, named.split("{}"))))
+    present = os.listdir(folder) if os.path.isdir(folder) else []
+    numbers = {int(match[1]): name for name in present if (match := pattern.fullmatch(name))}
+    last = ""
+    with suppress(OSError, UnicodeDecodeError):
+        text = Path(work_dir or folder, "last_checkpoint").read_text(encoding="utf-8")
+        last = os.path.basename(text.strip())
+    # Files with higher numbers than the last one are of an earlier training in the same folder.
+    match = pattern.fullmatch(last)
+    limit = int(match[1]) if match else math.inf
+    names = [numbers[number] for number in sorted(numbers, reverse=True) if number <= limit]
+    if not last:
+        names = [name for name in final if name in present] + names
+    elif last not in names:
+        names.insert(0, last)
+    path, damaged = newest_whole([os.path.join(folder, name) for name in names])
+    if path is None and damaged:
+        raise RunError(
+            f"--resume: no checkpoint in {folder!r} is whole: {', '.join(map(repr, damaged))}; "
+            "leave out --resume to begin anew"
+        )
+    return path, damaged
 
 
 def _damaged_part(path: str) -> str | None:

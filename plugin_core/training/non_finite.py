@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-logger = logging.getLogger(__name__)
-_NAMED_STEPS = 3  # further ones are counted only
+from plugin_core.training.errors import RunError
+
+MAX_NON_FINITE_STEPS = 20
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(RunError):
     """The loss was not finite for too many steps in a row."""
 
 
@@ -22,73 +23,65 @@ class NonFiniteGuard:
 
     Args:
         limit: number of steps in a row without a finite loss that ends the training.
-        setting: that holds the limit, for the message.
-        last_checkpoint: gives the path of the last checkpoint, or None. It is asked at the first
-            of several steps in a row, as later checkpoints are no better.
+        setting: that holds the limit, for messages.
 
     Attributes:
-        steps: checked so far.
-        skipped: steps that were not finite.
-        in_a_row: the last steps that were not finite, without a finite one between them.
+        in_a_row: number of steps since the last one whose loss was finite.
+        total: number of steps without a finite loss.
 
     Raises:
         ValueError: if the limit is no whole number from 1.
     """
 
-    def __init__(
-        self,
-        limit: int = 20,
-        setting: str = "",
-        last_checkpoint: Callable[[], str | None] = lambda: None,
-    ) -> None:
+    def __init__(self, limit: int, setting: str) -> None:
         if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-            raise ValueError(f"{setting or 'limit'}: must be a whole number from 1, got {limit!r}")
-        self.limit, self.setting, self.last_checkpoint = limit, setting, last_checkpoint
-        self.steps = self.skipped = self.in_a_row = 0
-        self._good: str | None = None
+            raise ValueError(f"{setting}: must be a whole number from 1, got {limit!r}")
+        self.limit, self.setting = limit, setting
+        self.in_a_row = self.total = 0
 
-    def check(self, losses: Mapping[str, Tensor], batch: Callable[[], str]) -> bool:
-        """Tell whether a step's losses are all finite; otherwise the step is to be left out.
+    def check(self, losses: Mapping[str, Tensor], images: Sequence[str]) -> str | None:
+        """Say what is wrong with a step that is to be left out; None if nothing is.
 
         Args:
-            losses: by name, of this process.
-            batch: names the images of this process.
+            losses: of this process by name, with "loss", their sum.
+            images: of this process's part of the batch.
 
         Raises:
             NonFiniteLoss: if it is one step too many.
         """
-        self.steps += 1
-        values = torch.stack([loss.detach().float().sum() for loss in losses.values()])
-        wrong = (~torch.isfinite(values)).any().float()
+        bad = (~torch.isfinite(losses["loss"].detach())).any().float().reshape(1)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(wrong, torch.distributed.ReduceOp.MAX)
-        if not wrong.item():
+            torch.distributed.all_reduce(bad, torch.distributed.ReduceOp.MAX)
+        if not bad.item():
             self.in_a_row = 0
-            return True
-        if not self.in_a_row:
-            self._good = self.last_checkpoint()
-        self.skipped += 1
-        self.in_a_row += 1
-        told = [
-            f"{name} is {value}"
-            for name, value in zip(losses, values.tolist(), strict=True)
-            if not math.isfinite(value)
-        ]
-        what = f"{', '.join(told) or 'the loss of another process'}; images: {batch()}"
-        if self.in_a_row >= self.limit:
-            where = f" ({self.setting})" if self.setting else ""
-            raise NonFiniteLoss(
-                f"the loss was not finite in {self.in_a_row} steps in a row{where}; in the last, "
-                f"{what}; last checkpoint before: {self._good or 'none'}; lower the learning rate, "
-                "clip gradients, or look at these images and their boxes"
-            )
-        if self.skipped <= _NAMED_STEPS:
-            more = "; further ones are only counted" if self.skipped == _NAMED_STEPS else ""
-            logger.warning(f"Step skipped, as its loss is not finite: {what}{more}")
-        return False
-
-    def summary(self) -> str | None:
-        """Say how many steps were skipped; None if none was."""
-        if not self.skipped:
             return None
-        return f"{self.skipped} of {self.steps} steps were skipped, as their loss was not finite"
+        self.in_a_row += 1
+        self.total += 1
+        values = {name: value.detach().mean().item() for name, value in losses.items()}
+        wrong = [f"{name} = {value}" for name, value in values.items() if not math.isfinite(value)]
+        told = f"{', '.join(wrong) or 'the loss of another process'} with the images " + (
+            ", ".join(images) or "of this batch"
+        )
+        if self.in_a_row >= self.limit:
+            raise NonFiniteLoss(
+                f"the loss was not finite in {self.in_a_row} steps in a row ({self.setting}); "
+                f"in the last {told}"
+            )
+        return told
+
+
+def copy_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Copy the statistics that batch norms change in a forward, each beside the one in use."""
+    return [
+        (buffer, buffer.clone())
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.training
+        for buffer in module.buffers()
+    ]
+
+
+@torch.no_grad()
+def restore_statistics(statistics: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Undo what a forward has done since :func:`copy_statistics`."""
+    for buffer, before in statistics:
+        buffer.copy_(before)

@@ -8,11 +8,14 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
+
+from plugin_core.training.errors import RunError
 
 LOCK = ".training.lock"
 
 
-class OccupiedFolder(ValueError):
+class OccupiedFolder(RunError):
     """Another training is in the folder."""
 
 
@@ -54,7 +57,7 @@ def occupy(folder: str, setting: str) -> Iterator[None]:
             _write(file, "")
 
 
-def _write(file, text: str) -> None:  # type: ignore[no-untyped-def]
+def _write(file: TextIO, text: str) -> None:
     with suppress(OSError):  # of a full disk
         file.truncate(0)
         file.write(text)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from plugin_core.training.errors import RunError
 
-class UnreadableImage(ValueError):
+
+class UnreadableImage(RunError):
     """An image of the user's data cannot be read.
 
     Args:
