@@ -117,7 +117,9 @@ def prepare(
     """
     whence = "the checkpoint"
     test_masks = "any" if reads.use.masks else ""
-    test_use = replace(reads.use, split="test", masks=test_masks, keeps_empty=False)
+    test_use = replace(
+        reads.use, split="test", masks=test_masks, keeps_empty=False, skips_unreadable=False
+    )
     for setting, name, use in [
         *((*named, reads.use) for named in train),
         *((*named, test_use) for named in test),

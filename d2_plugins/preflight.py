@@ -114,13 +114,14 @@ def reads_of(config: str) -> Reads:
 
 
 def _reads(cfg: CfgNode, model: nn.Module | None) -> Reads:
-    number = _number_of_classes(model)
+    number = None if is_bridge(cfg) else _number_of_classes(model)
     node = "MODEL.RETINANET" if hasattr(model, "num_classes") else "MODEL.ROI_HEADS"
     use = Use(
         "train",
         cfg.INPUT.MASK_FORMAT if cfg.MODEL.MASK_ON else "",
         cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else 0,
         keeps_empty=len(cfg.DATASETS.TRAIN) > 1 or not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        skips_unreadable=cfg.INPUT.SKIP_BAD_IMAGES,
     )
     return Reads(use, heads=[] if number is None else [(f"{node}.NUM_CLASSES", number)])
 
@@ -220,6 +221,7 @@ def _lazy_reads(cfg: DictConfig, model: Any) -> Reads:
         (mask_format or "polygon") if masks else "",
         getattr(getattr(heads, "keypoint_head", None), "num_keypoints", 0),
         keeps_empty=len(_lazy_names(cfg, "train")) > 1 or keeps_empty,
+        skips_unreadable=bool(OmegaConf.select(cfg, "dataloader.train.mapper.skip_bad_images")),
     )
     number = _number_of_classes(model)
     node = "model" if heads is None else "model.roi_heads"

@@ -60,7 +60,7 @@ class Detectron2Detector(Detector):
         self.model: nn.Module = model.eval().requires_grad_(False)
         load_weights(self.model, weights, trust=trust)
         number = getattr(model, "roi_heads", model).num_classes
-        names = _class_names(datasets[0]) if datasets else ()
+        names = classes_of(weights) or (_class_names(datasets[0]) if datasets else ())
         # Another number of names belongs to another dataset than the model's.
         self.class_names = names if len(names) == number else tuple(map(str, range(number)))
 

@@ -16,10 +16,10 @@ from mmengine.config import Config
 from torch import distributed
 
 from mm_plugins.datasets import prepare
-from mm_plugins.launch import arrange, explain_errors, only_training
+from mm_plugins.launch import arrange, explain_errors, is_main, only_training
 from mm_plugins.pixels import find_mismatches
 from mm_plugins.preflight import check_config
-from mm_plugins.survival import OccupiedError, is_main
+from plugin_core.training.run_folder import OccupiedFolder
 
 
 def run(name: str) -> None:
@@ -78,7 +78,7 @@ def run(name: str) -> None:
     try:
         with only_training(args, cfg), explain_errors():
             script.main()
-    except OccupiedError as error:
+    except OccupiedFolder as error:
         sys.exit(f"error: {error}")
 
 

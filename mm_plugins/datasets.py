@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -16,6 +16,7 @@ from mmdet.registry import DATASETS, METRICS
 from mmengine.config import Config
 from torch import nn
 
+from mm_plugins.launch import is_main
 from plugin_core.datasets.check import Reads, Use
 from plugin_core.datasets.classes import check_classes, check_number_of_classes
 from plugin_core.datasets.coco_file import check_whole, read_text
@@ -65,7 +66,9 @@ def prepare(cfg: Config, model: nn.Module | None, *, train: bool) -> dict[str, s
             if not reads_texts:
                 first = first or (setting, classes)
                 _check_same_classes(classes, setting, *first)
-            read = _check(dataset, classes, setting, _use(loader, node, dataset, evaluators))
+            use = _use(loader, node, dataset, evaluators)
+            skips = use.split == "train" and cfg.get("unreadable_images") == "skip"
+            read = _check(dataset, classes, setting, replace(use, skips_unreadable=skips))
             copies[os.path.realpath(dataset.ann_file)] = read
             if read != dataset.ann_file:
                 changes[f"{dataset.setting}.ann_file"] = read
@@ -126,8 +129,6 @@ def _datasets(node: Any, setting: str, *, files: bool = True) -> Iterator[_Datas
     images = None
     if isinstance(folder, str) and folder and "://" not in folder:
         images = os.path.join(root, folder)
-        if files and not os.path.isdir(images):
-            raise ValueError(f"{setting}.data_prefix.img: there is no image folder {images!r}")
     if issubclass(kind, (CocoPanopticDataset, LVISV05Dataset)):
         if not files:
             return
@@ -198,11 +199,14 @@ def _check(dataset: _Dataset, classes: Sequence[str], setting: str, use: Use) ->
         found = checked_dataset(dataset.ann_file, dataset.images, use, classes, other_classes=True)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+    if dataset.images is not None and not os.path.isdir(dataset.images):
+        raise ValueError(
+            f"{dataset.setting}.data_prefix.img: there is no image folder {dataset.images!r}"
+        )
     check_classes(found.report, classes, setting, may_leave_out=True)
     if found.report.of(ERROR, "mmdetection"):
         raise DatasetError(where, found.report, "mmdetection")
-    ranks = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    if all(os.environ.get(rank, "0") == "0" for rank in ranks):
+    if is_main():
         warnings = found.report.text("mmdetection", (WARNING,))
         if warnings:
             print(f"{where}:\n{warnings}", file=sys.stderr, flush=True)

@@ -17,21 +17,10 @@ from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 
+from plugin_core.training.unreadable_images import UnreadableImage, summarize_left_out
+
 _ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}  # of JPEG and PNG
 _MOST_IN_A_ROW = 1000  # as often as mmengine's datasets draw another image
-
-
-class UnreadableImage(ValueError):
-    """An image of the user's data cannot be read.
-
-    Args:
-        message: names the image and what is wrong with it. A worker process wraps its traceback
-            around the message. The traceback is left out.
-    """
-
-    def __init__(self, message: str) -> None:
-        self.message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
-        super().__init__(self.message)
 
 
 @TRANSFORMS.register_module()
@@ -142,8 +131,5 @@ def count_left_out(path: str) -> str | None:
         return None
     with open(path, encoding="utf-8") as file:
         names = Counter(file.read().splitlines())
-    few = ", ".join(map(repr, list(names)[:5])) + (", …" if len(names) > 5 else "")
-    return (
-        f"{len(names)} unreadable images were left out, {names.total()} times in all: {few} "
-        f"(all of them in {path})"
-    )
+    told = summarize_left_out(names)
+    return f"{told} (all of them in {path})" if told else None

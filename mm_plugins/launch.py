@@ -14,17 +14,13 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
-from mm_plugins.images import UnreadableImage
 from mm_plugins.runner import UNREADABLE, SafeRunner
 from mm_plugins.schedules import ResumeError
-from mm_plugins.survival import (
-    NonFiniteLoss,
-    check_readable,
-    find_resumable,
-    is_main,
-    occupy,
-)
 from mm_plugins.weights import check_init_checkpoints, check_weights
+from plugin_core.training.checkpoint_files import check_readable, find_resumable
+from plugin_core.training.non_finite import NonFiniteLoss
+from plugin_core.training.run_folder import occupy
+from plugin_core.training.unreadable_images import UnreadableImage
 
 
 def arrange(args: argparse.Namespace, cfg: Config, model: nn.Module | None) -> list[str]:
@@ -72,6 +68,12 @@ def _check_precision(args: argparse.Namespace, cfg: Config) -> None:
         )
 
 
+def is_main() -> bool:
+    """Tell whether this is the first of the processes that a launcher has started."""
+    ranks = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+
+
 def work_dir(args: argparse.Namespace, cfg: Config) -> str:
     """Give the work folder as MMDetection's script chooses it."""
     name = os.path.splitext(os.path.basename(args.config))[0]
@@ -95,7 +97,7 @@ def _arrange_resume(args: argparse.Namespace, cfg: Config) -> list[str]:
     if out:
         folder = os.path.join(out, os.path.basename(folder))
     kind = "epoch_{}.pth" if hook.get("by_epoch", True) else "iter_{}.pth"
-    path, damaged = find_resumable(folder, hook.get("filename_tmpl") or kind, last)
+    path, damaged = find_resumable(folder, hook.get("filename_tmpl") or kind, last_folder=last)
     warnings = [
         f"--resume: {name!r} is missing or damaged; the next older one is tried" for name in damaged
     ]
@@ -134,7 +136,7 @@ def only_training(args: argparse.Namespace, cfg: Config) -> Iterator[None]:
         ValueError: if another training is in it.
     """
     if hasattr(args, "resume") and is_main():
-        with occupy(work_dir(args, cfg)):
+        with occupy(work_dir(args, cfg), "--work-dir"):
             yield
     else:
         yield

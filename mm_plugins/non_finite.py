@@ -12,11 +12,14 @@ from mmengine.logging import print_log
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from mm_plugins.survival import NonFiniteGuard, NonFiniteLoss
-
-MAX_NON_FINITE_STEPS = 20
+from plugin_core.training.non_finite import (
+    MAX_NON_FINITE_STEPS,
+    NonFiniteGuard,
+    NonFiniteLoss,
+    copy_statistics,
+    restore_statistics,
+)
 
 
 class GuardedMixin(OptimWrapper):
@@ -34,7 +37,7 @@ class GuardedMixin(OptimWrapper):
         self, *, max_non_finite_steps: int = MAX_NON_FINITE_STEPS, **arguments: Any
     ) -> None:
         super().__init__(**arguments)
-        self.guard = NonFiniteGuard(max_non_finite_steps)
+        self.guard = NonFiniteGuard(max_non_finite_steps, "optim_wrapper.max_non_finite_steps")
         self.losses: dict[str, Any] = {}
         self.batch: Any = None
         self._left_out = False
@@ -42,12 +45,7 @@ class GuardedMixin(OptimWrapper):
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        self._statistics = [
-            (buffer, buffer.clone())
-            for module in model.modules()
-            if isinstance(module, _BatchNorm) and module.training
-            for buffer in module.buffers()
-        ]
+        self._statistics = copy_statistics(model)
         with super().optim_context(model):
             yield
 
@@ -61,9 +59,7 @@ class GuardedMixin(OptimWrapper):
         if wrong:
             print_log(f"Step left out: {wrong}", "current", logging.WARNING)
             self._left_out = True
-            with torch.no_grad():
-                for buffer, before in self._statistics:
-                    buffer.copy_(before)
+            restore_statistics(self._statistics)
         if not self._left_out:
             super().update_params(loss, *arguments, **keywords)
             return

@@ -13,8 +13,9 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mm_plugins.block_plugins import BlockPlugin
-from mm_plugins.survival import check_readable
 from plugin_core.checkpoints.reading import read_checkpoint
+from plugin_core.training.checkpoint_files import check_readable
+from plugin_core.training.names import fit_names as fit
 
 _MISMATCH = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
@@ -162,20 +163,4 @@ def fit_names(checkpoint: dict[str, Any], model: nn.Module) -> None:
     """
     inner: Any = model.module if is_model_wrapper(model) else model
     state = checkpoint.get("state_dict", checkpoint)
-    wanted = inner.state_dict().keys()
-    if not wanted or any(name in wanted for name in state):
-        return
-    ends = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    first = next(iter(wanted))
-    prefixes = {name[: -len(first)] for name in ends if name.endswith(f".{first}")}
-    for prefix in sorted(prefixes, key=len)[:1]:
-        renamed = {
-            name.removeprefix(prefix): value
-            for name, value in ends.items()
-            if name.startswith(prefix)
-        }
-        if 2 * len(renamed.keys() & wanted) <= len(wanted):
-            return
-        for name in ends:
-            del state[name]
-        state.update(renamed)
+    fit(state, inner.state_dict().keys())

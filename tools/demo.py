@@ -144,7 +144,8 @@ def measure_detectron2() -> list[Row]:
     from detectron2.utils.events import EventStorage
 
     from d2_plugins.analysis import analyze
-    from d2_plugins.data import ResumableTrainLoader, register_coco
+    from d2_plugins.data import ResumableTrainLoader
+    from d2_plugins.datasets import register_coco
 
     for dataset in SPLITS:
         register_coco(*dataset)

@@ -209,7 +209,7 @@ def register(datasets: Sequence[Sequence[str]], side: str) -> None:
         return
     if side != "d2_plugins":
         raise ValueError("--register-coco: of Detectron2; MMDetection's config names its dataset")
-    from d2_plugins.data import register_coco
+    from d2_plugins.datasets import register_coco
 
     for dataset in datasets:
         register_coco(*dataset)

@@ -32,12 +32,14 @@ class Use:
         masks: whether masks are trained or evaluated; "polygon" if only polygons are read.
         keypoints: how many an object has in the model; 0 without keypoints.
         keeps_empty: whether images without objects are trained on.
+        skips_unreadable: whether images that cannot be read are left out of the training.
     """
 
     split: str = ""
     masks: str = ""
     keypoints: int = 0
     keeps_empty: bool = False
+    skips_unreadable: bool = False
 
 
 @dataclass
@@ -109,6 +111,9 @@ def check_dataset(
         left=both("stops with a traceback"),
         mended="read",
     )
+    for finding in report.findings:
+        if use.skips_unreadable and finding.kind in ("image-missing", "image-unreadable"):
+            finding.level, finding.remedy = WARNING, "they are left out, as the config says"
     _count(content, image_index, category_index, report)
     _check_use(content, category_index, masks, keypoints, use, report)
     if content.rewritten:

@@ -293,39 +293,41 @@ def _are_corners(
 def check_masks(
     content: CocoFile, image_index: Sequence[int], report: Report, mends: Mends
 ) -> MaskCounts:
-    """Check polygons and run-length encodings; returns how many annotations have which."""
+    """Check polygons and run-length encodings; returns how many objects have which."""
     place = Places(content, image_index)
     counts: MaskCounts = {"polygons": 0, "rle": 0, "none": 0}
     flat, short, other, sizes = [], [], [], []
     for i, annotation in enumerate(content.annotations):
+        # Crowds are encoded in COCO itself, and no mask is learned from them.
+        counted = int(annotation.iscrowd not in (1, True, "1"))
         if annotation.segmentation is UNSET:
-            counts["none"] += 1
+            counts["none"] += counted
             continue
         polygons = polygons_of(annotation)
         if polygons:
-            counts["polygons"] += 1
+            counts["polygons"] += counted
             if any(len(p) < 6 or len(p) % 2 for p in polygons):
                 short.append(i)
             continue
         mask = segmentation_of(annotation)
         if isinstance(mask, list) and mask and isinstance(mask[0], list):
-            counts["polygons"] += 1
+            counts["polygons"] += counted
             if not all(isinstance(p, list) and all(number(v) is not None for v in p) for p in mask):
                 other.append(i)
             elif any(len(p) < 6 or len(p) % 2 for p in mask):
                 short.append(i)
         elif isinstance(mask, list) and mask and all(number(v) is not None for v in mask):
-            counts["polygons"] += 1
+            counts["polygons"] += counted
             flat.append(i)
             mends.set("annotations", i, "segmentation", [mask])
         elif isinstance(mask, dict):
-            counts["rle"] += 1
+            counts["rle"] += counted
             if not _is_rle(mask):
                 other.append(i)
             elif not _fits(mask, content, image_index[i]):
                 sizes.append(i)
         elif mask in (None, [], {}, ""):
-            counts["none"] += 1
+            counts["none"] += counted
         else:
             other.append(i)
     report.add(

@@ -303,6 +303,13 @@ def test_unreadable_images_are_named_and_reading_goes_on(folder):
         assert said in report.findings[0].places[0]
 
 
+def test_unreadable_images_are_a_warning_where_they_are_left_out(folder):
+    (folder / "1.png").write_bytes(b"")
+    report = check(folder, content(), split="train", skips_unreadable=True)
+    assert found(report) == {"image-unreadable": WARNING}
+    assert report.findings[0].remedy == "they are left out, as the config says"
+
+
 def test_damage_in_the_middle_is_found_where_images_are_read_whole(folder):
     data = bytearray((folder / "1.png").read_bytes())
     middle = data.index(b"IDAT") + 20

@@ -584,6 +584,7 @@ def test_good_settings_pass(cfg, kind, registered, tiny_coco):
     small(cfg, kind, EVERY=2)
     register_coco("amc_train", *tiny_coco)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.MODEL.WEIGHTS = ("amc_train",), (), ""
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = cfg.MODEL.RETINANET.NUM_CLASSES = 1
     before = cfg.clone()
     check_config(cfg, eval_only=False, resume=False)
     assert cfg == before

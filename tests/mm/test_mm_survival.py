@@ -25,9 +25,10 @@ from mm_plugins.images import LoadReadableImage, UnreadableImage, count_left_out
 from mm_plugins.launch import explain_errors
 from mm_plugins.non_finite import GuardedOptimWrapper
 from mm_plugins.schedules import Changes, replay
-from mm_plugins.survival import NonFiniteLoss, OccupiedError, find_resumable, occupy
 from mm_plugins.weights import check_weights, fit_names
 from plugin_core import files
+from plugin_core.training.checkpoint_files import find_resumable
+from plugin_core.training.non_finite import NonFiniteLoss
 
 NAN = float("nan")
 
@@ -163,14 +164,6 @@ def test_folder_without_a_whole_checkpoint_is_an_error_and_an_empty_one_is_not(t
     (tmp_path / "iter_2.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: '.*iter_2.pth'"):
         find_resumable(str(tmp_path), "iter_{}.pth")
-
-
-def test_second_training_in_a_folder_is_refused(tmp_path):
-    refused = pytest.raises(OccupiedError, match="--work-dir: another training")
-    with occupy(str(tmp_path)), refused, occupy(str(tmp_path)):
-        pass
-    with occupy(str(tmp_path)):
-        pass
 
 
 @pytest.mark.parametrize(

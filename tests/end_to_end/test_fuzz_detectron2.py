@@ -1,0 +1,83 @@
+"""Detectron2's trainer on inputs that are damaged at random."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from fuzzing import KINDS, Judge, check, draw
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+
+CONFIG = "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"
+SMALL = (
+    *("SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64, "MODEL.ROI_HEADS.NUM_CLASSES", 4),
+    *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 16, "SEED", 1),
+)
+
+
+def settings(rng: random.Random) -> list[str]:
+    """Choose an odd setting: a key with a typo, a value of another type, a wrong plugin."""
+    key = rng.choice(
+        (
+            *("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "MODEL.RESNETS.DEPTH"),
+            *("MODEL.ROI_HEADS.NUM_CLASSES", "MODEL.ROI_HEADS.NAME", "MODEL.MASK_ON"),
+            *("DATASETS.TRAIN", "DATASETS.TEST", "SOLVER.BASE_LR", "SOLVER.MAX_ITER"),
+            *("INPUT.MIN_SIZE_TRAIN", "MODEL.RESNETS.PLUGINS", "MODEL.KEYPOINT_ON"),
+        )
+    )
+    value = rng.choice(("'x'", "None", "[]", "{}", "('a',)", "-1", "7", "True", "2.5", "{'A': 1}"))
+    if key.endswith("PLUGINS"):
+        part = rng.choice(
+            (
+                "'NAME': 'triplet_atention'",
+                "'NAME': 'timm:ecca'",
+                "'NAME': 'no.such:Thing'",
+                "'NAME': 'triplet_attention', 'KERNEL_SIZE': 4",
+                "'NAME': 'triplet_attention', 'SIZE': 4",
+                "'NAME': 3",
+            )
+        )
+        value = f"[{{{part}, 'STAGES': ['res4']}}]"
+    elif rng.random() < 0.3:
+        at = rng.randrange(len(key))
+        key = key[:at] + rng.choice("XQ_.") + key[at + 1 :]
+    elif key in (
+        "SOLVER.BASE_LR",
+        "SOLVER.MAX_ITER",
+        "INPUT.MIN_SIZE_TRAIN",
+        "MODEL.RESNETS.DEPTH",
+    ):
+        value = rng.choice(("'x'", "None", "{}", "True"))  # of another type; numbers are her own
+    return [key, value]
+
+
+@pytest.fixture(scope="module")
+def judge(run_tool, tmp_path_factory: pytest.TempPathFactory) -> Judge:
+    def run(folder: Path, weights: Path | None, words: list[str], ok: bool = False):
+        sets = [
+            word
+            for split in ("train", "val")
+            for word in (
+                "--register-coco",
+                f"fuzz_{split}",
+                folder / "data" / "annotations" / f"instances_{split}2017.json",
+                folder / "data" / f"{split}2017",
+            )
+        ]
+        names = ("DATASETS.TRAIN", "('fuzz_train',)", "DATASETS.TEST", "('fuzz_val',)")
+        output = ("OUTPUT_DIR", folder / "out", "MODEL.WEIGHTS", weights or "")
+        arguments = ("--config-file", CONFIG, *sets, *SMALL, *names, *output, *words)
+        return run_tool("train_net.py", *arguments, check=ok)
+
+    folder = tmp_path_factory.mktemp("whole")
+    data = draw(folder / "data")
+    run(folder, None, [], ok=True)
+    return Judge(run, data, settings, folder / "out" / "model_final.pth")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_input_is_told_or_trains_on_what_is_right(judge, kind, tmp_path):
+    check(judge, kind, tmp_path)
