@@ -97,7 +97,7 @@ def _arrange_resume(args: argparse.Namespace, cfg: Config) -> list[str]:
     if out:
         folder = os.path.join(out, os.path.basename(folder))
     kind = "epoch_{}.pth" if hook.get("by_epoch", True) else "iter_{}.pth"
-    path, damaged = find_resumable(folder, hook.get("filename_tmpl") or kind, last_folder=last)
+    path, damaged = find_resumable(folder, hook.get("filename_tmpl") or kind, last)
     warnings = [
         f"--resume: {name!r} is missing or damaged; the next older one is tried" for name in damaged
     ]
