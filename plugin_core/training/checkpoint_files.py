@@ -34,6 +34,8 @@ def check_readable(path: str, setting: str) -> None:
         raise RunError(
             f"{setting}: {path!r} is a web page, not a checkpoint; download the file itself"
         )
+    if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+        raise RunError(f"{setting}: {path!r} is cut off; download or write it again")
     try:
         read_checkpoint(path)
     except ValueError as error:
