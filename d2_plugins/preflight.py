@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from d2_plugins.attention_mask_consistency import is_amc
+from d2_plugins.checkpointer import find_resumable
 from d2_plugins.checkpoints import classes_of
 from d2_plugins.config import add_plugin_config, load_lazy_config, merge_config
 from d2_plugins.datasets import describe, prepare
@@ -93,9 +94,9 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
             raise ValueError("DATASETS.TRAIN: names no dataset to train on")
         check_solver(cfg)
         _check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN, train=True)
-    resumed = resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    resumed = (find_resumable(cfg.OUTPUT_DIR) if resume else None) or ""
     if is_bridge(cfg):
-        model = check_detector(cfg, eval_only=eval_only, resumed=resumed)
+        model = check_detector(cfg, eval_only=eval_only, resumed=bool(resumed))
     else:
         model = _check_model(cfg)
     if not resumed:
@@ -126,7 +127,7 @@ def _reads(cfg: CfgNode, model: nn.Module | None) -> Reads:
     return Reads(use, heads=[] if number is None else [(f"{node}.NUM_CLASSES", number)])
 
 
-def _check_data(cfg: CfgNode, model: nn.Module, *, eval_only: bool, resumed: bool) -> None:
+def _check_data(cfg: CfgNode, model: nn.Module, *, eval_only: bool, resumed: str) -> None:
     """Check the files of the datasets, and what the model reads of them."""
     sigmas, reads = cfg.TEST.KEYPOINT_OKS_SIGMAS, _reads(cfg, model)
     keypoints = reads.use.keypoints
@@ -137,12 +138,11 @@ def _check_data(cfg: CfgNode, model: nn.Module, *, eval_only: bool, resumed: boo
             f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {keypoints}; set one for each keypoint "
             "(about 0.05)"
         )
-    folder, weights = cfg.OUTPUT_DIR if resumed else "", cfg.MODEL.WEIGHTS if eval_only else ""
     prepare(
         [] if eval_only else [("DATASETS.TRAIN", name) for name in cfg.DATASETS.TRAIN],
         [("DATASETS.TEST", name) for name in cfg.DATASETS.TEST],
         reads,
-        _known_classes(folder, weights, cfg.DATASETS.TRAIN),
+        _known_classes(resumed, cfg.MODEL.WEIGHTS if eval_only else "", cfg.DATASETS.TRAIN),
     )
 
 
@@ -152,19 +152,15 @@ def _number_of_classes(model: Any) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def _known_classes(folder: str, weights: str, train: Sequence[str]) -> Sequence[str] | None:
+def _known_classes(resumed: str, weights: str, train: Sequence[str]) -> Sequence[str] | None:
     """Read the classes of the checkpoint that a run goes on with, or evaluates.
 
     A checkpoint that does not name them is taken for one of the training sets in the config, if
     these are registered.
     """
-    if folder:
-        with open(os.path.join(folder, "last_checkpoint"), encoding="utf-8") as file:
-            weights = os.path.join(folder, file.read().strip())
-    if not folder and not weights:
-        return None
-    classes = classes_of(weights) if os.path.isfile(weights) else None
-    if classes is None and not folder:
+    path = resumed or weights
+    classes = classes_of(path) if os.path.isfile(path) else None
+    if classes is None and weights and not resumed:
         for name in train:
             if name in DatasetCatalog:
                 return MetadataCatalog.get(name).get("thing_classes")
@@ -189,7 +185,7 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
             _check_datasets(key, _lazy_names(cfg, split), train=split == "train")
     _check_lazy_plugins(cfg)
     weights = cfg.train.init_checkpoint.partition("?")[0]
-    resumed = resume and os.path.isfile(os.path.join(cfg.train.output_dir, "last_checkpoint"))
+    resumed = (find_resumable(cfg.train.output_dir) if resume else None) or ""
     if eval_only and not weights:
         raise ValueError("train.init_checkpoint: --eval-only needs the checkpoint to evaluate")
     model = _build_lazily(cfg)
@@ -233,15 +229,14 @@ def _lazy_names(cfg: DictConfig, split: str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _check_lazy_data(cfg: DictConfig, model: Any, *, eval_only: bool, resumed: bool) -> None:
+def _check_lazy_data(cfg: DictConfig, model: Any, *, eval_only: bool, resumed: str) -> None:
     """Check the files of a LazyConfig's datasets, and what the model reads of them."""
     train, test = (
         [(f"dataloader.{split}.dataset.names", name) for name in _lazy_names(cfg, split)]
         for split in ("train", "test")
     )
-    folder = cfg.train.output_dir if resumed else ""
     weights = cfg.train.init_checkpoint if eval_only else ""
-    classes = _known_classes(folder, weights, _lazy_names(cfg, "train"))
+    classes = _known_classes(resumed, weights, _lazy_names(cfg, "train"))
     prepare([] if eval_only else train, test, _lazy_reads(cfg, model), classes)
 
 

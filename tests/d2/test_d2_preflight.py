@@ -10,6 +10,7 @@ from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -342,6 +343,7 @@ def test_weights_do_not_matter_where_a_training_is_resumed(good_cfg, tmp_path):
     good_cfg.MODEL.WEIGHTS = "none.pth"
     (tmp_path / "output").mkdir()
     assert "there is no checkpoint" in error_of(good_cfg, resume=True)
+    torch.save({"model": {}}, tmp_path / "output" / "model_0000009.pth")
     (tmp_path / "output" / "last_checkpoint").write_text("model_0000009.pth")
     check_config(good_cfg, eval_only=False, resume=True)
     assert "there is no checkpoint" in error_of(good_cfg, resume=False)
@@ -544,7 +546,12 @@ def test_config_of_the_model_zoo_is_found_for_detectron2(train_net, tiny_coco, m
 def test_one_process_sets_up_once(monkeypatch, gpus):
     monkeypatch.setattr("sys.argv", ["train_net.py", "--num-gpus", gpus])
     calls: list[str] = []
-    run(parse_args("A tool."), lambda args: calls.append("setup"), lambda *_: calls.append("main"))
+
+    def setup(args: Any) -> CfgNode:
+        calls.append("setup")
+        return CfgNode({"OUTPUT_DIR": ""})
+
+    run(parse_args("A tool."), setup, lambda *_: calls.append("main"))
     assert calls == ["setup", "main"]
 
 
