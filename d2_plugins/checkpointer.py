@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,6 +78,18 @@ class PluginCheckpointer(DetectionCheckpointer):
                 f"{self.last_good or 'none'}. Make room, then go on with --resume"
             ) from error
         self.last_good = path
+
+    def finish(self) -> None:
+        """Make the checkpoint that the training has gone on from its final one.
+
+        A training may be killed when its last step is saved, and its final checkpoint is not.
+        """
+        final = os.path.join(self.save_dir, "model_final.pth")
+        if self.save_to_disk and os.path.basename(self.last_good) != "model_final.pth":
+            with replacing(final) as file, open(self.last_good, "rb") as last:
+                shutil.copyfileobj(last, file)
+            self.tag_last_checkpoint("model_final.pth")
+            self.last_good = final
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         if "://" in self.save_dir:

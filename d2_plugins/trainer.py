@@ -78,7 +78,8 @@ class PluginTrainer(DefaultTrainer):
 
     def build_hooks(self) -> list[HookBase | None]:
         self._guard()
-        all_hooks = [*super().build_hooks(), TellLeftOut(self._trainer.guard, self.data_loader)]
+        teller = TellLeftOut(self._trainer.guard, self.data_loader, self.checkpointer)
+        all_hooks = [*super().build_hooks(), teller]
         if self.cfg.TEST.AUG.ENABLED:
             # At the same place in every process: only the main one has a writer after it.
             place = [isinstance(hook, hooks.EvalHook) for hook in all_hooks].index(True) + 1

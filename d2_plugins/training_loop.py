@@ -163,15 +163,22 @@ class GuardedAMPTrainer(GuardedTrainer, AMPTrainer):
 
 
 class TellLeftOut(HookBase):
-    """Says at the end of a training what was left out.
+    """Says at the end of a training what was left out; ends one that has no step left to do.
 
     Args:
         guard: of the training's steps.
         loader: of its data.
+        checkpointer: of the run.
     """
 
-    def __init__(self, guard: NonFiniteGuard, loader: Any) -> None:
-        self.guard, self.loader = guard, loader
+    def __init__(
+        self, guard: NonFiniteGuard, loader: Any, checkpointer: PluginCheckpointer
+    ) -> None:
+        self.guard, self.loader, self.checkpointer = guard, loader, checkpointer
+
+    def before_train(self) -> None:
+        if self.checkpointer.resumed and self.trainer.start_iter >= self.trainer.max_iter:
+            self.checkpointer.finish()
 
     def after_train(self) -> None:
         if self.guard.total:

@@ -113,7 +113,7 @@ def train(args: argparse.Namespace, cfg: DictConfig, model: nn.Module) -> None:
         writers = default_writers(cfg.train.output_dir, cfg.train.max_iter)
         all_hooks.insert(2, hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer))
         all_hooks.append(hooks.PeriodicWriter(writers, period=cfg.train.log_period))
-    trainer.register_hooks([*all_hooks, TellLeftOut(trainer.guard, loader)])
+    trainer.register_hooks([*all_hooks, TellLeftOut(trainer.guard, loader, checkpointer)])
     checkpointer.resume_or_load(cfg.train.init_checkpoint, resume=args.resume)
     trainer.train(trainer.iter + 1 if checkpointer.resumed else 0, cfg.train.max_iter)
 

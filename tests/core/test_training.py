@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -69,8 +68,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def test_damage_is_told_in_a_line(checkpoint):
     content = checkpoint.read_bytes()
     assert is_whole(checkpoint)
-    with zipfile.ZipFile(checkpoint) as archive:
-        place = archive.getinfo(archive.namelist()[2]).header_offset + 200
+    place = content.index(torch.arange(1000.0).numpy().tobytes()) + 9
     flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
     for damaged, told in (
         (b"", "is empty"),

@@ -250,6 +250,16 @@ def test_a_moved_folder_goes_on_from_its_own_checkpoint(small, tmp_path):
     assert_same(weights(small), expected)
 
 
+def test_a_training_that_was_killed_before_its_final_checkpoint_gets_it_when_resumed(small):
+    train(small)
+    expected = weights(small)
+    Path(small.OUTPUT_DIR, "model_final.pth").unlink()
+    assert train(small, resume=True).start_iter == 6
+    assert_same(weights(small), expected)
+    assert Path(small.OUTPUT_DIR, "last_checkpoint").read_text() == "model_final.pth"
+    assert train(small, resume=True).start_iter == 6
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("write")])
 def test_a_full_disk_leaves_the_last_checkpoint_whole(small, monkeypatch, error):
     trainer = train(small)
