@@ -53,6 +53,9 @@ class PluginTrainer(DefaultTrainer):
     A resumed training takes the optimizer's settings and the schedule of its config.
     """
 
+    _trainer: GuardedTrainer
+    checkpointer: PluginCheckpointer
+
     def train(self) -> Any:
         self._trainer.data_loader.start_iter = self.start_iter
         return super().train()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -49,6 +50,8 @@ class GuardedTrainer(SimpleTrainer):
         checkpointer: of the run, for messages.
     """
 
+    _data_loader_iter: Iterator[Any]
+
     def __init__(
         self,
         model: nn.Module,
@@ -83,7 +86,7 @@ class GuardedTrainer(SimpleTrainer):
         self, loss_dict: Mapping[str, Tensor], data_time: float, prefix: str = ""
     ) -> None:
         # Detectron2 calls this between the backward and the optimizer's step.
-        total = sum(value.detach() for value in loss_dict.values())
+        total = torch.stack([value.detach().sum() for value in loss_dict.values()]).sum()
         try:
             wrong = self.guard.check({**loss_dict, "loss": total}, find_images(self._batch))
         except NonFiniteLoss as error:
@@ -183,7 +186,8 @@ class TellLeftOut(HookBase):
     def after_train(self) -> None:
         if self.guard.total:
             logger.warning("%d steps were left out, as their loss was not finite", self.guard.total)
-        if told := summarize_left_out(getattr(self.loader, "left_out", Counter())):
+        names: Counter[str] = getattr(self.loader, "left_out", Counter())
+        if told := summarize_left_out(names):
             logger.warning(told)
 
 
