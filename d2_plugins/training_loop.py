@@ -186,7 +186,7 @@ class TellLeftOut(HookBase):
     def after_train(self) -> None:
         if self.guard.total:
             logger.warning("%d steps were left out, as their loss was not finite", self.guard.total)
-        names: Counter[str] = getattr(self.loader, "left_out", Counter())
+        names: Any = getattr(self.loader, "left_out", Counter())
         if told := summarize_left_out(names):
             logger.warning(told)
 
