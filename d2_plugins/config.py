@@ -307,7 +307,9 @@ def _check_values(
             continue
         new = CN._decode_cfg_value(value)  # "1" is a number there
         types = {type(known), type(new)}
-        if not (len(types) == 1 or type(None) in types or types == {list, tuple}):
+        # yacs takes None for anything; numbers and lists have no use for it.
+        lacks = new is None and isinstance(known, (int, float, list, tuple))
+        if lacks or not (len(types) == 1 or type(None) in types or types == {list, tuple}):
             kind = "a node of keys and values" if isinstance(known, CN) else type(known).__name__
             got = dict(new) if isinstance(new, CN) else new
             raise ValueError(f"{source}: {key}: must be {_KINDS.get(kind, kind)}, got {got!r}")

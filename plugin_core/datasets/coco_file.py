@@ -287,5 +287,12 @@ def class_names(categories: Iterable[Category]) -> list[str]:
 
 
 def sort_categories(categories: Iterable[Category]) -> Sequence[Category]:
-    """Sort categories by id; ids that are texts come last."""
-    return sorted(categories, key=lambda c: (isinstance(c.id, str), c.id))
+    """Sort categories by id: numbers, then texts, then whatever is no id."""
+
+    def key(category: Category) -> tuple[int, Any]:
+        value = category.id
+        if isinstance(value, str):
+            return 1, value
+        return (0, value) if isinstance(value, (int, float)) else (2, 0)
+
+    return sorted(categories, key=key)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from plugin_core.checkpoints.reading import read_checkpoint
+from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.training.errors import RunError
 
 
@@ -37,7 +37,7 @@ def check_readable(path: str, setting: str) -> None:
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
         raise RunError(f"{setting}: {path!r} is cut off; download or write it again")
     try:
-        read_checkpoint(path)
+        content = read_checkpoint(path)
     except ValueError as error:
         # Only tools/convert_checkpoint.py has this option.
         command = "tools/convert_checkpoint.py --trust makes a file of its weights alone"
@@ -47,6 +47,11 @@ def check_readable(path: str, setting: str) -> None:
     if damaged:
         raise RunError(
             f"{setting}: {path!r} is damaged, in its part {damaged!r}; download or write it again"
+        )
+    if not find_state_dict(content):
+        raise RunError(
+            f"{setting}: {path!r} holds no tensors where a detector's checkpoint has them "
+            "('state_dict' or 'model')"
         )
 
 
