@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -175,7 +176,9 @@ def check_weights(model: nn.Module, path: str, setting: str, *, whole: bool) -> 
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)  # the run itself tells what it loads
     try:
-        checkpointer.load(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of parameters without memory
+            checkpointer.load(path)
     finally:
         logging.disable(before)
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from d2_plugins.attention_mask_consistency import is_amc
-from d2_plugins.checkpointer import find_resumable
+from d2_plugins.checkpointer import check_weights, find_resumable
 from d2_plugins.checkpoints import classes_of
 from d2_plugins.config import add_plugin_config, load_lazy_config, merge_config
 from d2_plugins.datasets import describe, prepare
@@ -201,6 +201,7 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
         _check_spelling(weights, "train.init_checkpoint", model)
     elif not os.path.isfile(weights):
         raise ValueError(f"train.init_checkpoint: there is no checkpoint {weights!r}")
+    check_weights(model, weights, "train.init_checkpoint", whole=eval_only)
 
 
 def _build_lazily(cfg: DictConfig) -> nn.Module:
@@ -457,6 +458,7 @@ def _check_weights(cfg: CfgNode, eval_only: bool, model: nn.Module) -> None:
         raise ValueError(f"MODEL.WEIGHTS: there is no checkpoint {weights!r}")
     if _has_resnet(cfg):
         _check_spelling(weights, "MODEL.WEIGHTS", model)
+    check_weights(model, weights, "MODEL.WEIGHTS", whole=eval_only)
 
 
 def _check_spelling(weights: str, setting: str, model: nn.Module) -> None:

@@ -57,6 +57,12 @@ def build_my_resnet_backbone(cfg, input_shape):
 
 CONFIG = ROOT / "configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml"
 
+# A tensor that the models of these tests have: a ResNet's, and one of Patches
+FITTING = {
+    "backbone.stem.conv1.weight": torch.zeros(8, 3, 7, 7),
+    "backbone.conv.weight": torch.zeros(64, 3, 16, 16),
+}
+
 IDA = {"NAME": "ida", "STAGES": ["res5"]}
 
 pytestmark = pytest.mark.usefixtures("registered")
@@ -88,7 +94,7 @@ def resnet_checkpoint(path: Path, blocks: tuple[int, ...]) -> str:
         for block in range(count)
         for i in (1, 2, 3)
     ]
-    torch.save({"model": dict.fromkeys(names, torch.zeros(1))}, path)
+    torch.save({"model": {**dict.fromkeys(names, torch.zeros(1)), **FITTING}}, path)
     return str(path)
 
 
@@ -472,7 +478,7 @@ def test_missing_folder_of_annotations_is_found(good_cfg, tmp_path):
     "name", ["res2.0.triplet_attention.ChannelGateH.spatial.conv.weight", "res5.0.ida.gamma"]
 )
 def test_spelling_that_heuristics_drop_is_refused_with_the_remedy(good_cfg, tmp_path, name):
-    content = {"model": {name: torch.zeros(1)}, "matching_heuristics": True}
+    content = {"model": {name: torch.zeros(1), **FITTING}, "matching_heuristics": True}
     torch.save(content, tmp_path / "weights.pth")
     good_cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
     message = error_of(good_cfg)
@@ -523,7 +529,8 @@ def test_weights_of_a_lazy_config_are_checked(lazy_cfg, tmp_path):
     assert "--eval-only" in lazy_error_of(lazy_cfg, eval_only=True)
     lazy_cfg.train.init_checkpoint = "none.pth"
     assert "train.init_checkpoint" in lazy_error_of(lazy_cfg)
-    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+    fitting = {"backbone.bottom_up.stem.conv1.weight": torch.zeros(64, 3, 7, 7)}
+    torch.save({"a": torch.zeros(1), **fitting}, tmp_path / "a.pth")
     lazy_cfg.train.init_checkpoint = f"{tmp_path}/a.pth?matching_heuristics=True"
     check_lazy_config(lazy_cfg, eval_only=False, resume=False)
 
