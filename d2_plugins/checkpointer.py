@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 

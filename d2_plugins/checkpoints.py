@@ -17,7 +17,6 @@ from d2_plugins.mmdet_bridge import is_bridge
 from d2_plugins.pixels import pixel_format, pixel_settings
 from plugin_core.checkpoints.conversion import FoundPlugin
 from plugin_core.checkpoints.pixel_format import PixelFormat
-from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.checkpoints.report import Target
 
 
@@ -82,19 +81,3 @@ def checkpoint_of(
         "__author__": "detection-plugins",
         **record,
     }
-
-
-def classes_of(path: str) -> list[str] | None:
-    """Read the names of a detector's classes from its checkpoint; None if it does not tell them.
-
-    Both :class:`d2_plugins.trainer.PluginTrainer` and MMDetection save them.
-    """
-    try:
-        content = read_checkpoint(path)
-    except ValueError:
-        return None  # whoever loads the file says what is wrong with it
-    names = content.get("thing_classes")
-    if names is None and isinstance(content.get("meta"), Mapping):
-        meta = content["meta"].get("dataset_meta")
-        names = meta.get("classes") if isinstance(meta, Mapping) else None
-    return [str(name) for name in names] if isinstance(names, (list, tuple)) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -87,11 +88,19 @@ def _keypoint_metadata(categories: Sequence[Category]) -> dict[str, Any]:
     if not lists:
         return {}
     names = lists[0]
-    flips = [(n, n.replace("left", "right")) for n in map(str, names) if "left" in n]
+    flips = [(n, right) for n in map(str, names) if (right := _mirrored(n)) != n]
     return {
         "keypoint_names": names,
         "keypoint_flip_map": [(left, right) for left, right in flips if right in names],
     }
+
+
+def _mirrored(name: str) -> str:
+    """Name the right counterpart of a left keypoint: left_eye, LeftEye, l_eye, LEye, eye_l."""
+    for left, right in (("left", "right"), ("Left", "Right"), ("LEFT", "RIGHT")):
+        name = name.replace(left, right)
+    name = re.sub(r"^l(?=[_\-. ])|(?<=[_\-. ])l$", "r", name)
+    return re.sub(r"^L(?=[_\-. A-Z])|(?<=[_\-. ])L$", "R", name)
 
 
 def prepare(
@@ -115,7 +124,7 @@ def prepare(
     Raises:
         ValueError: names the setting, and what is wrong in the file.
     """
-    whence = "the checkpoint"
+    whence, wrong = "the checkpoint", []
     test_masks = "any" if reads.use.masks else ""
     test_use = replace(
         reads.use, split="test", masks=test_masks, keeps_empty=False, skips_unreadable=False
@@ -133,7 +142,8 @@ def prepare(
         try:
             dataset = checked_dataset(annotations, images, use, classes)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            wrong.append(f"{where}: {error}")
+            continue
         own = [str(c) for c, _ in dataset.categories]
         if classes is None:
             classes, whence = own, f"{setting} {name!r}"
@@ -142,15 +152,19 @@ def prepare(
         if name not in _registered:
             _check_as_it_is(dataset, annotations, classes, own)
         if dataset.report.of(ERROR, "detectron2"):
-            raise DatasetError(where, dataset.report, "detectron2")
+            wrong.append(str(DatasetError(where, dataset.report, "detectron2")))
+            continue
         for node, number in reads.heads:
-            if text := check_number_of_classes(number, classes, node, dataset.report):
-                raise ValueError(text)
+            text = check_number_of_classes(number, classes, node, dataset.report)
+            if text and text not in wrong:
+                wrong.append(text)
         if name in _registered:
             _take(name, dataset, annotations, classes)
         warnings = dataset.report.text("detectron2", (WARNING,))
         if warnings and comm.get_world_size() == 1:  # processes check anew, and say it no more
             print(f"{where}:\n{warnings}", file=sys.stderr, flush=True)
+    if wrong:
+        raise ValueError("\n".join(wrong))
 
 
 def describe(setting: str, name: str) -> str:

@@ -23,7 +23,6 @@ from torch import nn
 
 from d2_plugins.attention_mask_consistency import is_amc
 from d2_plugins.checkpointer import check_weights, find_resumable
-from d2_plugins.checkpoints import classes_of
 from d2_plugins.config import add_plugin_config, load_lazy_config, merge_config
 from d2_plugins.datasets import describe, prepare
 from d2_plugins.evaluation import check_evaluator
@@ -36,6 +35,7 @@ from d2_plugins.roi_heads import (
 )
 from plugin_core import BlockPlugin
 from plugin_core.block_plugins import registered_block_plugins
+from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.checkpoints.resnet_names import (
     RESNET_DEPTHS,
     check_resnet_checkpoint,
@@ -159,7 +159,7 @@ def _known_classes(resumed: str, weights: str, train: Sequence[str]) -> Sequence
     these are registered.
     """
     path = resumed or weights
-    classes = classes_of(path) if os.path.isfile(path) else None
+    classes = class_names_of(path) if os.path.isfile(path) else None
     if classes is None and weights and not resumed:
         for name in train:
             if name in DatasetCatalog:

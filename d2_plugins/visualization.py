@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from d2_plugins.analysis import load_config
-from d2_plugins.checkpoints import classes_of
 from d2_plugins.mmdet_bridge import is_bridge
+from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.inspection.attention_maps import Detections, Detector, Picture, load_weights
 from plugin_core.inspection.recorder import Call
 
@@ -61,7 +61,9 @@ class Detectron2Detector(Detector):
         self.model: nn.Module = model.eval().requires_grad_(False)
         load_weights(self.model, weights, trust=trust)
         number = getattr(model, "roi_heads", model).num_classes
-        names = tuple(classes_of(weights) or ()) or (_class_names(datasets[0]) if datasets else ())
+        names = tuple(class_names_of(weights) or ()) or (
+            _class_names(datasets[0]) if datasets else ()
+        )
         # Another number of names belongs to another dataset than the model's.
         self.class_names = names if len(names) == number else tuple(map(str, range(number)))
 

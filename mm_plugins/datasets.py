@@ -17,6 +17,7 @@ from mmengine.config import Config
 from torch import nn
 
 from mm_plugins.launch import is_main
+from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.datasets.check import Reads, Use
 from plugin_core.datasets.classes import check_classes, check_number_of_classes
 from plugin_core.datasets.coco_file import check_whole, read_text
@@ -35,13 +36,16 @@ class _Dataset:
     images: str | None
 
 
-def prepare(cfg: Config, model: nn.Module | None, *, train: bool) -> dict[str, str]:
+def prepare(
+    cfg: Config, model: nn.Module | None, *, train: bool, checkpoint: str | None = None
+) -> dict[str, str]:
     """Check the datasets of a config, and give each class one label in all of them, by name.
 
     Args:
         cfg: the whole config.
         model: built from it; None if it has none.
         train: whether ``train_dataloader`` will be used, or ``test_dataloader`` only.
+        checkpoint: that is tested; it may name its classes.
 
     Returns:
         Settings to change, each ``ann_file`` that is read from a copy in the cache folder: where a
@@ -52,7 +56,11 @@ def prepare(cfg: Config, model: nn.Module | None, *, train: bool) -> dict[str, s
         ValueError: names the setting, and what is wrong in the file.
     """
     changes: dict[str, str] = {}
-    first: tuple[str, Sequence[str]] | None = None
+    known = class_names_of(checkpoint) if checkpoint else None
+    first: tuple[str, Sequence[str]] | None = (
+        (f"the checkpoint's, {checkpoint}", known) if known else None
+    )
+    wrong: list[str] = []
     reads_texts = hasattr(model, "language_model")
     loaders = ("train_dataloader", "val_dataloader") if train else ("test_dataloader",)
     for loader in loaders:
@@ -68,7 +76,11 @@ def prepare(cfg: Config, model: nn.Module | None, *, train: bool) -> dict[str, s
                 _check_same_classes(classes, setting, *first)
             use = _use(loader, node, dataset, evaluators)
             skips = use.split == "train" and cfg.get("unreadable_images") == "skip"
-            read = _check(dataset, classes, setting, replace(use, skips_unreadable=skips))
+            try:
+                read = _check(dataset, classes, setting, replace(use, skips_unreadable=skips))
+            except ValueError as error:
+                wrong.append(str(error))
+                read = dataset.ann_file
             copies[os.path.realpath(dataset.ann_file)] = read
             if read != dataset.ann_file:
                 changes[f"{dataset.setting}.ann_file"] = read
@@ -83,7 +95,15 @@ def prepare(cfg: Config, model: nn.Module | None, *, train: bool) -> dict[str, s
                 if os.path.realpath(read) != os.path.realpath(ann_file):
                     changes[f"{setting}.ann_file"] = read
     if first and not reads_texts:
-        _check_heads(model, first[1])
+        wrong += _check_heads(model, first[1])
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    for path in changes.values():
+        if set(path) & set(",[](){}'\""):  # which --cfg-options would take apart
+            raise ValueError(
+                f"DETECTION_PLUGINS_CACHE: {path!r} has commas, brackets or quotes; name a folder "
+                "without them"
+            )
     return {key.replace("[", ".").replace("]", ""): value for key, value in changes.items()}
 
 
@@ -113,7 +133,7 @@ def _datasets(node: Any, setting: str, *, files: bool = True) -> Iterator[_Datas
     ann_file, root = node.get("ann_file"), node.get("data_root") or ""
     if (
         not inspect.isclass(kind)
-        or node.get("backend_args")  # files come from elsewhere than the disk
+        or (node.get("backend_args") or {}).get("backend", "local") != "local"
         or not isinstance(ann_file, str)
         or not ann_file
         or "://" in os.path.join(root, ann_file)
@@ -127,8 +147,8 @@ def _datasets(node: Any, setting: str, *, files: bool = True) -> Iterator[_Datas
     prefix = node.get("data_prefix")
     folder = prefix.get("img") if isinstance(prefix, dict) else None
     images = None
-    if isinstance(folder, str) and folder and "://" not in folder:
-        images = os.path.join(root, folder)
+    if isinstance(folder, str) and "://" not in folder:
+        images = os.path.join(root, folder) or "."
     if issubclass(kind, (CocoPanopticDataset, LVISV05Dataset)):
         if not files:
             return
@@ -263,11 +283,10 @@ def _check_odvg(node: Any, ann_file: str, setting: str) -> None:
             raise ValueError(f"{setting}.label_map_file: {error}") from error
 
 
-def _check_heads(model: Any, classes: Sequence[str]) -> None:
-    """Check the heads' numbers of classes against the data's."""
-    for setting, number in _numbers_of_classes(model):
-        if text := check_number_of_classes(number, classes, setting):
-            raise ValueError(text)
+def _check_heads(model: Any, classes: Sequence[str]) -> list[str]:
+    """Say which heads have other numbers of classes than the data."""
+    texts = [check_number_of_classes(n, classes, s) for s, n in _numbers_of_classes(model)]
+    return [text for text in texts if text]
 
 
 def number_of_classes(detector: Any) -> int | None:

@@ -32,6 +32,11 @@ from plugin_core.inspection.config_kinds import side_of
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     try:
+        for path in filter(None, (args.json, args.fix)):
+            if path.resolve() == Path(args.annotations).resolve() or args.json == args.fix:
+                raise ValueError(f"{path}: is named twice; name a new file")
+            if not path.absolute().parent.is_dir():
+                raise ValueError(f"{path}: there is no folder {str(path.absolute().parent)!r}")
         framework, use, classes, numbers = None, Use(args.split), None, []
         if args.config:
             side = side_of(args.config)

@@ -75,6 +75,22 @@ def find_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
+def class_names_of(path: str) -> list[str] | None:
+    """Read the names of a detector's classes from its checkpoint; None if it does not tell them.
+
+    Detectron2's trainers here save them as ``thing_classes``, MMDetection in ``meta``.
+    """
+    try:
+        content = read_checkpoint(path)
+    except ValueError:
+        return None  # whoever loads the file says what is wrong with it
+    names = content.get("thing_classes")
+    if names is None and isinstance(content.get("meta"), Mapping):
+        meta = content["meta"].get("dataset_meta")
+        names = meta.get("classes") if isinstance(meta, Mapping) else None
+    return [str(name) for name in names] if isinstance(names, (list, tuple)) else None
+
+
 def _read(path: str, trust: bool) -> Any:
     if path.endswith(".safetensors"):
         try:

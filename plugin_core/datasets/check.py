@@ -19,6 +19,7 @@ from plugin_core.datasets.records import (
     check_categories,
     check_images,
     check_lists,
+    is_crowd,
     is_id,
 )
 
@@ -115,7 +116,12 @@ def check_dataset(
         if use.skips_unreadable and finding.kind in ("image-missing", "image-unreadable"):
             finding.level, finding.remedy = WARNING, "they are left out, as the config says"
     _count(content, image_index, category_index, report)
-    _check_use(content, category_index, masks, keypoints, use, report)
+    dropped = mends.dropped["annotations"]
+    objects = sum(
+        at >= 0 and i not in dropped and not is_crowd(content.annotations[i])
+        for i, at in enumerate(image_index)
+    )
+    _check_use(content, category_index, objects, masks, keypoints, use, report)
     if content.rewritten:
         report.add(
             "encoding",
@@ -138,7 +144,7 @@ def _count(
     objects = Counter(
         at
         for at, annotation in zip(category_index, content.annotations, strict=True)
-        if annotation.iscrowd not in (1, True, "1")
+        if not is_crowd(annotation)
     )
     report.classes = {str(c.name): objects[i] for i, c in enumerate(content.categories)}
     with_objects = len(set(image_index) - {-1})
@@ -154,19 +160,23 @@ def _count(
 def _check_use(
     content: CocoFile,
     category_index: Sequence[int],
+    objects: int,
     masks: dict[str, int],
-    keypoints: int,
+    keypoints: tuple[set[int], bool],
     use: Use,
     report: Report,
 ) -> None:
     annotations = len(content.annotations)
-    objects = annotations - report.counts["crowds"]
 
     def add(kind: str, level: str, what: str, count: int, **rest: Any) -> None:
         report.add(kind, level, what, [], count=count, **rest)
 
     if use.split != "test" and not use.keeps_empty:
-        what = "no annotations" if not annotations else "no objects: all annotations are crowds"
+        crowds = report.counts["crowds"]
+        what = "no annotations"
+        if annotations:
+            why = "crowds" if crowds == annotations else "crowds, or boxes that are left out"
+            what = f"no objects: all annotations are {why}"
         left = both("trains on nothing, or stops at an assertion")
         if not objects:
             level = ERROR if use.split == "train" else WARNING
@@ -191,17 +201,28 @@ def _check_use(
             "dataloader.train.mapper.instance_mask_format)",
         )
     if use.keypoints:
-        if not keypoints:
+        counts, named = keypoints
+        if not counts:
             what, remedy = "no keypoints, in a model with keypoints", "label keypoints"
             add("no-keypoints", ERROR, what, 1, left=both("stops"), remedy=remedy)
-        elif keypoints != use.keypoints:
+        elif counts != {use.keypoints}:
+            numbers = " and ".join(map(str, sorted(counts)))
             add(
                 "keypoints-of-model",
                 ERROR,
-                f"keypoints for an object are {keypoints}, but the model's are {use.keypoints}",
+                f"keypoints for an object are {numbers}, but the model's are {use.keypoints}",
                 1,
                 left=both("stops in the first steps"),
-                remedy=f"set the model's number of keypoints to {keypoints}",
+                remedy=f"set the model's number of keypoints to {numbers}",
+            )
+        elif not named:
+            add(
+                "keypoint-names",
+                ERROR,
+                "no category names its keypoints",
+                1,
+                left={"detectron2": "stops with an AttributeError"},
+                remedy="list the names as the category's keypoints",
             )
     used = set(np.unique(category_index)) if annotations else set()
     unused = [i for i, c in enumerate(content.categories) if i not in used and is_id(c.id)]

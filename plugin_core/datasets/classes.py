@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report
+from plugin_core.datasets.findings import ERROR, WARNING, Report
 from plugin_core.errors import did_you_mean
 
 _SHOWN = 8  # names in a message
@@ -43,7 +43,7 @@ def check_classes(
     elif others:
         report.add(
             "class-left-out",
-            NOTE if may_leave_out else ERROR,
+            WARNING if may_leave_out else ERROR,
             f"categories with objects that {source} does not have",
             [f"{name!r} ({names[name]:,} objects)" for name in others],
             left={

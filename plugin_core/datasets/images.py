@@ -22,7 +22,9 @@ from plugin_core.datasets.records import image_name, number
 _STOP = both("stops when it loads the image, or takes grey pixels for it")
 _ORIENTATION = 0x0112  # EXIF tag
 _SWAPPED = (5, 6, 7, 8)  # orientations that exchange width and height
-_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+# Pillow's names of formats that OpenCV reads, too
+_OF_OPENCV = {*_ENDS, "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "SUN", "AVIF"}
 _MANY = 2000  # images for which a progress bar is worth it
 
 
@@ -35,6 +37,8 @@ class _File:
     orientation: int = 1
     mode: str = "RGB"
     frames: int = 1
+    format: str = ""
+    turned: str = ""  # how the frameworks turn it differently
 
     @property
     def shown(self) -> tuple[int, int]:
@@ -99,7 +103,10 @@ def _find_files(content: CocoFile, folder: str, report: Report, mends: Mends) ->
                 found[i] = left_out, candidate
                 break
     # Leaving out the same folder in front of all is no guess. Anything else may be.
-    if len(found) == len(missing) and len({left_out for left_out, _ in found.values()}) == 1:
+    taken = {candidate for _, candidate in found.values()} | {name for name in names if name}
+    apart = len(taken) == len(found) + len({name for name in names if name})
+    same = len({left_out for left_out, _ in found.values()}) == 1
+    if len(found) == len(missing) and same and apart:
         for i, (_, candidate) in found.items():
             names[i] = candidate
             mends.set("images", i, "file_name", candidate)
@@ -157,23 +164,44 @@ def _look(path: str, decode: bool) -> _File:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images and odd metadata
             with Image.open(path) as image:
-                # Of a PNG without EXIF before its pixels Pillow would read all of these.
-                has_exif = image.format != "PNG" or "exif" in image.info
-                orientation = image.getexif().get(_ORIENTATION, 1) if has_exif else 1
+                # Of a PNG without EXIF Pillow would read all pixels to look for it.
+                as_text = "Raw profile type exif" in image.info
+                has_exif = image.format != "PNG" or as_text or _has_exif_chunk(path)
                 file = _File(
                     size=image.size,
-                    orientation=orientation if isinstance(orientation, int) else 1,
                     mode=image.mode,
-                    frames=getattr(image, "n_frames", 1),
+                    frames=1 if image.format == "MPO" else getattr(image, "n_frames", 1),
+                    format=image.format or "",
                 )
+                orientation = image.getexif().get(_ORIENTATION, 1) if has_exif else 1
+                if orientation in range(2, 9):
+                    if image.format == "TIFF":  # its size is that of the turned image
+                        file.turned = "turns them twice"
+                    elif as_text:
+                        file.turned = "turns them, and MMDetection does not"
+                    else:
+                        file.orientation = orientation
                 if decode or not _ends_well(path, image.format, length):
                     image.load()
+    except Image.DecompressionBombError:
+        return _File(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, Pillow's limit")
     except UnidentifiedImageError:
         with open(path, "rb") as stream:
             return _File(f"is no image (it begins with {stream.read(12)!r})")
     except Exception as error:  # Pillow's readers raise almost anything for a broken file
         return _File(f"is damaged ({' '.join(str(error).split())[:80]})")
     return file
+
+
+def _has_exif_chunk(path: str) -> bool:
+    """Tell whether a PNG has EXIF, wherever it stands, by the headers of its chunks."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        while len(header := file.read(8)) == 8:
+            if header[4:] in (b"eXIf", b"IEND"):
+                return header[4:] == b"eXIf"
+            file.seek(int.from_bytes(header[:4], "big") + 4, os.SEEK_CUR)
+    return False
 
 
 def _ends_well(path: str, image_format: str | None, length: int) -> bool:
@@ -298,6 +326,10 @@ def _report_modes(content: CocoFile, seen: Sequence[_File | None], report: Repor
             places["mode"].append(i)
         if file.frames > 1:
             places["frames"].append(i)
+        if file.turned:
+            places[file.turned].append(i)
+        if file.format and file.format not in _OF_OPENCV:
+            places["format"].append(i)
 
     def named(key: str) -> list[str]:
         return [image_name(content, i) for i in places[key]]
@@ -318,6 +350,26 @@ def _report_modes(content: CocoFile, seen: Sequence[_File | None], report: Repor
         named("float"),
         left=both("sees them black or white"),
         **rest,
+    )
+    for kind, left in (
+        ("exif-tiff", "turns them twice"),
+        ("exif-text", "turns them, and MMDetection does not"),
+    ):
+        report.add(
+            kind,
+            ERROR,
+            "images with an orientation that the frameworks do not read alike",
+            named(left),
+            left={"detectron2": left},
+            remedy="write the pixels as they are shown, without an orientation",
+        )
+    report.add(
+        "image-format",
+        ERROR,
+        "images of a format that OpenCV does not read",
+        named("format"),
+        left={"mmdetection": "stops when it loads the image"},
+        remedy="write them as JPEG or PNG",
     )
     report.add(
         "image-frames",

@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pycocotools import mask as rle
 
 from plugin_core.datasets.coco_file import UNSET, Annotation, CocoFile, polygons_of, segmentation_of
 from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report, both
 from plugin_core.datasets.mending import Mends
-from plugin_core.datasets.records import Places, number
+from plugin_core.datasets.records import Places, is_crowd, number
 
 _DROP = both("leaves them out of the training")
 _STOP = both("stops with a traceback")
+_FIRST = 5000  # annotations whose polygons are compared with their boxes
 _EDGE = 2.0  # pixels by which boxes of COCO itself may stick out of their image
 
 # How many annotations have a mask of each kind
@@ -192,13 +194,20 @@ def _check_areas(
 
 
 def _area(annotation: Annotation, box: NDArray[np.float64]) -> float:
-    """Compute an object's area from its polygons, or else from its box."""
-    polygons = segmentation_of(annotation)
+    """Compute an object's area from its mask, or else from its box."""
+    mask = segmentation_of(annotation)
     area = 0.0
-    if isinstance(polygons, list):
-        for polygon in polygons:
-            if isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0:
-                px, py = np.asarray(polygon, float).reshape(-1, 2).T
+    if isinstance(mask, dict) and _is_rle(mask):
+        counts = mask["counts"]
+        if isinstance(counts, list):
+            area = float(sum(counts[1::2]))
+        else:
+            area = float(rle.area({"size": mask["size"], "counts": counts.encode()}))
+    if isinstance(mask, list):
+        for polygon in mask if mask and isinstance(mask[0], list) else [mask]:
+            numbers = [number(v) for v in polygon] if isinstance(polygon, list) else []
+            if len(numbers) >= 6 and len(numbers) % 2 == 0 and None not in numbers:
+                px, py = np.asarray(numbers, float).reshape(-1, 2).T
                 area += abs(float(px @ np.roll(py, 1) - py @ np.roll(px, 1))) / 2
     if area <= 0 and np.isfinite(box).all():
         area = float(max(box[2], 0.0) * max(box[3], 0.0))
@@ -276,9 +285,9 @@ def _are_corners(
     Few boxes may be so by chance. Then only areas that agree with corners count.
     """
     x1, y1, x2, y2 = boxes.T
-    if not len(boxes) or not ((x2 > x1) & (y2 > y1)).all():
+    if not len(boxes) or ((x2 > x1) & (y2 > y1)).mean() < 0.9:
         return False
-    within = ((x2 <= sizes[:, 0] + _EDGE) & (y2 <= sizes[:, 1] + _EDGE)).all()
+    within = ((x2 <= sizes[:, 0] + _EDGE) & (y2 <= sizes[:, 1] + _EDGE)).mean() >= 0.9
     outside = (x1 + x2 > sizes[:, 0] + _EDGE) | (y1 + y2 > sizes[:, 1] + _EDGE)
     if not within or not outside.any():
         return False
@@ -296,10 +305,10 @@ def check_masks(
     """Check polygons and run-length encodings; returns how many objects have which."""
     place = Places(content, image_index)
     counts: MaskCounts = {"polygons": 0, "rle": 0, "none": 0}
-    flat, short, other, sizes = [], [], [], []
+    flat, short, other, sizes, relative = [], [], [], [], []
     for i, annotation in enumerate(content.annotations):
         # Crowds are encoded in COCO itself, and no mask is learned from them.
-        counted = int(annotation.iscrowd not in (1, True, "1"))
+        counted = int(not is_crowd(annotation))
         if annotation.segmentation is UNSET:
             counts["none"] += counted
             continue
@@ -308,6 +317,8 @@ def check_masks(
             counts["polygons"] += counted
             if any(len(p) < 6 or len(p) % 2 for p in polygons):
                 short.append(i)
+            elif i < _FIRST and max(map(max, polygons)) <= 1 and _is_larger(annotation.bbox):
+                relative.append(i)
             continue
         mask = segmentation_of(annotation)
         if isinstance(mask, list) and mask and isinstance(mask[0], list):
@@ -324,7 +335,7 @@ def check_masks(
             counts["rle"] += counted
             if not _is_rle(mask):
                 other.append(i)
-            elif not _fits(mask, content, image_index[i]):
+            elif not _fits(mask, content, image_index[i], mends):
                 sizes.append(i)
         elif mask in (None, [], {}, ""):
             counts["none"] += counted
@@ -358,6 +369,14 @@ def check_masks(
         remedy="a mask is a list of polygons, or an object of size and counts",
     )
     report.add(
+        "relative-polygons",
+        ERROR,
+        "polygons in parts of the image (0 to 1) instead of pixels",
+        place.of(relative),
+        left=both("trains on masks smaller than a pixel"),
+        remedy="multiply x by the image's width, y by its height",
+    )
+    report.add(
         "mask-size",
         ERROR,
         "run-length encodings of another size than their image",
@@ -366,6 +385,12 @@ def check_masks(
         remedy="size is [height, width] of the image, and the counts sum up to its pixels",
     )
     return counts
+
+
+def _is_larger(box: Any) -> bool:
+    """Tell whether a box has more than two pixels a side."""
+    sides = [number(v) for v in box[2:]] if isinstance(box, list) and len(box) == 4 else []
+    return len(sides) == 2 and all(side is not None and side > 2 for side in sides)
 
 
 def _is_rle(mask: dict[str, Any]) -> bool:
@@ -377,13 +402,17 @@ def _is_rle(mask: dict[str, Any]) -> bool:
     return isinstance(counts, list) and all(isinstance(c, int) and c >= 0 for c in counts)
 
 
-def _fits(mask: dict[str, Any], content: CocoFile, image: int) -> bool:
+def _fits(mask: dict[str, Any], content: CocoFile, image: int, mends: Mends) -> bool:
     height, width = mask["size"]
     if isinstance(mask["counts"], list) and sum(mask["counts"]) != height * width:
         return False
     if image < 0:
         return True
-    wanted = number(content.images[image].height), number(content.images[image].width)
+    read = {key: mends.read["images", key].get(image) for key in ("height", "width")}
+    wanted = tuple(
+        number(getattr(content.images[image], key)) if value is None else value
+        for key, value in read.items()
+    )
     return None in wanted or (height, width) == wanted
 
 
@@ -393,29 +422,42 @@ def check_keypoints(
     category_index: Sequence[int],
     report: Report,
     mends: Mends,
-) -> int:
-    """Check keypoints against their category; returns how many an object has at most."""
+) -> tuple[set[int], bool]:
+    """Check keypoints against their category.
+
+    Returns:
+        The numbers of keypoints that objects have, and whether a category names them.
+    """
     place = Places(content, image_index)
     names = [len(c.keypoints) if isinstance(c.keypoints, list) else 0 for c in content.categories]
-    wrong, other, uncounted, most = [], [], [], max(names, default=0)
+    wrong, other, uncounted, found = [], [], [], set()
+    labelled = any(names)
     for i, annotation in enumerate(content.annotations):
         values = annotation.keypoints
+        of_category = names[category_index[i]] if category_index[i] >= 0 else 0
         if values is UNSET or values is None or values == []:
+            if labelled and of_category and not is_crowd(annotation):
+                # COCO's way to say that none is labelled
+                mends.set("annotations", i, "keypoints", [0] * (3 * of_category))
+                mends.set("annotations", i, "num_keypoints", 0)
             continue
-        if not isinstance(values, list) or any(number(v) is None for v in values):
+        read = [number(v) for v in values] if isinstance(values, list) else [None]
+        numbers = [v for v in read if v is not None]
+        if len(numbers) < len(read):
             other.append(i)
             continue
-        of_category = names[category_index[i]] if category_index[i] >= 0 else 0
-        if len(values) % 3 or (of_category and len(values) != 3 * of_category):
+        if len(numbers) % 3 or (of_category and len(numbers) != 3 * of_category):
             wrong.append(i)
             continue
-        most = max(most, len(values) // 3)
-        if any(v not in (0, 1, 2) for v in values[2::3]):
+        found.add(len(numbers) // 3)
+        if any(v not in (0, 1, 2) for v in numbers[2::3]):
             other.append(i)
+        if any(isinstance(v, str) for v in values):
+            mends.set("annotations", i, "keypoints", numbers)
+            mends.texts.append(place(i))
         if not isinstance(annotation.num_keypoints, int):
             uncounted.append(i)
-            seen = sum(v > 0 for v in values[2::3])
-            mends.set("annotations", i, "num_keypoints", seen)
+            mends.set("annotations", i, "num_keypoints", sum(v > 0 for v in numbers[2::3]))
     report.add(
         "keypoint-number",
         ERROR,
@@ -439,4 +481,4 @@ def check_keypoints(
         left=both("stops with a KeyError at the evaluation of keypoints"),
         mended="read",
     )
-    return most
+    return found | {count for count in names if count}, labelled

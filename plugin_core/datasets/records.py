@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from plugin_core.datasets.coco_file import UNSET, CocoFile
+from plugin_core.datasets.coco_file import UNSET, Annotation, CocoFile
 from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report, both
 from plugin_core.datasets.mending import Mends
 
@@ -37,6 +37,12 @@ def is_id(value: Any) -> bool:
     if isinstance(value, float):
         return value.is_integer()
     return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def is_crowd(annotation: Annotation) -> bool:
+    """Tell whether an annotation is of a region of many objects."""
+    value = annotation.iscrowd
+    return value is True or number(value) == 1
 
 
 def image_name(content: CocoFile, index: int) -> str:
@@ -71,7 +77,10 @@ class Places:
 def check_lists(content: CocoFile, report: Report) -> None:
     """Check that the lists are there and hold objects."""
     for name in content.absent:
-        level = WARNING if name == "annotations" else ERROR
+        if name == "annotations":
+            report.add("no-list", WARNING, "no list of annotations", [], count=1)
+            continue
+        level = ERROR
         report.add("no-list", level, f"no list of {name}", [], count=1, left=_STOP)
     for name, places in content.not_objects.items():
         report.add(
@@ -221,6 +230,15 @@ def check_annotations(
     image_index = _look_up(images, [a.image_id for a in annotations])
     category_index = _look_up(categories, [a.category_id for a in annotations])
     place = Places(content, image_index)
+    for key, places, index in (
+        ("image_id", images, image_index),
+        ("category_id", categories, category_index),
+    ):
+        for i, at in enumerate(index):
+            if at < 0 and (other := _other_spelling(getattr(annotations[i], key))) in places:
+                index[i] = places[other]
+                mends.set("annotations", i, key, other)
+                mends.texts.append(place(i))
     for key, title in (("image_id", "image"), ("category_id", "category")):
         missing = [i for i, a in enumerate(annotations) if not is_id(getattr(a, key))]
         report.add(
@@ -367,6 +385,16 @@ def _check_ids(
             left=_STOP,
             remedy="give each record a whole number of its own",
         )
+    texts = [i for i, value in enumerate(ids) if isinstance(value, str)]
+    if len(texts) < sum(map(is_id, ids)):
+        report.add(
+            f"{title}-id-kinds",
+            ERROR,
+            f"{title} ids that are texts, beside others that are numbers",
+            [place(i) for i in texts],
+            left=both("stops with a TypeError when it sorts them"),
+            remedy="give all of them whole numbers",
+        )
     index = {value: i for i, value in enumerate(ids) if is_id(value)}
     if len(index) < len(ids):
         counts = Counter(value for value in ids if is_id(value))
@@ -384,6 +412,13 @@ def _check_ids(
             remedy="give each record an id of its own",
         )
     return index
+
+
+def _other_spelling(value: Any) -> Any:
+    """Give an id as a number if it is a text, and the other way round; None if there is none."""
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdigit() else None
+    return str(value) if type(value) is int else None
 
 
 def _look_up(index: dict[Any, int], ids: Sequence[Any]) -> list[int]:

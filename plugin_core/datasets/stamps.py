@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +23,7 @@ from plugin_core.datasets.mending import mended
 from plugin_core.files import replacing
 
 # Goes up when checks change, as older results say nothing then.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
@@ -54,7 +56,9 @@ def cache_folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError:
-        return Path(tempfile.mkdtemp(prefix="detection-plugins-"))
+        folder = Path(tempfile.mkdtemp(prefix="detection-plugins-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
 
 
 def checked_dataset(
@@ -86,14 +90,17 @@ def checked_dataset(
     state = _file_state(annotations)
     if stamp and _is_unchanged(stamp, annotations, images, state):
         if stamp["file"] != state:
-            _write(stamp_file, json.dumps({**stamp, "file": state}).encode())
+            with suppress(OSError):
+                _write(stamp_file, json.dumps({**stamp, "file": state}).encode())
         report = Report.from_dict(stamp["report"])
         return Dataset(report, stamp["ann_file"], [tuple(c) for c in stamp["categories"]])
     checked = check_dataset(annotations, images, use)
     digest = _digest(annotations)
     copy = cache_folder() / "copies" / f"{digest[:12]}-{name}.json"
     ann_file = _write_copy(checked, copy, classes, other_classes)
-    folders = sorted({os.path.dirname(str(i.file_name)) for i in checked.content.images})
+    spelled = checked.mends.read["images", "file_name"]
+    names = [spelled.get(i, image.file_name) for i, image in enumerate(checked.content.images)]
+    folders = sorted({os.path.dirname(str(name)) for name in names})
     stamp = {
         "file": state,
         "digest": digest,
@@ -103,7 +110,8 @@ def checked_dataset(
         "ann_file": ann_file,
         "categories": [(str(c.name), c.id) for c in sort_categories(checked.content.categories)],
     }
-    with suppress(TypeError, ValueError):  # ids of odd types; the report has errors then
+    # Ids may be of odd types, and the disk full. Then the data is checked again next time.
+    with suppress(TypeError, ValueError, OSError):
         _write(stamp_file, json.dumps(stamp).encode())
     return Dataset(checked.report, ann_file, stamp["categories"])
 
@@ -122,7 +130,13 @@ def _write_copy(
     if categories is not None:
         records = whole["categories"]
         whole["categories"] = [records[c] if isinstance(c, int) else c for c in categories]
-    _write(copy, encode(whole))
+    try:
+        _write(copy, encode(whole))
+    except OSError as error:
+        raise ValueError(
+            f"annotation file {content.path!r} has to be read from a copy, and {str(copy)!r} "
+            f"cannot be written: {error.strerror}; DETECTION_PLUGINS_CACHE names another folder"
+        ) from error
     return str(copy)
 
 
@@ -157,9 +171,9 @@ def _folder_state(annotations: str, images: str | None, folders: Sequence[str]) 
     digest = hashlib.blake2b(digest_size=16)
     for folder in folders if images else ():
         try:
-            with os.scandir(os.path.join(images or "", folder.replace("\\", "/"))) as entries:
+            with os.scandir(os.path.join(images or "", folder)) as entries:
                 files = sorted(
-                    (entry.name, entry.stat().st_size, entry.stat().st_mtime_ns)
+                    (entry.name, *_file_state(entry.path))
                     for entry in entries
                     if os.path.abspath(entry.path) != own
                 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from plugin_core.datasets import stamps
 from plugin_core.datasets.check import Use, check_dataset
@@ -154,6 +155,10 @@ def test_position_of_a_wrong_byte_in_a_large_file_is_right(tmp_path):
         (with_annotation(id=2), {"annotation-id-twice": WARNING}),
         (with_annotation(id=0), {"annotation-id-zero": NOTE}),
         (with_annotation(id="a"), {"annotation-id-text": NOTE}),
+        (with_annotation(image_id="1"), {"number-text": NOTE}),
+        (with_annotation(category_id="1"), {"number-text": NOTE}),
+        (with_image(id="a"), {"image-id-kinds": ERROR, "unknown-image": WARNING}),
+        (with_annotation(iscrowd="1.0"), {}),
         (with_annotation(image_id=[1]), {"image-id-of-annotation": ERROR}),
         (with_annotation(image_id=9), {"unknown-image": WARNING}),
         (with_annotation(category_id=None), {"category-id-of-annotation": ERROR}),
@@ -228,6 +233,15 @@ def test_corners_are_told_where_areas_agree_with_corners(folder):
     assert found(report) == {"corners": ERROR}
 
 
+def test_one_degenerate_box_does_not_hide_corners(folder):
+    whole = content()
+    whole["annotations"] = [
+        {**content()["annotations"][0], "id": i, "bbox": [20, 16, 20 + i, 26], "area": 10 * i}
+        for i in range(20)
+    ]
+    assert found(check(folder, whole)) == {"annotation-id-zero": NOTE, "corners": ERROR}
+
+
 def test_boxes_that_only_touch_the_edge_are_no_corners(folder):
     assert found(check(folder, scaled(lambda x, y, w, h: [8, 8, 32, 22]))) == {}
 
@@ -246,6 +260,7 @@ RLE = {"size": [30, 40], "counts": [600, 100, 500]}
         ({"size": [30, 40]}, {"mask": ERROR}),
         ("polygon", {"mask": ERROR}),
         ([["a"]], {"mask": ERROR}),
+        ([[0.1, 0.1, 0.9, 0.1, 0.5, 0.5]], {"relative-polygons": ERROR}),
         ([[1, 1, 5, 5]], {"short-polygon": WARNING}),
         ([[1, 1, 5, 5, 6, 7, 8]], {"short-polygon": WARNING}),
         ([1, 1, 9, 1, 9, 9], {"flat-polygon": WARNING}),
@@ -271,6 +286,7 @@ def test_encoded_masks_are_an_error_where_polygons_are_read(folder):
         ([1, 1, 2], {"keypoint-number": ERROR}),
         ([1, 1, 2, 5], {"keypoint-number": ERROR}),
         ([1, 1, 7, 5, 5, 1], {"keypoints": ERROR}),
+        (["1", 1, 2, 5, 5, 1], {"number-text": NOTE}),
         ([1, None, 2, 5, 5, 1], {"keypoints": ERROR}),
     ],
 )
@@ -340,6 +356,32 @@ def test_orientation_is_compared_with_the_labels(folder, orientation, size, kind
     assert {k: v for k, v in got.items() if k != "nothing-to-find"} == kinds
 
 
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+def test_orientations_that_detectron2_alone_reads_otherwise_are_its_errors(folder, kind):
+    image, options = Image.open(folder / "1.png"), {}
+    if kind == "TIFF":
+        exif = image.getexif()
+        exif[0x0112] = 3
+        options["exif"] = exif
+    else:  # as ImageMagick writes it
+        info = PngInfo()
+        data = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0"
+        info.add_text("Raw profile type exif", f"\nexif\n{len(data):8}\n{data.hex()}\n")
+        options["pnginfo"] = info
+    image.save(folder / "1.png", format=kind, **options)
+    report = check(folder, content())
+    assert [f.kind for f in report.of(ERROR, "detectron2")] == [
+        f"exif-{'tiff' if kind == 'TIFF' else 'text'}"
+    ]
+    assert not report.of(ERROR, "mmdetection")
+
+
+def test_missing_image_is_not_taken_for_another_one(folder):
+    whole = content()
+    whole["images"].append({"id": 3, "file_name": "camB/1.png", "width": 40, "height": 30})
+    assert found(check(folder, whole)) == {"image-missing": ERROR}
+
+
 def test_names_of_another_system_are_found_below_the_folder(folder):
     (folder / "sub").mkdir()
     for i in (1, 2):
@@ -374,6 +416,45 @@ def test_deep_pixels_are_an_error_in_detectron2_only(folder):
 # --------------------------------------------------------------------------------- use, and classes
 
 
+def test_objects_that_are_all_left_out_are_none(folder):
+    whole = content()
+    for annotation in whole["annotations"]:
+        annotation["bbox"][2] = 0
+    got = check(folder, whole, split="train")
+    assert found(got) == {"no-objects": ERROR, "empty-box": WARNING}
+    assert "crowds, or boxes that are left out" in got.text()
+
+
+def test_objects_without_keypoints_get_coco_s_zeros(folder):
+    whole = content()
+    whole["categories"][0]["keypoints"] = whole["categories"][1]["keypoints"] = ["head", "tail"]
+    whole["annotations"][0] |= {"keypoints": [1, 1, 2, 5, 5, 1], "num_keypoints": 2}
+    checked = check_dataset(write(folder, whole), str(folder), Use("train", keypoints=2))
+    assert found(checked.report) == {}
+    assert checked.mends.read["annotations", "keypoints"] == dict.fromkeys((1, 2, 3), [0] * 6)
+
+
+def test_keypoints_without_names_are_an_error_in_detectron2(folder):
+    report = check(folder, with_annotation(keypoints=[1, 1, 2], num_keypoints=1), keypoints=1)
+    assert [f.kind for f in report.of(ERROR, "detectron2")] == ["keypoint-names"]
+
+
+@pytest.mark.parametrize(
+    ("mask", "area"),
+    [
+        ({"size": [30, 40], "counts": [600, 60, 540]}, 60),
+        ([2, 3, 8, 3, 8, 11, 2, 11], 48),
+        ([[2, 3, 8, 3, "8", 11, 2, 11]], 48),
+        ([["a"]], 80),
+        ([], 80),
+    ],
+)
+def test_missing_area_is_that_of_the_mask_or_else_the_box(folder, mask, area):
+    whole = with_annotation(area=None, segmentation=mask)
+    checked = check_dataset(write(folder, whole), str(folder))
+    assert checked.mends.read["annotations", "area"] == {0: area}
+
+
 @pytest.mark.parametrize(
     ("split", "keeps_empty", "kinds"),
     [
@@ -403,7 +484,7 @@ def test_group_of_roboflow_is_told(folder):
     [
         (["dog", "cat"], False, {}),
         (["cat", "dgo"], True, {"class-names": ERROR}),
-        (["cat"], True, {"class-left-out": NOTE}),
+        (["cat"], True, {"class-left-out": WARNING}),
         (["cat"], False, {"class-left-out": ERROR}),
         (["cat", "dog", "cow"], False, {"class-missing": WARNING}),
     ],
@@ -477,6 +558,16 @@ def test_unchanged_files_are_not_checked_again(folder, monkeypatch):
     write(folder, content())
     stamps.checked_dataset(path, str(folder), Use("train"))
     assert calls == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", [r"sub\\1.png", "/home/someone/else/sub/1.png"])
+def test_images_that_are_found_by_another_name_are_watched_too(folder, name):
+    (folder / "sub").mkdir()
+    (folder / "1.png").rename(folder / "sub" / "1.png")
+    path = write(folder, content(images=[content()["images"][0] | {"file_name": name}]))
+    assert not stamps.checked_dataset(path, str(folder)).report.of(ERROR)
+    (folder / "sub" / "1.png").write_bytes(b"")
+    assert stamps.checked_dataset(path, str(folder)).report.of(ERROR)
 
 
 def test_copy_lists_categories_by_the_detectors_classes(folder):

@@ -71,6 +71,15 @@ def test_keypoint_without_a_counterpart_is_not_exchanged(tiny_coco, tmp_path):
     assert MetadataCatalog.get("data_keypoints").keypoint_flip_map == [("left_ear", "right_ear")]
 
 
+@pytest.mark.parametrize(
+    "pair", [("LeftEye", "RightEye"), ("LEye", "REye"), ("l_eye", "r_eye"), ("eye-l", "eye-r")]
+)
+def test_sides_of_keypoints_are_known_in_several_spellings(tiny_coco, tmp_path, pair):
+    categories = [{"id": 1, "name": "face", "keypoints": [*pair, "nose", "lip"]}]
+    register_coco("data_keypoints", with_categories(tiny_coco, tmp_path, categories), tiny_coco[1])
+    assert MetadataCatalog.get("data_keypoints").keypoint_flip_map == [pair]
+
+
 def test_taken_name_is_refused(tiny_coco):
     register_coco("data_taken", *tiny_coco)
     with pytest.raises(ValueError, match="^--register-coco data_taken: a dataset of this name"):

@@ -21,12 +21,12 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import Tensor, nn
 
 from d2_plugins.checkpointer import PluginCheckpointer, check_weights, find_resumable
-from d2_plugins.checkpoints import classes_of
 from d2_plugins.command_line import check_amp, run
 from d2_plugins.data import ReadableDataset, ResumableTrainLoader
 from d2_plugins.datasets import register_coco
 from d2_plugins.trainer import PluginTrainer
 from d2_plugins.training_loop import GuardedTrainer
+from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.training.non_finite import NonFiniteLoss
 from plugin_core.training.unreadable_images import UnreadableImage
 
@@ -207,7 +207,7 @@ def test_an_unreadable_image_is_an_error_in_evaluation_also_where_training_skips
 
 def test_checkpoints_name_the_classes(small):
     train(small)
-    assert classes_of(str(Path(small.OUTPUT_DIR, "model_final.pth"))) == ["thing"]
+    assert class_names_of(str(Path(small.OUTPUT_DIR, "model_final.pth"))) == ["thing"]
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
@@ -118,7 +119,9 @@ def test_missing_image_folder_is_found(dataset, tmp_path):
     assert str(tmp_path / "none") in message
 
 
-def test_dataset_whose_files_have_whole_paths_needs_no_root(dataset, tmp_path):
+def test_dataset_whose_files_have_whole_paths_needs_no_root(dataset, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images" / "a.png").rename(tmp_path / "a.png")
     path = str(tmp_path / "annotations" / "train.json")
     for changed in ({"data_prefix": {"img": ""}}, {"data_root": "", "data_prefix": {"img": ""}}):
         own = {"type": "CocoDataset", "ann_file": path, "metainfo": {"classes": NAMES}} | changed
@@ -187,6 +190,26 @@ def test_labels_are_places_in_the_configs_classes_whatever_the_files_order(
     changes = check(config(train_dataloader={"dataset": dataset}))
     assert labels_of(dataset, changes) == [NAMES.index(n) for n in names if n in NAMES]
     assert bool(changes) == (names[:2] != NAMES)
+
+
+def test_checkpoint_of_other_classes_is_not_tested_under_these(dataset, tmp_path):
+    torch.save({"meta": {"dataset_meta": {"classes": NAMES[::-1]}}}, tmp_path / "model.pth")
+    cfg = config(test_dataloader={"dataset": dataset})
+    check(cfg, train=False)
+    with pytest.raises(ValueError, match="in another order than the checkpoint's, ") as error:
+        prepare(cfg, None, train=False, checkpoint=str(tmp_path / "model.pth"))
+    assert str(error.value).startswith("test_dataloader.dataset.metainfo.classes: ('cat', 'dog')")
+
+
+def test_everything_that_is_wrong_is_told_at_once(dataset, tmp_path):
+    write(tmp_path, NAMES, annotations=[{"id": 1, "image_id": 1, "category_id": 9}])
+    model = nn.Module()
+    model.bbox_head = nn.Module()
+    model.bbox_head.num_classes = 80
+    cfg = config(train_dataloader={"dataset": dataset}, val_dataloader={"dataset": dataset})
+    message = error_of(cfg, model=model)
+    for part in ("train_dataloader.", "val_dataloader.", "model.bbox_head.num_classes: "):
+        assert part in message
 
 
 def test_class_that_the_file_lacks_keeps_the_others_labels(dataset, tmp_path, capsys):
