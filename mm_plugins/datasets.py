@@ -201,7 +201,8 @@ def _use(loader: str, node: Any, dataset: _Dataset, evaluators: Sequence[tuple[s
     alone = "datasets" not in dataset.setting
     masks = _holds(node, "with_mask", True)
     keeps_empty = not (alone and filters.get("filter_empty_gt", False))
-    return Use("train", "any" if masks else "", keeps_empty=keeps_empty)
+    min_size = filters.get("min_size", 0)
+    return Use("train", "any" if masks else "", keeps_empty=keeps_empty, min_size=min_size)
 
 
 def _holds(node: Any, key: str, value: Any) -> bool:

@@ -6,13 +6,14 @@ import argparse
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from torch import nn
+from torch import Tensor, nn
 
 from mm_plugins.runner import UNREADABLE, SafeRunner
 from mm_plugins.schedules import ResumeError
@@ -118,6 +119,10 @@ def explain_errors() -> Iterator[None]:
         yield
     except (UnreadableImage, NonFiniteLoss, ResumeError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        if told := _too_few_positions(error):
+            sys.exit(f"error: {told}")
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -126,6 +131,22 @@ def explain_errors() -> Iterator[None]:
             f"error: {error.strerror}{where}; earlier checkpoints are whole: make room and go on "
             "with --resume"
         )
+
+
+def _too_few_positions(error: RuntimeError) -> str:
+    """Say that a two-stage DETR was to choose more queries than its encoder has positions."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        memory, model = frame.f_locals.get("output_memory"), frame.f_locals.get("self")
+        queries = getattr(model, "num_queries", 0)
+        if frame.f_code.co_name == "pre_decoder" and isinstance(memory, Tensor):
+            positions = memory.shape[1]
+            if positions < queries:
+                return (
+                    f"model.num_queries: {queries} queries are chosen among the positions of the "
+                    f"encoder, and this batch's images have {positions}; train on larger images "
+                    "(Resize in the pipeline) or set fewer queries"
+                )
+    return ""
 
 
 @contextmanager

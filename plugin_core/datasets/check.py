@@ -13,12 +13,13 @@ from plugin_core.datasets.coco_file import CocoFile, read_coco
 from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report, both
 from plugin_core.datasets.images import check_images as check_image_files
 from plugin_core.datasets.mending import Mends
-from plugin_core.datasets.objects import check_boxes, check_keypoints, check_masks
+from plugin_core.datasets.objects import check_boxes, check_keypoints, check_masks, image_sizes
 from plugin_core.datasets.records import (
     check_annotations,
     check_categories,
     check_images,
     check_lists,
+    image_name,
     is_crowd,
     is_id,
 )
@@ -33,6 +34,7 @@ class Use:
         masks: whether masks are trained or evaluated; "polygon" if only polygons are read.
         keypoints: how many an object has in the model; 0 without keypoints.
         keeps_empty: whether images without objects are trained on.
+        min_size: shortest side in pixels of an image that is trained on.
         skips_unreadable: whether images that cannot be read are left out of the training.
     """
 
@@ -40,6 +42,7 @@ class Use:
     masks: str = ""
     keypoints: int = 0
     keeps_empty: bool = False
+    min_size: int = 0
     skips_unreadable: bool = False
 
 
@@ -121,6 +124,17 @@ def check_dataset(
         at >= 0 and i not in dropped and not is_crowd(content.annotations[i])
         for i, at in enumerate(image_index)
     )
+    if use.split == "train" and use.min_size and content.images:
+        sizes = image_sizes(content, mends).min(1)
+        small = [i for i, size in enumerate(sizes) if size < use.min_size]
+        report.add(
+            "small-images",
+            ERROR if len(small) == len(sizes) else WARNING,
+            f"images with a side of less than {use.min_size} pixels",
+            [image_name(content, i) for i in small],
+            left={"mmdetection": "leaves them out"},
+            remedy="set filter_cfg.min_size to what these images have",
+        )
     _check_use(content, category_index, objects, masks, keypoints, use, report)
     if content.rewritten:
         report.add(

@@ -37,7 +37,7 @@ def check_boxes(
     boxes = _read_boxes(annotations, place, report, mends)
     if not len(boxes):
         return boxes
-    sizes = _image_sizes(content, mends)[np.asarray(image_index)]
+    sizes = image_sizes(content, mends)[np.asarray(image_index)]
     sizes[np.asarray(image_index) < 0] = np.nan
     x, y, w, h = boxes.T
     width, height = sizes.T
@@ -254,7 +254,8 @@ def _read_boxes(
     return boxes
 
 
-def _image_sizes(content: CocoFile, mends: Mends) -> NDArray[np.float64]:
+def image_sizes(content: CocoFile, mends: Mends) -> NDArray[np.float64]:
+    """Give the images' (width, height) in pixels, NaN where they are unknown."""
     columns = [_column([getattr(i, key) for i in content.images]) for key in ("width", "height")]
     for key, column in zip(("width", "height"), columns, strict=True):
         for place, value in mends.read["images", key].items():

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tool_server import ForkedTool, ToolServer
 
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "1"))
 SEED = int(os.environ.get("KILL_SEED", "0"))
 LIMIT_SECONDS = 300
 

@@ -83,18 +83,6 @@ def test_evaluation_writes_results_for_every_image(trained, photographs):
     }
 
 
-def test_a_killed_and_resumed_training_ends_with_the_same_weights(
-    trained, photographs, run_tool, kill_tool_when, assert_same_weights, tmp_path
-):
-    output = tmp_path / "killed"
-    line = arguments(photographs, output, **IDA_HEAD)
-    kill_tool_when(output / "last_checkpoint", "train_net.py", *line)
-    assert (output / "last_checkpoint").read_text() == "model_0000004.pth"
-    resumed = run_tool("train_net.py", *line[:2], "--resume", *line[2:])
-    assert "Starting training from iteration 5" in resumed.stdout
-    assert_same_weights(weights(output), weights(trained[0]))
-
-
 def test_evaluating_the_checkpoint_gives_the_same_numbers(trained, photographs, run_tool, tmp_path):
     output, printed = trained
     options = {**IDA_HEAD, "MODEL.WEIGHTS": str(output / "model_final.pth")}

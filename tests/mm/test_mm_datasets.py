@@ -277,6 +277,13 @@ def test_evaluator_reads_the_file_of_its_dataset(dataset, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("min_size", "wrong"), [(16, ""), (17, "a side of less than 17 pixels")])
+def test_images_that_the_filter_leaves_out_are_told(dataset, min_size, wrong):
+    dataset["filter_cfg"] = {"filter_empty_gt": True, "min_size": min_size}
+    cfg = config(train_dataloader={"dataset": dataset})
+    assert wrong in error_of(cfg) if wrong else check(cfg) == {}
+
+
 # --------------------------------------------------------------------------------------------- ODVG
 
 

@@ -166,6 +166,20 @@ def test_folder_without_a_whole_checkpoint_is_an_error_and_an_empty_one_is_not(t
         find_resumable(str(tmp_path), "iter_{}.pth")
 
 
+def test_more_queries_than_positions_are_one_line():
+    class TwoStage:
+        num_queries = 5
+
+        def pre_decoder(self, output_memory):
+            torch.topk(output_memory[..., 0], self.num_queries, dim=1)
+
+    with pytest.raises(SystemExit) as end, explain_errors():
+        TwoStage().pre_decoder(torch.zeros(2, 4, 8))
+    assert str(end.value).startswith("error: model.num_queries: 5 queries are chosen among")
+    with pytest.raises(RuntimeError, match="another"), explain_errors():
+        raise RuntimeError("another")
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(b"", "0 bytes"), (b"<html></html>", "web page"), (b"PK\3\4", "cut off")],
