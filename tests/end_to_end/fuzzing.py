@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-CASES = int(os.environ.get("FUZZ_CASES", "40"))  # of both frameworks together
+CASES = int(os.environ.get("FUZZ_CASES", "16"))  # of both frameworks together
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 KINDS = ("annotations", "images", "config", "checkpoint")
 
