@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from plugin_core.datasets.boxes import check_boxes, image_sizes
 from plugin_core.datasets.coco_file import CocoFile, read_coco
 from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report, both
 from plugin_core.datasets.images import check_images as check_image_files
+from plugin_core.datasets.keypoints import check_keypoints
+from plugin_core.datasets.masks import check_masks
 from plugin_core.datasets.mending import Mends
-from plugin_core.datasets.objects import check_boxes, check_keypoints, check_masks, image_sizes
 from plugin_core.datasets.records import (
     check_annotations,
     check_categories,
