@@ -73,7 +73,8 @@ def prepare(
             classes, setting = _classes(dataset)
             if not reads_texts:
                 first = first or (setting, classes)
-                _check_same_classes(classes, setting, *first)
+                if text := _other_classes(classes, setting, *first):
+                    wrong.append(text)
             use = _use(loader, node, dataset, evaluators)
             skips = use.split == "train" and cfg.get("unreadable_images") == "skip"
             try:
@@ -181,13 +182,12 @@ def _classes(dataset: _Dataset) -> tuple[Sequence[str], str]:
     return classes, setting
 
 
-def _check_same_classes(
-    classes: Sequence[str], setting: str, first: str, known: Sequence[str]
-) -> None:
+def _other_classes(classes: Sequence[str], setting: str, first: str, known: Sequence[str]) -> str:
+    """Say that a dataset has other classes than the first one; empty if not."""
     if list(classes) == list(known):
-        return
+        return ""
     how = "in another order than" if set(classes) == set(known) else "are not"
-    raise ValueError(
+    return (
         f"{setting}: {tuple(classes)!r:.300} {how} {first}, {tuple(known)!r:.300}; labels are "
         "places in this list, so all datasets need the same"
     )
