@@ -65,9 +65,8 @@ def run(name: str) -> None:
             cfg.load_from = args.checkpoint
         resumes = getattr(args, "resume", None) is not None or cfg.get("resume", False)
         model = check_config(cfg, train=name == "train", resumes=resumes)
-        told = arrange(args, cfg, model)
-        tested = args.checkpoint if name == "test" else None
-        changes = prepare(cfg, model, train=name == "train", checkpoint=tested)
+        told, begins_with = arrange(args, cfg, model)
+        changes = prepare(cfg, model, train=name == "train", checkpoint=begins_with)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if is_main():

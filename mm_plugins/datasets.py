@@ -6,34 +6,23 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import msgspec
-from mmdet.datasets import CocoDataset, CocoPanopticDataset, LVISV05Dataset, ODVGDataset
+from mmdet.datasets import CocoPanopticDataset
 from mmdet.evaluation import CocoMetric
-from mmdet.registry import DATASETS, METRICS
+from mmdet.registry import METRICS
 from mmengine.config import Config
 from torch import nn
 
+from mm_plugins.dataset_nodes import DatasetNode, classes_of, find_datasets
 from mm_plugins.launch import is_main
+from mm_plugins.panoptic_datasets import check_panoptic_dataset
 from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.datasets.check import Reads, Use
 from plugin_core.datasets.classes import check_classes, check_number_of_classes
-from plugin_core.datasets.coco_file import check_whole, read_text
 from plugin_core.datasets.findings import ERROR, WARNING, DatasetError
 from plugin_core.datasets.stamps import checked_dataset
-
-
-@dataclass
-class _Dataset:
-    """A dataset in COCO's format in a config."""
-
-    setting: str
-    node: Any
-    kind: type
-    ann_file: str
-    images: str | None
 
 
 def prepare(
@@ -45,7 +34,7 @@ def prepare(
         cfg: the whole config.
         model: built from it; None if it has none.
         train: whether ``train_dataloader`` will be used, or ``test_dataloader`` only.
-        checkpoint: that is tested; it may name its classes.
+        checkpoint: that is tested or resumed from; it may name its classes.
 
     Returns:
         Settings to change, each ``ann_file`` that is read from a copy in the cache folder: where a
@@ -69,8 +58,11 @@ def prepare(
             continue
         evaluators = list(_evaluators(cfg, loader.replace("dataloader", "evaluator")))
         copies: dict[str, str] = {}
-        for dataset in _datasets(node.get("dataset"), f"{loader}.dataset"):
-            classes, setting = _classes(dataset)
+        for dataset in find_datasets(node.get("dataset"), f"{loader}.dataset"):
+            if issubclass(dataset.kind, CocoPanopticDataset):
+                wrong += check_panoptic_dataset(dataset, model, train=loader == "train_dataloader")
+                continue
+            classes, setting = classes_of(dataset)
             if not reads_texts:
                 first = first or (setting, classes)
                 if text := _other_classes(classes, setting, *first):
@@ -111,75 +103,10 @@ def prepare(
 def reads(cfg: Config, model: nn.Module) -> Reads:
     """Tell what a config reads of its training data, without looking at its files."""
     node = cfg.get("train_dataloader") or {}
-    for dataset in _datasets(node.get("dataset"), "train_dataloader.dataset", files=False):
+    for dataset in find_datasets(node.get("dataset"), "train_dataloader.dataset", files=False):
         use = _use("train_dataloader", node, dataset, ())
-        return Reads(use, _classes(dataset)[0], list(_numbers_of_classes(model)))
+        return Reads(use, classes_of(dataset)[0], list(_numbers_of_classes(model)))
     return Reads(Use("train"), heads=list(_numbers_of_classes(model)))
-
-
-def _datasets(node: Any, setting: str, *, files: bool = True) -> Iterator[_Dataset]:
-    """Find the datasets in COCO's format, also those that others wrap, join or repeat.
-
-    With ``files`` the files of others are checked on the way.
-    """
-    if isinstance(node, (list, tuple)):
-        for i, part in enumerate(node):
-            yield from _datasets(part, f"{setting}[{i}]", files=files)
-    if not isinstance(node, dict):
-        return
-    for key in ("dataset", "datasets"):
-        yield from _datasets(node.get(key), f"{setting}.{key}", files=files)
-    kind = node.get("type")
-    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
-    ann_file, root = node.get("ann_file"), node.get("data_root") or ""
-    if (
-        not inspect.isclass(kind)
-        or (node.get("backend_args") or {}).get("backend", "local") != "local"
-        or not isinstance(ann_file, str)
-        or not ann_file
-        or "://" in os.path.join(root, ann_file)
-    ):
-        return
-    ann_file = os.path.join(root, ann_file)
-    if files and issubclass(kind, ODVGDataset):
-        _check_odvg(node, ann_file, setting)
-    if not issubclass(kind, CocoDataset):
-        return
-    prefix = node.get("data_prefix")
-    folder = prefix.get("img") if isinstance(prefix, dict) else None
-    images = None
-    if isinstance(folder, str) and "://" not in folder:
-        images = os.path.join(root, folder) or "."
-    if issubclass(kind, (CocoPanopticDataset, LVISV05Dataset)):
-        if not files:
-            return
-        try:
-            check_whole(ann_file)
-        except ValueError as error:
-            raise ValueError(f"{setting}.ann_file: {error}") from error
-        return
-    yield _Dataset(setting, node, kind, ann_file, images)
-
-
-def _classes(dataset: _Dataset) -> tuple[Sequence[str], str]:
-    """Read the classes of a dataset, and say which setting has them."""
-    metainfo = dataset.node.get("metainfo")
-    setting = f"{dataset.setting}.metainfo.classes"
-    classes = metainfo.get("classes") if isinstance(metainfo, dict) else None
-    if isinstance(classes, str):
-        if not os.path.isfile(classes):
-            raise ValueError(
-                f"{setting}: must be a tuple of names, got {classes!r}: ({classes!r},)"
-            )
-        with open(classes, encoding="utf-8") as file:  # as MMDetection does
-            classes = file.read().splitlines()
-    if classes is None:
-        classes = dataset.kind.METAINFO.get("classes", ())  # type: ignore[attr-defined]
-        setting += f" (not set: those of {dataset.kind.__name__})"
-    if len(set(classes)) < len(classes):
-        twice = next(name for name in classes if list(classes).count(name) > 1)
-        raise ValueError(f"{setting}: {twice!r} occurs twice")
-    return classes, setting
 
 
 def _other_classes(classes: Sequence[str], setting: str, first: str, known: Sequence[str]) -> str:
@@ -193,7 +120,9 @@ def _other_classes(classes: Sequence[str], setting: str, first: str, known: Sequ
     )
 
 
-def _use(loader: str, node: Any, dataset: _Dataset, evaluators: Sequence[tuple[str, Any]]) -> Use:
+def _use(
+    loader: str, node: Any, dataset: DatasetNode, evaluators: Sequence[tuple[str, Any]]
+) -> Use:
     if loader != "train_dataloader":
         metrics = [e.get("metric") for _, e in evaluators]
         return Use("test", "any" if any("segm" in (m or ()) for m in metrics) else "")
@@ -214,7 +143,7 @@ def _holds(node: Any, key: str, value: Any) -> bool:
     return node.get(key) == value or any(_holds(part, key, value) for part in node.values())
 
 
-def _check(dataset: _Dataset, classes: Sequence[str], setting: str, use: Use) -> str:
+def _check(dataset: DatasetNode, classes: Sequence[str], setting: str, use: Use) -> str:
     where = f"{dataset.setting}.ann_file"
     try:
         found = checked_dataset(dataset.ann_file, dataset.images, use, classes, other_classes=True)
@@ -251,37 +180,6 @@ def _evaluators(cfg: Config, setting: str) -> Iterator[tuple[str, Any]]:
         kind = METRICS.get(kind) if isinstance(kind, str) else kind
         if inspect.isclass(kind) and issubclass(kind, CocoMetric) and not part.get("backend_args"):
             yield place, part
-
-
-def _check_odvg(node: Any, ann_file: str, setting: str) -> None:
-    """Check a file of ODVG, one JSON object in a line."""
-    where = f"{setting}.ann_file: {ann_file!r}"
-    try:
-        text, rewritten = read_text(ann_file)
-    except ValueError as error:
-        raise ValueError(f"{setting}.ann_file: {error}") from error
-    if rewritten:
-        raise ValueError(f"{where} begins with {rewritten}; write it as plain UTF-8")
-    if text.lstrip()[:1] == b"[":
-        raise ValueError(f"{where} is a JSON list; ODVG's format is one object in each line")
-    wanted = "grounding" if not node.get("label_map_file") else "detection"
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip():
-            raise ValueError(f"{where}: line {number} is blank; take it out")
-        try:
-            record = msgspec.json.decode(line)
-        except msgspec.DecodeError as error:
-            raise ValueError(f"{where}: line {number} is no JSON: {error}") from error
-        for key in ("filename", "height", "width", wanted):
-            if not isinstance(record, dict) or (key not in record and key != "detection"):
-                raise ValueError(f"{where}: line {number} is no object with {key!r}")
-    label_map = node.get("label_map_file")
-    if label_map:
-        path = os.path.join(node.get("data_root") or "", label_map)
-        try:
-            check_whole(path)
-        except ValueError as error:
-            raise ValueError(f"{setting}.label_map_file: {error}") from error
 
 
 def _check_heads(model: Any, classes: Sequence[str]) -> list[str]:

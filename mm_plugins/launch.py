@@ -24,7 +24,9 @@ from plugin_core.training.run_folder import occupy
 from plugin_core.training.unreadable_images import UnreadableImage
 
 
-def arrange(args: argparse.Namespace, cfg: Config, model: nn.Module | None) -> list[str]:
+def arrange(
+    args: argparse.Namespace, cfg: Config, model: nn.Module | None
+) -> tuple[list[str], str | None]:
     """Check what a run begins with, and hand its safe runner over by ``sys.argv``.
 
     Args:
@@ -33,7 +35,7 @@ def arrange(args: argparse.Namespace, cfg: Config, model: nn.Module | None) -> l
         model: as preflight has built it.
 
     Returns:
-        What to warn of.
+        What to warn of, and the checkpoint that is tested or resumed from, if there is one.
 
     Raises:
         ValueError: names the setting, its value and what would be right.
@@ -48,7 +50,7 @@ def arrange(args: argparse.Namespace, cfg: Config, model: nn.Module | None) -> l
     if not hasattr(args, "resume"):  # of tools/test.py
         if model is not None and "://" not in args.checkpoint:
             check_weights(model, args.checkpoint, "CHECKPOINT", whole=True)
-        return []
+        return [], args.checkpoint
     _check_precision(args, cfg)
     if args.resume is not None or cfg.get("resume", False):
         return _arrange_resume(args, cfg)
@@ -56,7 +58,7 @@ def arrange(args: argparse.Namespace, cfg: Config, model: nn.Module | None) -> l
     load_from = cfg.get("load_from")
     if load_from and model is not None and "://" not in load_from:
         warnings = check_weights(model, load_from, "load_from", whole=False)
-    return warnings
+    return warnings, None
 
 
 def _check_precision(args: argparse.Namespace, cfg: Config) -> None:
@@ -81,18 +83,18 @@ def work_dir(args: argparse.Namespace, cfg: Config) -> str:
     return args.work_dir or cfg.get("work_dir") or os.path.join("./work_dirs", name)
 
 
-def _arrange_resume(args: argparse.Namespace, cfg: Config) -> list[str]:
+def _arrange_resume(args: argparse.Namespace, cfg: Config) -> tuple[list[str], str | None]:
     named = args.resume if args.resume not in (None, "auto") else None
     if args.resume is None:
         named = cfg.get("load_from")
     if named:
         if "://" not in named:
             check_readable(os.path.expanduser(named), "--resume")
-        return []
+        return [], os.path.expanduser(named)
     hook: dict[str, Any] = dict(cfg.get("default_hooks", {}).get("checkpoint") or {})
     out = hook.get("out_dir")
     if out and "://" in str(out):
-        return []
+        return [], None
     folder = os.path.abspath(work_dir(args, cfg))
     last = folder
     if out:
@@ -103,9 +105,10 @@ def _arrange_resume(args: argparse.Namespace, cfg: Config) -> list[str]:
         f"--resume: {name!r} is missing or damaged; the next older one is tried" for name in damaged
     ]
     if path is None:
-        return [*warnings, f"--resume: there is no checkpoint in {folder!r}; training begins anew"]
+        told = f"--resume: there is no checkpoint in {folder!r}; training begins anew"
+        return [*warnings, told], None
     sys.argv += ["--resume", path]
-    return [*warnings, f"--resume: going on from {path!r}"]
+    return [*warnings, f"--resume: going on from {path!r}"], path
 
 
 @contextmanager

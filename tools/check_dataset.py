@@ -4,11 +4,16 @@
     tools/check_dataset.py annotations/instances_train.json train/
     tools/check_dataset.py train.json images/ --config configs/mm/… --split train
     tools/check_dataset.py train.json images/ --fix mended.json --json report.json
+    tools/check_dataset.py panoptic.json images/ --segments pngs/
 
 It prints errors (a training would fail or learn something wrong), warnings (some of the data is
 lost) and notes, each with the first places, with what happens in Detectron2 and in MMDetection, and
 with the remedy. It ends with status 1 if there are errors. ANNOTATIONS and IMAGES are never
 changed. --fix writes a copy with what can be mended without guessing.
+
+A file whose annotations have segments_info is checked as a panoptic one. Of PNGs the pixels of the
+first 16 are compared with the segments, or of all with --decode. Nothing is mended in such a file,
+and of --config only the framework is read.
 """
 
 from __future__ import annotations
@@ -23,8 +28,9 @@ from pathlib import Path
 
 from plugin_core.datasets.check import Use, check_dataset
 from plugin_core.datasets.classes import check_classes, check_number_of_classes
-from plugin_core.datasets.findings import ERROR, FRAMEWORKS
-from plugin_core.datasets.mending import write_fixed
+from plugin_core.datasets.findings import ERROR, FRAMEWORKS, Report
+from plugin_core.datasets.mending import Mends, write_fixed
+from plugin_core.datasets.panoptic import check_panoptic, is_panoptic
 from plugin_core.files import replacing
 from plugin_core.inspection.config_kinds import side_of
 
@@ -43,8 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             framework = "detectron2" if side == "d2_plugins" else "mmdetection"
             reads = importlib.import_module(f"{side}.preflight").reads_of(args.config)
             use, classes, numbers = replace(reads.use, split=args.split), reads.classes, reads.heads
-        checked = check_dataset(args.annotations, args.images, use, decode=args.decode)
-        report = checked.report
+        report: Report
+        mends: Mends | None = None
+        if args.segments or is_panoptic(args.annotations):
+            if args.fix:
+                raise ValueError("--fix: nothing can be mended in a panoptic file")
+            report = check_panoptic(
+                args.annotations, args.segments, args.images, decode=args.decode
+            )
+            classes, numbers = None, []
+        else:
+            checked = check_dataset(args.annotations, args.images, use, decode=args.decode)
+            report, mends = checked.report, checked.mends
+            if args.fix and checked.content.not_objects:
+                raise ValueError(f"--fix: first take out what is no object\n{report.text()}")
         if classes is not None:
             check_classes(report, classes, args.config, may_leave_out=framework != "detectron2")
         for setting, number in numbers:
@@ -56,8 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.json:
             with replacing(args.json) as file:
                 file.write(json.dumps(report.as_dict(), indent=1, ensure_ascii=False).encode())
-        if args.fix:
-            done = write_fixed(args.annotations, checked.mends, args.fix)
+        if args.fix and mends:
+            done = write_fixed(args.annotations, mends, args.fix)
             print(f"wrote {args.fix}: {'; '.join(done) or 'nothing had to be changed'}")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
@@ -79,6 +97,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("annotations", metavar="ANNOTATIONS", help="file in COCO's format")
     parser.add_argument(
         "images", metavar="IMAGES", nargs="?", help="folder that the file names are relative to"
+    )
+    parser.add_argument(
+        "--segments", metavar="FOLDER", help="of the PNGs that a panoptic file names"
     )
     parser.add_argument(
         "--config", help="of either framework: check what it reads, and its classes"

@@ -1,18 +1,18 @@
-"""Checks of the ResNets in a checkpoint file, by its parameters' names without loading it."""
+"""Checks of the ResNets in a checkpoint file, by its parameters' names."""
 
 from __future__ import annotations
 
-import mmap
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from plugin_core.checkpoints.reading import read_checkpoint
 
 _BLOCK_PARAMETER = re.compile(
-    rb"(?:res([2-5])|layer([1-4]))[._](\d{1,2})[._](?:conv|branch2)([1-3abc])[._]"
+    r"(?<![^\W_])(?:res([2-5])|layer([1-4]))[._](\d{1,2})[._](?:conv|branch2)([1-3abc])[._]"
 )
-# The name of the network, before a parameter's name. pickle may write a length before it.
-_NETWORK = re.compile(rb"(?:\x8c[\s\S]|[^\w.]|^)([\w.]*)$")
 _STAGES = (1, 2, 3, 4)
 # (blocks of the four stages, whether a block has a third convolution) → depth
 _RESNET_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
@@ -72,8 +72,7 @@ def check_resnet_names(path: str, spelling: str, setting: str, command: str) -> 
         ValueError: if all ResNets have names of the other kind.
     """
     found = {
-        ("res" if match[1] else "layer", network.decode())
-        for network, match in _block_parameters(path)
+        ("res" if match[1] else "layer", network) for network, match in _block_parameters(path)
     }
     if found and all(kind != spelling for kind, _ in found):
         theirs = "torchvision's or MMDetection's" if spelling == "res" else "Detectron2's"
@@ -87,20 +86,17 @@ def check_resnet_names(path: str, spelling: str, setting: str, command: str) -> 
 def find_resnet_depths(path: str) -> set[int]:
     """Find the depths of the ResNets in a checkpoint file; empty if they are unclear.
 
-    PyTorch, pickle and safetensors all write the parameters' names as plain text. So the names are
-    searched for, and nothing of the file is executed.
-
     Args:
-        path: of a non-empty file with parameters named as in torchvision (``layer1.0.conv1``),
+        path: of a file with parameters named as in torchvision (``layer1.0.conv1``),
             Detectron2 (``res2.0.conv1``) or Caffe2 (``res2_0_branch2a``). Several networks, such as
             teacher and student, differ in their prefixes.
     """
-    blocks: defaultdict[bytes, set[tuple[int, int]]] = defaultdict(set)
-    deep: set[bytes] = set()  # networks with a third convolution in their blocks
+    blocks: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
+    deep: set[str] = set()  # networks with a third convolution in their blocks
     for network, match in _block_parameters(path):
         res, layer, block, convolution = match.groups()
         blocks[network].add((int(res) - 1 if res else int(layer), int(block)))
-        if convolution in (b"3", b"c"):
+        if convolution in ("3", "c"):
             deep.add(network)
     depths = set()
     for network, found in blocks.items():
@@ -124,9 +120,24 @@ def resnet_depth(blocks: tuple[int, ...], has_third_convolution: bool) -> int | 
     return None
 
 
-def _block_parameters(path: str) -> Iterator[tuple[bytes, re.Match[bytes]]]:
+def names_in(path: str) -> list[str]:
+    """List the keys of a checkpoint and of the state dicts in it; empty if it cannot be read."""
+    try:
+        return list(_keys(read_checkpoint(path)))
+    except ValueError:
+        return []  # whoever loads the file says what is wrong with it
+
+
+def _keys(node: Mapping[Any, Any]) -> Iterator[str]:
+    for key, value in node.items():
+        if isinstance(key, str):
+            yield key
+        if isinstance(value, Mapping):
+            yield from _keys(value)
+
+
+def _block_parameters(path: str) -> Iterator[tuple[str, re.Match[str]]]:
     """Find each parameter of a ResNet's block in a file, as (network's name, match)."""
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for match in _BLOCK_PARAMETER.finditer(data):
-            before = _NETWORK.search(data[max(0, match.start() - 128) : match.start()])
-            yield before[1] if before else b"", match
+    for name in names_in(path):
+        if match := _BLOCK_PARAMETER.search(name):
+            yield name[: match.start()], match

@@ -112,12 +112,14 @@ def check_dataset(
     report.add(
         "number-text",
         NOTE,
-        "numbers written as texts",
+        "numbers written as texts, or in another unusual way",
         mends.texts,
         left=both("stops with a traceback"),
         mended="read",
     )
     for finding in report.findings:
+        if use.split and not use.masks and finding.kind in ("mask-elsewhere", "relative-polygons"):
+            finding.level = NOTE  # masks are not read
         if use.skips_unreadable and finding.kind in ("image-missing", "image-unreadable"):
             finding.level, finding.remedy = WARNING, "they are left out, as the config says"
     _count(content, image_index, category_index, report)

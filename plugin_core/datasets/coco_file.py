@@ -92,13 +92,13 @@ def read_coco(path: str) -> CocoFile:
             JSON object; says where.
     """
     data, rewritten = read_text(path)
-    lists = _split(path, data)
+    lists = split_lists(path, data)
     content = CocoFile(path, rewritten=rewritten)
     for name, kind in _KINDS.items():
         if name not in lists:
             content.absent.append(name)
             continue
-        records, others = _records(path, name, lists[name], kind)
+        records, others = read_list(path, name, lists[name], kind)
         setattr(content, name, records)
         if others:
             content.not_objects[name] = others
@@ -107,10 +107,10 @@ def read_coco(path: str) -> CocoFile:
 
 def read_categories(path: str) -> list[Category]:
     """Read the categories of an annotation file alone; raises ValueError as :func:`read_coco`."""
-    lists = _split(path, read_text(path)[0])
+    lists = split_lists(path, read_text(path)[0])
     if "categories" not in lists:
         return []
-    return _records(path, "categories", lists["categories"], Category)[0]
+    return read_list(path, "categories", lists["categories"], Category)[0]
 
 
 def check_whole(path: str) -> None:
@@ -182,7 +182,7 @@ def _check_utf8(data: bytes, step: int = 1 << 24) -> None:
             raise UnicodeDecodeError("utf-8", data, max(at, 0), at + 1, error.reason) from None
 
 
-def _split(path: str, data: bytes) -> dict[str, msgspec.Raw | Any]:
+def split_lists(path: str, data: bytes) -> dict[str, msgspec.Raw | Any]:
     """Parse an object's outermost level."""
     try:
         return msgspec.json.decode(data, type=dict[str, msgspec.Raw])
@@ -219,7 +219,12 @@ def _explain(data: bytes, reason: Exception) -> str:
     return f"an unexpected character in line {line}, byte {at}, near {near!r}"
 
 
-def _records(path: str, name: str, value: Any, kind: type) -> tuple[list[Any], list[int]]:
+def read_list(path: str, name: str, value: Any, kind: type) -> tuple[list[Any], list[int]]:
+    """Parse a list of records; returns them, and the places of what is no object.
+
+    Raises:
+        ValueError: if ``value`` is no list.
+    """
     if isinstance(value, msgspec.Raw):
         try:
             return msgspec.json.decode(value, type=list[kind]), []  # type: ignore[valid-type]
@@ -265,7 +270,7 @@ def read_records(path: str) -> dict[str, Any]:
     Raises:
         ValueError: as :func:`read_coco` does.
     """
-    content: dict[str, Any] = dict(_split(path, read_text(path)[0]))
+    content: dict[str, Any] = dict(split_lists(path, read_text(path)[0]))
     record = list[dict[str, msgspec.Raw]]
     for name in _KINDS:
         if isinstance(content.get(name), msgspec.Raw):

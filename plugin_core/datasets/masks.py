@@ -15,7 +15,8 @@ from plugin_core.datasets.mending import Mends
 from plugin_core.datasets.records import Places, is_crowd, number
 
 _STOP = both("stops with a traceback")
-_FIRST = 5000  # annotations whose polygons are compared with their boxes
+# Annotations whose polygons are compared with their boxes, spread over the file
+_COMPARED = 50_000
 
 # How many annotations have a mask of each kind
 MaskCounts = dict[str, int]
@@ -48,7 +49,9 @@ def check_masks(
     """Check polygons and run-length encodings; returns how many objects have which."""
     place = Places(content, image_index)
     counts: MaskCounts = {"polygons": 0, "rle": 0, "none": 0}
-    flat, short, other, sizes, relative = [], [], [], [], []
+    flat, short, other, sizes, relative, elsewhere = [], [], [], [], [], []
+    step = 1 + len(content.annotations) // _COMPARED
+    compared = 0
     for i, annotation in enumerate(content.annotations):
         # Crowds are encoded in COCO itself, and no mask is learned from them.
         counted = int(not is_crowd(annotation))
@@ -60,8 +63,12 @@ def check_masks(
             counts["polygons"] += counted
             if any(len(p) < 6 or len(p) % 2 for p in polygons):
                 short.append(i)
-            elif i < _FIRST and max(map(max, polygons)) <= 1 and _is_larger(annotation.bbox):
-                relative.append(i)
+            elif i % step == 0 and (box := _box(annotation)):
+                compared += 1
+                if max(map(max, polygons)) <= 1:
+                    relative.append(i)
+                elif not _is_around(box, polygons):
+                    elsewhere.append(i)
             continue
         mask = segmentation_of(annotation)
         if isinstance(mask, list) and mask and isinstance(mask[0], list):
@@ -70,10 +77,13 @@ def check_masks(
                 other.append(i)
             elif any(len(p) < 6 or len(p) % 2 for p in mask):
                 short.append(i)
+            elif any(isinstance(v, str) for p in mask for v in p):
+                mends.set("annotations", i, "segmentation", [[*map(number, p)] for p in mask])
+                mends.texts.append(place(i))
         elif isinstance(mask, list) and mask and all(number(v) is not None for v in mask):
             counts["polygons"] += counted
             flat.append(i)
-            mends.set("annotations", i, "segmentation", [mask])
+            mends.set("annotations", i, "segmentation", [[*map(number, mask)]])
         elif isinstance(mask, dict):
             counts["rle"] += counted
             if not _is_rle(mask):
@@ -119,6 +129,15 @@ def check_masks(
         left=both("trains on masks smaller than a pixel"),
         remedy="multiply x by the image's width, y by its height",
     )
+    boxes_are_right = not {"corners", "relative-boxes"} & {f.kind for f in report.findings}
+    report.add(
+        "mask-elsewhere",
+        ERROR if len(elsewhere) > 0.5 * compared else WARNING,
+        "polygons that do not lie in their box",
+        place.of(elsewhere if boxes_are_right else ()),
+        left=both("trains on masks of other places than the boxes"),
+        remedy="write polygons and boxes of the same image, in pixels, x before y",
+    )
     report.add(
         "mask-size",
         ERROR,
@@ -130,10 +149,27 @@ def check_masks(
     return counts
 
 
-def _is_larger(box: Any) -> bool:
-    """Tell whether a box has more than two pixels a side."""
-    sides = [number(v) for v in box[2:]] if isinstance(box, list) and len(box) == 4 else []
-    return len(sides) == 2 and all(side is not None and side > 2 for side in sides)
+def _box(annotation: Annotation) -> list[float] | None:
+    """Read the box of an annotation; None if it is none, or has a side of up to two pixels."""
+    value = annotation.bbox
+    numbers = [number(v) for v in value] if isinstance(value, list) and len(value) == 4 else [None]
+    box = [v for v in numbers if v is not None]
+    return box if len(box) == 4 and min(box[2:]) > 2 else None
+
+
+def _is_around(box: Sequence[float], polygons: Sequence[Sequence[float]]) -> bool:
+    """Tell whether a box is, roughly, the one around polygons: their IoU is at least 0.5.
+
+    A pixel on each side is added to both, as small boxes are rounded.
+    """
+    left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    xs, ys = [v for p in polygons for v in p[::2]], [v for p in polygons for v in p[1::2]]
+    x1, y1, x2, y2 = min(xs), min(ys), max(xs), max(ys)
+    width = min(right, x2) - max(left, x1) + 2
+    height = min(bottom, y2) - max(top, y1) + 2
+    both_areas = (right - left + 2) * (bottom - top + 2) + (x2 - x1 + 2) * (y2 - y1 + 2)
+    shared = max(width, 0.0) * max(height, 0.0)
+    return shared >= 0.5 * (both_areas - shared)
 
 
 def _is_rle(mask: dict[str, Any]) -> bool:

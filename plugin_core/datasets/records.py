@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from plugin_core.datasets.coco_file import UNSET, Annotation, CocoFile
@@ -27,8 +29,9 @@ def number(value: Any) -> float | None:
             value = float(value)
         except ValueError:
             return None
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return value
+    with suppress(OverflowError):  # of an integer with more than 308 digits
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            return value
     return None
 
 
@@ -128,16 +131,21 @@ def check_images(content: CocoFile, report: Report, mends: Mends) -> dict[Any, i
             elif not isinstance(value, int):
                 mends.set("images", i, key, int(size))
                 mends.texts.append(image_name(content, i))
-    names = Counter(image.file_name for image in images if isinstance(image.file_name, str))
-    repeated = {name for name, count in names.items() if count > 1}
+    files = [_same_file(i.file_name) for i in images if isinstance(i.file_name, str)]
+    repeated = {name for name, count in Counter(files).items() if count > 1}
     report.add(
         "file-twice",
         WARNING,
         "the same file listed as several images",
-        [f"{name!r}" for name in names if name in repeated],
+        [f"{name!r}" for name in dict.fromkeys(files) if name in repeated],
         remedy="list each file once, or its objects are only partly known in each",
     )
     return index
+
+
+def _same_file(name: str) -> str:
+    """Spell a file's name in one way: without "./" and the like."""
+    return os.path.normpath(name) if "./" in name or "//" in name else name
 
 
 def check_categories(content: CocoFile, report: Report, mends: Mends) -> dict[Any, int]:
@@ -321,11 +329,11 @@ def _check_annotation_ids(content: CocoFile, place: Places, report: Report, mend
         left=both("counts these objects as never found"),
         mended="read",
     )
-    texts = [i for i, value in enumerate(ids) if isinstance(value, str)]
+    texts = [i for i, value in enumerate(ids) if isinstance(value, (str, float))]
     report.add(
         "annotation-id-text",
         NOTE,
-        "annotation ids that are texts",
+        "annotation ids that are texts, or written with a point",
         place.of(texts),
         left=_STOP,
         mended="read",
@@ -355,6 +363,7 @@ def _check_crowds(annotations: Sequence[Any], place: Places, report: Report, men
         flag = value if isinstance(value, bool) else number(value)
         if flag in (0, 1):
             mends.set("annotations", i, "iscrowd", int(flag))
+            mends.texts.append(place(i))
         else:
             wrong.append(i)
     report.add(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import count
@@ -86,21 +87,40 @@ def checked_dataset(
     place = [os.path.abspath(annotations), images and os.path.abspath(images), other_classes]
     name = hashlib.sha256(json.dumps([wanted, place]).encode()).hexdigest()[:24]
     stamp_file = cache_folder() / "checked" / f"{name}.json"
-    stamp = _read_stamp(stamp_file)
-    state = _file_state(annotations)
-    if stamp and _is_unchanged(stamp, annotations, images, state):
-        if stamp["file"] != state:
-            with suppress(OSError):
-                _write(stamp_file, json.dumps({**stamp, "file": state}).encode())
-        report = Report.from_dict(stamp["report"])
-        return Dataset(report, stamp["ann_file"], [tuple(c) for c in stamp["categories"]])
+    # A training's processes ask at the same time. The first one checks, the others find its stamp.
+    with _in_turn(stamp_file):
+        known = _look_up(stamp_file, annotations, images)
+        return known or _check(annotations, images, use, classes, other_classes, stamp_file)
+
+
+def _look_up(stamp_file: Path, annotations: str, images: str | None) -> Dataset | None:
+    stamp, state = _read_stamp(stamp_file), _file_state(annotations)
+    if not (stamp and _is_unchanged(stamp, annotations, images, state)):
+        return None
+    if stamp["file"] != state:
+        with suppress(OSError):
+            _write(stamp_file, json.dumps({**stamp, "file": state}).encode())
+    report = Report.from_dict(stamp["report"])
+    return Dataset(report, stamp["ann_file"], [tuple(c) for c in stamp["categories"]])
+
+
+def _check(
+    annotations: str,
+    images: str | None,
+    use: Use | None,
+    classes: Sequence[str] | None,
+    other_classes: bool,
+    stamp_file: Path,
+) -> Dataset:
+    state = _file_state(annotations)  # first: a change meanwhile is seen the next time
     checked = check_dataset(annotations, images, use)
     digest = _digest(annotations)
-    copy = cache_folder() / "copies" / f"{digest[:12]}-{name}.json"
+    copy = cache_folder() / "copies" / f"{digest[:12]}-{stamp_file.name}"
     ann_file = _write_copy(checked, copy, classes, other_classes)
     spelled = checked.mends.read["images", "file_name"]
     names = [spelled.get(i, image.file_name) for i, image in enumerate(checked.content.images)]
     folders = sorted({os.path.dirname(str(name)) for name in names})
+    categories = [(str(c.name), c.id) for c in sort_categories(checked.content.categories)]
     stamp = {
         "file": state,
         "digest": digest,
@@ -108,12 +128,12 @@ def checked_dataset(
         "images": _folder_state(annotations, images, folders),
         "report": checked.report.as_dict(),
         "ann_file": ann_file,
-        "categories": [(str(c.name), c.id) for c in sort_categories(checked.content.categories)],
+        "categories": categories,
     }
     # Ids may be of odd types, and the disk full. Then the data is checked again next time.
     with suppress(TypeError, ValueError, OSError):
         _write(stamp_file, json.dumps(stamp).encode())
-    return Dataset(checked.report, ann_file, stamp["categories"])
+    return Dataset(checked.report, ann_file, categories)
 
 
 def _write_copy(
@@ -200,6 +220,17 @@ def _is_unchanged(
         stamp["file"][0] == state[0] and stamp["digest"] == _digest(annotations)
     )
     return same and stamp["images"] == _folder_state(annotations, images, stamp["folders"])
+
+
+@contextmanager
+def _in_turn(stamp_file: Path) -> Iterator[None]:
+    """Let one process after the other into the block."""
+    with ExitStack() as stack:
+        with suppress(OSError):  # a full disk, or a file system without locks: all check
+            stamp_file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(stamp_file.with_suffix(".lock"), "w"))
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _read_stamp(path: Path) -> dict[str, Any] | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +150,7 @@ def test_position_of_a_wrong_byte_in_a_large_file_is_right(tmp_path):
         (with_image(id=None), {"image-id": ERROR, "unknown-image": WARNING}),
         (with_image(file_name=7), {"file-name": ERROR}),
         (with_image(file_name="2.png"), {"file-twice": WARNING}),
+        (with_image(file_name="./2.png"), {"file-twice": WARNING}),
         (with_image(width="40"), {"number-text": NOTE}),
         (with_image(width=None), {"no-size": NOTE}),
         (with_image(height=31), {"image-size": ERROR}),
@@ -158,13 +161,14 @@ def test_position_of_a_wrong_byte_in_a_large_file_is_right(tmp_path):
         (with_annotation(image_id="1"), {"number-text": NOTE}),
         (with_annotation(category_id="1"), {"number-text": NOTE}),
         (with_image(id="a"), {"image-id-kinds": ERROR, "unknown-image": WARNING}),
-        (with_annotation(iscrowd="1.0"), {}),
+        (with_annotation(iscrowd="1.0"), {"number-text": NOTE}),
         (with_annotation(image_id=[1]), {"image-id-of-annotation": ERROR}),
         (with_annotation(image_id=9), {"unknown-image": WARNING}),
         (with_annotation(category_id=None), {"category-id-of-annotation": ERROR}),
         (with_annotation(category_id=9), {"unknown-category": ERROR}),
         (with_annotation(iscrowd=None), {"no-iscrowd": NOTE}),
-        (with_annotation(iscrowd=False), {}),
+        (with_annotation(iscrowd=False), {"number-text": NOTE}),
+        (with_annotation(id=1.0), {"annotation-id-text": NOTE}),
         (with_annotation(iscrowd=3), {"iscrowd": ERROR}),
         (with_annotation(ignore=1), {"ignore": ERROR}),
         (with_annotation(area=None), {"no-area": NOTE}),
@@ -220,6 +224,7 @@ def scaled(change: Any) -> Content:
     whole = content()
     for annotation in whole["annotations"]:
         annotation["bbox"] = change(*annotation["bbox"])
+        del annotation["segmentation"]
     return whole
 
 
@@ -261,9 +266,11 @@ RLE = {"size": [30, 40], "counts": [600, 100, 500]}
         ("polygon", {"mask": ERROR}),
         ([["a"]], {"mask": ERROR}),
         ([[0.1, 0.1, 0.9, 0.1, 0.5, 0.5]], {"relative-polygons": ERROR}),
+        ([["2", "3", "12", "3", "12", "11"]], {"number-text": NOTE}),
+        ([[22, 3, 32, 3, 32, 11]], {"mask-elsewhere": WARNING}),
         ([[1, 1, 5, 5]], {"short-polygon": WARNING}),
         ([[1, 1, 5, 5, 6, 7, 8]], {"short-polygon": WARNING}),
-        ([1, 1, 9, 1, 9, 9], {"flat-polygon": WARNING}),
+        ([2, 3, 12, 3, 12, 11], {"flat-polygon": WARNING}),
         ([], {"no-mask": ERROR}),
         (None, {"no-mask": ERROR}),
     ],
@@ -271,6 +278,15 @@ RLE = {"size": [30, 40], "counts": [600, 100, 500]}
 def test_odd_mask_is_named(folder, mask, kinds):
     whole = with_annotation(segmentation=mask)
     assert found(check(folder, whole, split="train", masks="bitmask")) == kinds
+
+
+def test_polygons_with_x_and_y_swapped_are_an_error(folder):
+    whole = content()
+    for annotation in whole["annotations"]:
+        annotation["bbox"], annotation["area"] = [2, 20, 10, 6], 60
+        annotation["segmentation"] = [[20, 2, 26, 2, 26, 12, 20, 12]]
+    assert found(check(folder, whole)) == {"mask-elsewhere": ERROR}
+    assert found(check(folder, whole, split="train")) == {"mask-elsewhere": NOTE}
 
 
 def test_encoded_masks_are_an_error_where_polygons_are_read(folder):
@@ -584,6 +600,19 @@ def test_copy_lists_categories_by_the_detectors_classes(folder):
         "dog",
         "cat",
     ]
+
+
+def test_processes_check_one_after_the_other(folder):
+    path = write(folder, content())
+    code = (
+        "import sys, time; from plugin_core.datasets import stamps; real = stamps.check_dataset\n"
+        "def check(*a):\n    print('checks', flush=True); time.sleep(0.5); return real(*a)\n"
+        "stamps.check_dataset = check; stamps.checked_dataset(*sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, path, str(folder)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(3)]
+    printed = [process.communicate()[0] for process in processes]
+    assert sorted(printed) == [b"", b"", b"checks\n"]
 
 
 def test_cache_that_cannot_be_written_is_no_error(folder, tmp_path, monkeypatch):

@@ -38,28 +38,31 @@ def resnet_names(depth: int, naming: str) -> list[str]:
     return [PREFIXES[naming] + name for name in names]
 
 
-def checkpoint(depth: int, naming: str, kind: type = torch.Tensor) -> dict[str, Any]:
-    weight = torch.zeros(1) if kind is torch.Tensor else torch.zeros(1).numpy()
-    state = dict.fromkeys(["stem.conv1.weight", *resnet_names(depth, naming), "fc.weight"], weight)
+def checkpoint(depth: int, naming: str) -> dict[str, Any]:
+    names = ["stem.conv1.weight", *resnet_names(depth, naming), "fc.weight"]
+    state = dict.fromkeys(names, torch.zeros(1))
     return {"model": collections.OrderedDict(state), "iteration": 7}
 
 
-def save_zip(content: Any, path: Path) -> None:
-    torch.save(content, path)
+def save_zip(content: Any, folder: Path) -> Path:
+    torch.save(content, folder / "weights.pth")
+    return folder / "weights.pth"
 
 
-def save_legacy(content: Any, path: Path) -> None:
-    torch.save(content, path, _use_new_zipfile_serialization=False)
+def save_legacy(content: Any, folder: Path) -> Path:
+    torch.save(content, folder / "weights.pth", _use_new_zipfile_serialization=False)
+    return folder / "weights.pth"
 
 
-def save_pickle(content: Any, path: Path) -> None:
-    with open(path, "wb") as file:
-        pickle.dump(content, file)
+def save_pickle(content: Any, folder: Path, protocol: int = 4) -> Path:
+    """Pickle a checkpoint's tensors as arrays, as Detectron2's model zoo has them."""
+    arrays = {name: value.numpy() for name, value in content["model"].items()}
+    (folder / "weights.pkl").write_bytes(pickle.dumps(content | {"model": arrays}, protocol))
+    return folder / "weights.pkl"
 
 
-def save_pickle_of_python_2(content: Any, path: Path) -> None:
-    with open(path, "wb") as file:
-        pickle.dump(content, file, protocol=2)
+def save_pickle_of_python_2(content: Any, folder: Path) -> Path:
+    return save_pickle(content, folder, protocol=2)
 
 
 FORMATS = pytest.mark.parametrize(
@@ -71,19 +74,15 @@ FORMATS = pytest.mark.parametrize(
 @pytest.mark.parametrize("naming", ["torchvision", "detectron2", "caffe2"])
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_depth_is_found_in_a_checkpoint(tmp_path, depth, naming, save):
-    save(checkpoint(depth, naming), tmp_path / "weights")
-    assert find_resnet_depths(str(tmp_path / "weights")) == {depth}
-
-
-def test_depth_is_found_in_a_pickle_of_arrays(tmp_path):
-    save_pickle(checkpoint(50, "caffe2", kind=object), tmp_path / "R-50.pkl")
-    assert find_resnet_depths(str(tmp_path / "R-50.pkl")) == {50}
+    path = save(checkpoint(depth, naming), tmp_path)
+    assert find_resnet_depths(str(path)) == {depth}
 
 
 def test_depth_is_found_in_a_file_of_safetensors(tmp_path):
-    header = ",".join(f'"{n}":{{"dtype":"F32"}}' for n in resnet_names(101, "torchvision"))
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
     path = tmp_path / "model.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + f"{{{header}}}".encode() + bytes(64))
+    names = resnet_names(101, "torchvision")
+    safetensors.save_file({name: torch.zeros(1) for name in names}, path)
     assert find_resnet_depths(str(path)) == {101}
 
 
@@ -93,8 +92,8 @@ def test_attention_in_the_blocks_does_not_hide_the_depth(tmp_path):
         for block in range(count):
             at = f"backbone.bottom_up.res{stage}.{block}.triplet_attention"
             content["model"][f"{at}.cw.conv.conv.weight"] = torch.zeros(1)
-    save_zip(content, tmp_path / "weights")
-    assert find_resnet_depths(str(tmp_path / "weights")) == {50}
+    path = save_zip(content, tmp_path)
+    assert find_resnet_depths(str(path)) == {50}
 
 
 def test_depth_is_found_where_only_parts_of_a_detector_are_a_resnet(tmp_path):
@@ -103,8 +102,8 @@ def test_depth_is_found_where_only_parts_of_a_detector_are_a_resnet(tmp_path):
         name.replace("backbone.bottom_up.", "roi_heads." if "res5" in name else "backbone.")
         for name in resnet_names(101, "detectron2")
     ]
-    save_zip(dict.fromkeys(names, torch.zeros(1)), tmp_path / "weights")
-    assert find_resnet_depths(str(tmp_path / "weights")) == {101}
+    path = save_zip(dict.fromkeys(names, torch.zeros(1)), tmp_path)
+    assert find_resnet_depths(str(path)) == {101}
 
 
 @pytest.mark.parametrize(
@@ -117,8 +116,8 @@ def test_depth_is_found_where_only_parts_of_a_detector_are_a_resnet(tmp_path):
     ],
 )
 def test_depth_of_another_network_is_unclear(tmp_path, names):
-    save_zip(dict.fromkeys(names, torch.zeros(1)), tmp_path / "weights")
-    assert find_resnet_depths(str(tmp_path / "weights")) == set()
+    path = save_zip(dict.fromkeys(names, torch.zeros(1)), tmp_path)
+    assert find_resnet_depths(str(path)) == set()
 
 
 def test_nothing_of_a_checkpoint_is_executed(tmp_path):
@@ -126,9 +125,8 @@ def test_nothing_of_a_checkpoint_is_executed(tmp_path):
         def __reduce__(self):
             return Path.touch, (tmp_path / "executed",)
 
-    content = checkpoint(50, "torchvision") | {"trap": Trap()}
-    save_pickle(content, tmp_path / "weights")
-    assert find_resnet_depths(str(tmp_path / "weights")) == {50}
+    path = save_pickle(checkpoint(50, "torchvision") | {"trap": Trap()}, tmp_path)
+    assert find_resnet_depths(str(path)) == set()
     assert not (tmp_path / "executed").exists()
 
 
@@ -138,20 +136,19 @@ def check(path: Any, depth: int) -> None:
 
 @pytest.mark.parametrize("naming", ["torchvision", "detectron2", "caffe2"])
 def test_checkpoint_of_the_models_depth_is_accepted(tmp_path, naming):
-    save_zip(checkpoint(50, naming), tmp_path / "weights")
-    check(tmp_path / "weights", 50)
+    path = save_zip(checkpoint(50, naming), tmp_path)
+    check(path, 50)
 
 
 def test_checkpoint_without_a_resnet_is_accepted(tmp_path):
-    save_zip({"linear.weight": torch.zeros(1)}, tmp_path / "weights")
-    check(tmp_path / "weights", 50)
+    path = save_zip({"linear.weight": torch.zeros(1)}, tmp_path)
+    check(path, 50)
 
 
 @FORMATS
 @pytest.mark.parametrize("naming", ["torchvision", "detectron2", "caffe2"])
 def test_checkpoint_of_another_depth_is_refused_by_name(tmp_path, naming, save):
-    path = tmp_path / "R-101.pth"
-    save(checkpoint(101, naming), path)
+    path = save(checkpoint(101, naming), tmp_path)
     with pytest.raises(ValueError) as error:
         check(path, 50)
     assert str(error.value) == (
@@ -168,19 +165,19 @@ def test_networks_beside_one_another_are_told_apart(tmp_path, save):
         for prefix, depth in networks.items()
         for name in resnet_names(depth, "torchvision")
     ]
-    save({"model": dict.fromkeys(names, torch.zeros(1))}, tmp_path / "weights")
-    assert find_resnet_depths(str(tmp_path / "weights")) == {50, 101}
-    check(tmp_path / "weights", 50)
-    check(tmp_path / "weights", 101)
+    path = save({"model": dict.fromkeys(names, torch.zeros(1))}, tmp_path)
+    assert find_resnet_depths(str(path)) == {50, 101}
+    check(path, 50)
+    check(path, 101)
     with pytest.raises(ValueError, match="holds a ResNet-50 and a ResNet-101, but"):
-        check(tmp_path / "weights", 34)
+        check(path, 34)
 
 
 @pytest.mark.parametrize(("depth", "other"), [(34, 50), (50, 34)])
 def test_depths_with_equally_many_blocks_are_told_apart(tmp_path, depth, other):
-    save_zip(checkpoint(depth, "torchvision"), tmp_path / "weights")
+    path = save_zip(checkpoint(depth, "torchvision"), tmp_path)
     with pytest.raises(ValueError, match=f"holds a ResNet-{depth}, but .* is {other}"):
-        check(tmp_path / "weights", other)
+        check(path, other)
 
 
 def test_missing_checkpoint_names_setting_and_path(tmp_path):

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from d2_plugins.command_line import parse_args, run
 from d2_plugins.config import load_lazy_config, merge_config
 from d2_plugins.datasets import register_coco
-from d2_plugins.preflight import check_config, check_lazy_config
+from d2_plugins.lazy_preflight import check_lazy_config
+from d2_plugins.preflight import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
