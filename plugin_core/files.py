@@ -28,3 +28,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with suppress(FileNotFoundError):
             os.remove(part)
+
+
+def file_state(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return a file's size and time of change, by which an unchanged file is known."""
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -15,6 +16,10 @@ sys.path.insert(0, str(ROOT / "tools"))  # the tools import one another as a scr
 torch.set_num_threads(1)  # tests run side by side
 # Nothing is downloaded; without it, a text model that is missing is looked for on a network first.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is imported lives to the end: collections need not look at it each time
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("person", "disk", "square", "triangle")
@@ -62,6 +64,48 @@ def damage_all(folder: Path) -> Path:
     command = [sys.executable, str(script), str(folder / "base"), str(folder / "damaged")]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONUTF8": "1"})
     return folder / "damaged"
+
+
+def odd_test_set(folder: Path) -> Path:
+    """Draw data whose test set is a subset with ids in no order, and lacks a class's objects."""
+    from make_synthetic_coco import make_dataset
+
+    make_dataset(folder, train=4, val=6, size=96, classes=4, seed=1, progress=False)
+    path = folder / "annotations" / "instances_val2017.json"
+    content = json.loads(path.read_text())
+    content["images"] = content["images"][4:] + content["images"][:2]
+    ids = {image["id"]: 900 - 7 * i for i, image in enumerate(content["images"])}
+    for image in content["images"]:
+        image["id"] = ids[image["id"]]
+    absent = next(c["id"] for c in content["categories"] if c["name"] == "disk")
+    content["annotations"] = [
+        {**a, "image_id": ids[a["image_id"]]}
+        for a in reversed(content["annotations"])
+        if a["image_id"] in ids and a["category_id"] != absent
+    ]
+    path.write_text(json.dumps(content))
+    return folder
+
+
+def pycocotools_says(folder: Path, moved: float) -> float:
+    """Evaluate the objects of :func:`truth`, moved by some pixels, with pycocotools alone."""
+    coco = COCO(folder / "annotations" / "instances_val2017.json")
+    ids = {category["name"]: category["id"] for category in coco.dataset["categories"]}
+    found = [
+        {
+            "image_id": t["image_id"],
+            "category_id": ids[NAMES[t["label"]]],
+            "bbox": [x1 + moved, y1, x2 - x1, y2 - y1],
+            "score": 1.0,
+        }
+        for t in truth(folder)
+        for x1, y1, x2, y2 in [t["box"]]
+    ]
+    evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats[0]
 
 
 def truth(folder: Path, classes: Sequence[str] = NAMES) -> list[dict[str, Any]]:

@@ -6,9 +6,11 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from plugin_core.checkpoints.reading import read_checkpoint
+from plugin_core.files import file_state
 
 _BLOCK_PARAMETER = re.compile(
     r"(?<![^\W_])(?:res([2-5])|layer([1-4]))[._](\d{1,2})[._](?:conv|branch2)([1-3abc])[._]"
@@ -123,9 +125,14 @@ def resnet_depth(blocks: tuple[int, ...], has_third_convolution: bool) -> int | 
 def names_in(path: str) -> list[str]:
     """List the keys of a checkpoint and of the state dicts in it; empty if it cannot be read."""
     try:
-        return list(_keys(read_checkpoint(path)))
-    except ValueError:
+        return _names(path, *file_state(path))
+    except (OSError, ValueError):
         return []  # whoever loads the file says what is wrong with it
+
+
+@lru_cache(maxsize=1)
+def _names(path: str, *state: int) -> list[str]:
+    return list(_keys(read_checkpoint(path)))
 
 
 def _keys(node: Mapping[Any, Any]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from plugin_core.datasets.check import Checked, Use, check_dataset
 from plugin_core.datasets.coco_file import Category, encode, sort_categories
 from plugin_core.datasets.findings import Report
 from plugin_core.datasets.mending import mended
-from plugin_core.files import replacing
+from plugin_core.files import file_state, replacing
 
 # Goes up when checks change, as older results say nothing then.
 _VERSION = 3
@@ -179,10 +179,9 @@ def _categories_in_order(
 
 def _file_state(path: str) -> list[int]:
     try:
-        stat = os.stat(path)
+        return list(file_state(path))
     except OSError:
         return []
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _folder_state(annotations: str, images: str | None, folders: Sequence[str]) -> str:

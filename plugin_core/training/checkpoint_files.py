@@ -8,9 +8,11 @@ import re
 import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
+from plugin_core.files import file_state
 from plugin_core.training.errors import RunError
 
 
@@ -26,31 +28,36 @@ def check_readable(path: str, setting: str) -> None:
     """
     if not os.path.isfile(path):
         raise RunError(f"{setting}: there is no checkpoint {path!r}")
+    try:
+        _check_readable(path, *file_state(path))
+    except RunError as error:
+        raise RunError(f"{setting}: {error}") from error.__cause__
+
+
+@lru_cache(maxsize=4)
+def _check_readable(path: str, *state: int) -> None:
+    """Read a file once, however many checks ask for it."""
     with open(path, "rb") as file:
         start = file.read(64)
     if not start:
-        raise RunError(f"{setting}: {path!r} is empty (0 bytes); download or write it again")
+        raise RunError(f"{path!r} is empty (0 bytes); download or write it again")
     if start.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise RunError(
-            f"{setting}: {path!r} is a web page, not a checkpoint; download the file itself"
-        )
+        raise RunError(f"{path!r} is a web page, not a checkpoint; download the file itself")
     if start.startswith(b"PK") and not zipfile.is_zipfile(path):
-        raise RunError(f"{setting}: {path!r} is cut off; download or write it again")
+        raise RunError(f"{path!r} is cut off; download or write it again")
     try:
         content = read_checkpoint(path)
     except ValueError as error:
         # Only tools/convert_checkpoint.py has this option.
         command = "tools/convert_checkpoint.py --trust makes a file of its weights alone"
         told = str(error).replace("--trust lets it", command)
-        raise RunError(f"{setting}: {told}") from error
+        raise RunError(told) from error
     damaged = _damaged_part(path)
     if damaged:
-        raise RunError(
-            f"{setting}: {path!r} is damaged, in its part {damaged!r}; download or write it again"
-        )
+        raise RunError(f"{path!r} is damaged, in its part {damaged!r}; download or write it again")
     if not find_state_dict(content):
         raise RunError(
-            f"{setting}: {path!r} holds no tensors where a detector's checkpoint has them "
+            f"{path!r} holds no tensors where a detector's checkpoint has them "
             "('state_dict' or 'model')"
         )
 

@@ -39,14 +39,15 @@ def register(folder: Path, *, classes: int = 4, masks: str = "", keypoints: int 
     )
 
 
-def average_precision(folder: Path) -> float:
-    """Evaluate detections that are right in image, box and class."""
+def average_precision(folder: Path, moved: float = 0.0) -> float:
+    """Evaluate detections that are right in image and class, and in box unless it is moved."""
     evaluator = COCOEvaluator("hard_val", ("bbox",), False, use_fast_impl=False)
     truth = hard_inputs.truth(folder, MetadataCatalog.get("hard_train").thing_classes)
     evaluator.reset()
     for image in DatasetCatalog.get("hard_val"):
         mine = [t for t in truth if t["image_id"] == image["image_id"]]
         boxes = torch.tensor([t["box"] for t in mine]).reshape(-1, 4)
+        boxes[:, ::2] += moved
         found = Instances((image["height"], image["width"]), pred_boxes=Boxes(boxes))
         found.scores = torch.ones(len(mine))
         found.pred_classes = torch.tensor([t["label"] for t in mine], dtype=torch.long)
@@ -71,6 +72,16 @@ def test_what_would_train_something_wrong_is_an_error(damaged, case):
         register(damaged / case)
     message = " ".join(str(error.value).split())
     assert hard_inputs.ERRORS[case] in message and len(message) < 4000
+
+
+@pytest.mark.parametrize("moved", [0, 3])
+def test_subset_in_no_order_without_objects_of_a_class_is_evaluated_as_by_pycocotools(
+    tmp_path, moved
+):
+    folder = hard_inputs.odd_test_set(tmp_path / "odd")
+    register(folder)
+    wanted = 100 * hard_inputs.pycocotools_says(folder, moved)
+    assert average_precision(folder, moved) == pytest.approx(wanted) and wanted > 1
 
 
 def test_boxes_that_detectron2_drops_are_a_warning(damaged, capsys):

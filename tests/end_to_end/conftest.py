@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from tool_server import ToolServer
+from tool_server import ROOT, ToolServer, script_and_arguments
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 # On the CPU also where there is a GPU, whose kernels add up in an order that varies: the tests
 # compare weights bit by bit.
 ENVIRONMENT = {
@@ -100,10 +99,6 @@ def kill_tool_when(tool_server: ToolServer) -> Callable[..., None]:
 
 def has_content(file: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
-
-
-def script_and_arguments(tool: str, arguments: tuple[object, ...]) -> list[str]:
-    return [str(ROOT / "tools" / tool), *map(str, arguments)]
 
 
 @pytest.fixture(scope="session")

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-CASES = int(os.environ.get("FUZZ_CASES", "16"))  # of both frameworks together
+CASES = int(os.environ.get("FUZZ_CASES", "100"))  # of both frameworks together, about
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
-KINDS = ("annotations", "images", "config", "checkpoint")
+# Share of the cases; a damaged setting ends a run at once, most checkpoints are trained with.
+KINDS = {"annotations": 0.3, "images": 0.2, "config": 0.35, "checkpoint": 0.15}
 
 VALUES: list[Any] = [
     *(None, "", "x", "12", "1e400", True, False, -1, 0, 1, 7, 3.5, 1e9, 2**70),
@@ -240,7 +241,7 @@ def listing(folder: Path) -> dict[str, tuple[int, int]]:
 
 def check(judge: Judge, kind: str, folder: Path) -> None:
     """Run a kind's share of the cases of one framework."""
-    number = max(1, CASES // (2 * len(KINDS)))
+    number = math.ceil(CASES / 2 * KINDS[kind])
     wrong = []
     for case in range(number):
         place = folder / str(case)

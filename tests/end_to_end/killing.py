@@ -45,8 +45,8 @@ def check_survival(
         assert ends_within(process, LIMIT_SECONDS), f"{output} takes too long"
         assert process.poll() == 0, logs[output].read_text()[-3000:]
 
-    finish(start(whole), whole)
-    began = time.monotonic()  # now that the server has imported what takes seconds
+    server.wait()
+    began = time.monotonic()
     finish(start(whole), whole)
     length = time.monotonic() - began
     expected = weights(whole)

@@ -96,7 +96,7 @@ TOOL = "lazyconfig_train_net.py"
 
 def test_lazy_config_trains_resumes_and_evaluates(photographs, run_tool, tmp_path):
     line = lazy_arguments(photographs, tmp_path, **{"train.max_iter": 2})
-    first = run_tool(TOOL, *line, anew=True)
+    first = run_tool(TOOL, *line)
     assert reported(first.stdout) == {"bbox": BOXES, "segm": BOXES}
     resumed = run_tool(TOOL, *lazy_arguments(photographs, tmp_path, "--resume"))
     assert "Starting training from iteration 2" in resumed.stdout

@@ -17,6 +17,8 @@ SMALL = {
     "train_dataloader.persistent_workers": False,
     "train_dataloader.dataset.pipeline.2.scale": "(64,64)",
     "val_dataloader.dataset.pipeline.1.scale": "(64,64)",
+    "model.backbone.base_channels": 8,
+    "model.neck.in_channels": "[8,16,32,64]",
     "model.neck.out_channels": 16,
     "model.rpn_head.in_channels": 16,
     "model.rpn_head.feat_channels": 16,

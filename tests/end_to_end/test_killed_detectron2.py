@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import script_and_arguments
 from detectron2_sample import arguments, weights
 from killing import check_survival
+from tool_server import script_and_arguments
 
 
 def test_a_training_killed_at_random_moments_ends_with_the_same_weights(

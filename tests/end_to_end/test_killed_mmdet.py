@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script_and_arguments
 from killing import check_survival
+from tool_server import script_and_arguments
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 

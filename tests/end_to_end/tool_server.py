@@ -20,11 +20,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 # What the tools import; where a framework is not installed, its tools find that out themselves.
 MODULES = (
-    *("d2_plugins.trainer", "d2_plugins.preflight", "detectron2.model_zoo", "detectron2.engine"),
+    *("d2_plugins.trainer", "d2_plugins.preflight", "d2_plugins.command_line"),
+    *("detectron2.model_zoo", "detectron2.engine"),
+    *("torch.utils.cpp_extension", "torch.utils.tensorboard", "distutils.core"),
     *("mm_plugins.command_line", "mmdet.engine", "mmdet.evaluation", "mmdet.visualization"),
 )
+
+
+def script_and_arguments(tool: str, arguments: tuple[object, ...]) -> list[str]:
+    return [str(ROOT / "tools" / tool), *map(str, arguments)]
 
 
 class ToolServer:
@@ -48,6 +55,10 @@ class ToolServer:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(question), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
+
+    def wait(self) -> None:
+        """Wait until the frameworks are imported."""
+        self.ask({})
 
     def start(self, words: list[str], stdout: Path, stderr: Path) -> ForkedTool:
         """Start a script with its arguments, in a session of its own."""
@@ -90,9 +101,11 @@ def serve() -> dict[str, Any] | None:
             answer = os.fork()
             if not answer:
                 return question
-        else:
+        elif "pid" in question:
             pid, status = os.waitpid(question["pid"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = None
         print(json.dumps(answer), flush=True)
     return None
 

@@ -395,6 +395,11 @@ def test_files_hold_the_table_the_numbers_and_a_figure(inputs, capsys):
         assert figure.size[0] == 1100 and figure.convert("L").getextrema() != (255, 255)
 
 
+def test_figure_takes_names_that_look_like_formulas():
+    classes = [context_bias.ClassBias(1, "$10_$20", ap_alone=1.0)]
+    assert context_bias_report.draw(classes, "bbox", 0.5).startswith(b"\x89PNG")
+
+
 def test_figure_grows_with_the_number_of_classes():
     few, many = (
         [context_bias.ClassBias(i, f"class {i}", ap_alone=float(i)) for i in range(number)]
