@@ -14,6 +14,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
+from plugin_core.errors import few
 from plugin_core.files import replacing
 from plugin_core.training import RunError
 from plugin_core.training.checkpoint_files import check_readable
@@ -126,7 +127,7 @@ class PluginCheckpointer(DetectionCheckpointer):
         for name in [n for n, value in state.items() if not hasattr(value, "shape")]:
             del state[name]  # such as the number of an epoch
         if not checkpoint.get("matching_heuristics", False):
-            fit_names(state, self.model.state_dict().keys())
+            fit_names(state, self.model.state_dict().keys(), self.setting)
         count, example = len(state), next(iter(state), "nothing")
         result = super()._load_model(checkpoint)
         shapes = [
@@ -141,7 +142,7 @@ class PluginCheckpointer(DetectionCheckpointer):
         if shapes and self.whole:
             raise CheckpointError(
                 f"{self.setting}: the checkpoint is of another model, as with another number of "
-                f"classes; these weights do not fit: {_few(shapes)}"
+                f"classes; these weights do not fit: {few(shapes)}"
             )
         return result
 
@@ -181,7 +182,3 @@ def check_weights(model: nn.Module, path: str, setting: str, *, whole: bool) -> 
             checkpointer.load(path)
     finally:
         logging.disable(before)
-
-
-def _few(texts: Sequence[str]) -> str:
-    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")

@@ -57,14 +57,14 @@ def apply_arguments(args: argparse.Namespace) -> None:
         register_coco(name, json_file, image_root)
 
 
-def check_batch_size(args: argparse.Namespace, setting: str, batch_size: int | None) -> None:
+def check_batch_size(args: argparse.Namespace, setting: str, batch_size: Any) -> None:
     """Check that a training's processes can share the images of a batch evenly.
 
     Raises:
         ValueError: if they cannot; the message names the setting.
     """
     processes = max(1, args.num_gpus * args.num_machines)
-    if not args.eval_only and batch_size is not None and batch_size % processes:
+    if not args.eval_only and isinstance(batch_size, int) and batch_size % processes:
         raise ValueError(
             f"{setting}: {batch_size} images cannot be shared by {processes} processes; "
             f"set a multiple of {processes}"

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -75,10 +74,10 @@ def _load(name: str) -> list[dict[str, Any]]:
     metadata = MetadataCatalog.get(name)
     # Without a name Detectron2 leaves the categories' ids as they are.
     images = load_coco_json(metadata.json_file, metadata.image_root)
-    for image in images:
-        for annotation in image["annotations"]:
-            ids = metadata.thing_dataset_id_to_contiguous_id
-            annotation["category_id"] = ids[annotation["category_id"]]
+    ids = metadata.thing_dataset_id_to_contiguous_id
+    for image in images:  # only crowds may be of another class
+        known = [a for a in image["annotations"] if a["category_id"] in ids]
+        image["annotations"] = [{**a, "category_id": ids[a["category_id"]]} for a in known]
     return images
 
 
@@ -125,13 +124,9 @@ def prepare(
         ValueError: names the setting, and what is wrong in the file.
     """
     whence, wrong = "the checkpoint", []
-    test_masks = "any" if reads.use.masks else ""
-    test_use = replace(
-        reads.use, split="test", masks=test_masks, keeps_empty=False, skips_unreadable=False
-    )
     for setting, name, use in [
         *((*named, reads.use) for named in train),
-        *((*named, test_use) for named in test),
+        *((*named, reads.use.for_test()) for named in test),
     ]:
         metadata = MetadataCatalog.get(name)
         json_file = metadata.get("json_file")
@@ -140,7 +135,7 @@ def prepare(
         where = describe(setting, name)
         annotations, images = _registered.get(name, (json_file, metadata.get("image_root")))
         try:
-            dataset = checked_dataset(annotations, images, use, classes)
+            dataset = checked_dataset(annotations, images, use, classes, framework="detectron2")
         except ValueError as error:
             wrong.append(f"{where}: {error}")
             continue
@@ -183,7 +178,7 @@ def _take(name: str, dataset: Dataset, annotations: str, classes: Sequence[str])
         print(f"{name}: reading a copy of {annotations!r}, {dataset.ann_file!r}", file=sys.stderr)
         categories = [(str(c.name), c.id) for c in read_categories(dataset.ann_file)]
     numbers = {name: i for i, name in enumerate(classes)}
-    ids = {id_: numbers[name] for name, id_ in categories}
+    ids = {id_: numbers[name] for name, id_ in categories if name in numbers}
     _describe(name, dataset.ann_file, classes, ids)
 
 

@@ -7,6 +7,7 @@ clips each parameter's gradient by itself. All other settings are Detectron2's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from detectron2.solver.build import (
     reduce_param_groups,
 )
 from torch import nn
+
+from plugin_core.errors import did_you_mean
 
 _FULL_MODEL = "full_model"
 
@@ -65,12 +68,13 @@ def check_solver(cfg: CfgNode) -> None:
     """
     solver: Any = cfg.SOLVER
     if solver.OPTIMIZER not in ("SGD", "ADAMW"):
-        raise ValueError(f"SOLVER.OPTIMIZER: expected SGD or ADAMW, got {solver.OPTIMIZER!r}")
+        hint = did_you_mean(solver.OPTIMIZER, ("SGD", "ADAMW"))
+        raise ValueError(f"SOLVER.OPTIMIZER: expected SGD or ADAMW, got {solver.OPTIMIZER!r}{hint}")
     for pair in solver.LR_FACTORS:
         if not (
             isinstance(pair, (list, tuple))
             and [type(part) for part in pair] in ([str, float], [str, int])
-            and pair[1] >= 0
+            and 0 <= pair[1] < math.inf
         ):
             raise ValueError(
                 "SOLVER.LR_FACTORS: expected pairs of a part of a parameter's name and a factor, "

@@ -27,13 +27,13 @@ from d2_plugins.model_checks import (
     known_classes,
     number_of_classes,
 )
-from d2_plugins.optimizer import check_solver
 from d2_plugins.registered_datasets import check_datasets
 from d2_plugins.roi_heads import (
     CascadePluginROIHeads,
     Res5PluginROIHeads,
     StandardPluginROIHeads,
 )
+from d2_plugins.training_settings import check_settings, try_builders
 from plugin_core.checkpoints.resnet_names import (
     RESNET_DEPTHS,
     check_resnet_checkpoint,
@@ -67,11 +67,11 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     if not is_bridge(cfg):
         _check_backbone(cfg)
         _check_roi_heads(cfg)
+    check_settings(cfg, eval_only=eval_only)
     check_datasets("DATASETS.TEST", cfg.DATASETS.TEST)
     if not eval_only:
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN: names no dataset to train on")
-        check_solver(cfg)
         check_datasets("DATASETS.TRAIN", cfg.DATASETS.TRAIN, train=True)
     resumed = (find_resumable(cfg.OUTPUT_DIR) if resume else None) or ""
     if is_bridge(cfg):
@@ -81,6 +81,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
     if not resumed:
         _check_weights(cfg, eval_only, model)
     _check_data(cfg, model, eval_only=eval_only, resumed=resumed)
+    try_builders(cfg, model, eval_only=eval_only)
 
 
 def reads_of(config: str) -> Reads:

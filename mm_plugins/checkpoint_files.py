@@ -33,11 +33,25 @@ register_backend(REPLACING["backend"], ReplacingBackend)
 class SafeCheckpointHook(CheckpointHook):
     """Saves checkpoints as mmengine does, but removes an old one only when the new one is written.
 
-    ``last_checkpoint`` names the old one until then, too. Arguments are those of mmengine's hook.
+    ``last_checkpoint`` names the old one until then, too. The best one before a resume is looked
+    for in the run's own folder, which may be a copy. Arguments are those of mmengine's hook.
     """
 
     best_ckpt_path: str | None
     best_ckpt_path_dict: dict[str, str | None]
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        if self.save_best is None:
+            return
+        if len(self.key_indicators) == 1:
+            self.best_ckpt_path = self._here(self.best_ckpt_path)
+        else:
+            for key, path in self.best_ckpt_path_dict.items():
+                self.best_ckpt_path_dict[key] = self._here(path)
+
+    def _here(self, path: str | None) -> str | None:
+        return path and self.file_backend.join_path(self.out_dir, os.path.basename(path))
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         outdated = None

@@ -19,6 +19,8 @@ from mm_plugins.datasets import prepare
 from mm_plugins.launch import arrange, explain_errors, is_main, only_training
 from mm_plugins.pixels import find_mismatches
 from mm_plugins.preflight import check_config
+from mm_plugins.runner import SafeRunner
+from mm_plugins.training_settings import check_options, check_training_settings
 from plugin_core.training.run_folder import OccupiedFolder
 
 
@@ -64,15 +66,16 @@ def run(name: str) -> None:
         if name == "test":
             cfg.load_from = args.checkpoint
         resumes = getattr(args, "resume", None) is not None or cfg.get("resume", False)
+        check_training_settings(cfg, train=name == "train")
         model = check_config(cfg, train=name == "train", resumes=resumes)
         told, begins_with = arrange(args, cfg, model)
-        changes = prepare(cfg, model, train=name == "train", checkpoint=begins_with)
+        copies = prepare(cfg, model, train=name == "train", checkpoint=begins_with)
+        _read_copies(cfg, copies)
     except ValueError as error:
         sys.exit(f"error: {error}")
     if is_main():
         for text in [*told, *([] if resumes else find_mismatches(cfg))]:
             print(f"warning: {text}", file=sys.stderr, flush=True)
-    _change(changes)
     if args.launcher == "pytorch" and not torch.cuda.is_available():
         _distribute_over_cpus(cfg)
     try:
@@ -101,10 +104,12 @@ def _read(config: str, options: dict[str, Any] | None) -> Config:
         raise ValueError(f"config {config!r}: expected Python; tools/train_net.py takes yaml")
     try:
         cfg = Config.fromfile(config)
+        written = set(cfg)
         cfg.merge_from_dict(options or {})
     except Exception as error:  # of mmengine's reader, or of the config's own code
         reason = " ".join(str(error).split()) or "it cannot be read as a config of MMDetection"
         raise ValueError(f"config {config!r}: {type(error).__name__}: {reason[:500]}") from error
+    check_options(options or {}, written)
     if "model" not in cfg:
         raise ValueError(f"config {config!r}: it defines no model, as MMDetection's do")
     return cfg
@@ -122,6 +127,20 @@ def _distribute_over_cpus(cfg: Config) -> None:
             "broadcast_buffers": False,
         }
     _change({f"model_wrapper_cfg.{key}": value for key, value in wrapper.items()})
+
+
+def _read_copies(cfg: Config, copies: Mapping[str, str]) -> None:
+    """Let the runner read copies of files. The config that it writes names the user's own files."""
+    if "runner_type" not in cfg:
+        SafeRunner.copies = copies
+        return
+    for path in copies.values():
+        if set(path) & set(",[](){}'\""):  # which --cfg-options would take apart
+            raise ValueError(
+                f"DETECTION_PLUGINS_CACHE: {path!r} has commas, brackets or quotes; name a folder "
+                "without them"
+            )
+    _change(copies)
 
 
 def _change(settings: Mapping[str, Any]) -> None:

@@ -63,6 +63,11 @@ def find_datasets(node: Any, setting: str, *, files: bool = True) -> Iterator[Da
         except ValueError as error:
             raise ValueError(f"{setting}.ann_file: {error}") from error
         return
+    prefix = node.get("data_prefix")
+    if files and kind.__module__.startswith("mmdet.") and "img" not in (prefix or ()):
+        raise ValueError(
+            f"{setting}.data_prefix: must name the folder of the images, dict(img=…), got {prefix}"
+        )
     is_panoptic = issubclass(kind, CocoPanopticDataset)
     if files or not is_panoptic:
         segments = _folder(node, root, "seg") if is_panoptic else None

@@ -79,24 +79,18 @@ def prepare(
                 changes[f"{dataset.setting}.ann_file"] = read
         for setting, evaluator in evaluators:
             if copies and isinstance(ann_file := evaluator.get("ann_file"), str):
-                if os.path.realpath(ann_file) not in copies:
-                    raise ValueError(
+                read = copies.get(os.path.realpath(ann_file), "")
+                if not read:
+                    wrong.append(
                         f"{setting}.ann_file: {ann_file!r} is not what {loader} reads, "
                         f"{', '.join(map(repr, copies))}; name the same file"
                     )
-                read = copies[os.path.realpath(ann_file)]
-                if os.path.realpath(read) != os.path.realpath(ann_file):
+                elif os.path.realpath(read) != os.path.realpath(ann_file):
                     changes[f"{setting}.ann_file"] = read
     if first and not reads_texts:
         wrong += _check_heads(model, first[1])
     if wrong:
         raise ValueError("\n".join(wrong))
-    for path in changes.values():
-        if set(path) & set(",[](){}'\""):  # which --cfg-options would take apart
-            raise ValueError(
-                f"DETECTION_PLUGINS_CACHE: {path!r} has commas, brackets or quotes; name a folder "
-                "without them"
-            )
     return {key.replace("[", ".").replace("]", ""): value for key, value in changes.items()}
 
 
@@ -146,7 +140,14 @@ def _holds(node: Any, key: str, value: Any) -> bool:
 def _check(dataset: DatasetNode, classes: Sequence[str], setting: str, use: Use) -> str:
     where = f"{dataset.setting}.ann_file"
     try:
-        found = checked_dataset(dataset.ann_file, dataset.images, use, classes, other_classes=True)
+        found = checked_dataset(
+            dataset.ann_file,
+            dataset.images,
+            use,
+            classes,
+            framework="mmdetection",
+            other_classes=True,
+        )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     if dataset.images is not None and not os.path.isdir(dataset.images):

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 from collections import Counter
+from contextlib import suppress
 from typing import Any
 
 import mmcv
@@ -17,9 +18,12 @@ from mmengine.logging import print_log
 from mmengine.registry import TRANSFORMS
 from PIL import Image, UnidentifiedImageError
 
-from plugin_core.training.unreadable_images import UnreadableImage, summarize_left_out
+from plugin_core.training.unreadable_images import (
+    UnreadableImage,
+    ends_well,
+    summarize_left_out,
+)
 
-_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}  # of JPEG and PNG
 _MOST_IN_A_ROW = 1000  # as often as mmengine's datasets draw another image
 
 
@@ -51,6 +55,10 @@ class LoadReadableImage(LoadImageFromFile):
                 raise UnreadableImage(
                     f"{_MOST_IN_A_ROW} images in a row cannot be read; the last: {error}"
                 ) from error
+            if path not in self._told:
+                # Other processes may have told of it.
+                with suppress(FileNotFoundError), open(self.left_out, encoding="utf-8") as file:
+                    self._told.update(file.read().splitlines())
             if path not in self._told:
                 self._told.add(path)
                 print_log(f"{error}; it is left out", "current", logging.WARNING)
@@ -89,14 +97,13 @@ class LoadReadableImage(LoadImageFromFile):
 
 def _check_end(path: str, content: bytes) -> None:
     """Check that a file is not cut off, of which OpenCV reads the rest as grey."""
-    end = _ENDS.get(content[:2])
-    if end and content[-64:].rstrip(b"\0").endswith(end):
+    if ends_well(content, content[-64:]):
         return
     try:
         with Image.open(io.BytesIO(content)) as image:
             image.load()
-    except UnidentifiedImageError:
-        return  # OpenCV reads more formats
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        return  # OpenCV reads more formats, and larger images
     except Exception as error:
         raise UnreadableImage(
             f"image {path!r} cannot be read: it is damaged or cut off ({str(error)[:80]})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -36,7 +36,12 @@ class SafeRunner(Runner):
       ``unreadable_images = "skip"`` in the config (:mod:`mm_plugins.images`).
     - ``CheckpointHook`` keeps the last good checkpoint whole (:mod:`mm_plugins.checkpoint_files`).
     - A resumed training takes the schedule of its config (:mod:`mm_plugins.schedules`).
+
+    Attributes:
+        copies: files to read in the place of the config's, by setting; the launcher sets them.
     """
+
+    copies: ClassVar[Mapping[str, str]] = {}
 
     _train_dataloader: Any
     _val_dataloader: Any
@@ -45,6 +50,12 @@ class SafeRunner(Runner):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
+        for setting, path in self.copies.items():
+            name, *keys = setting.split(".")
+            node = getattr(self, f"_{name}")
+            for key in keys[:-1]:
+                node = node[int(key) if key.isdigit() else key]
+            node[keys[-1]] = path
         read = check_images_while_reading
         self._train_dataloader = read(self._train_dataloader, self._left_out)
         self._val_dataloader = read(self._val_dataloader, None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm_plugins.block_plugins import BlockPlugin
 from plugin_core.checkpoints.reading import read_checkpoint
+from plugin_core.errors import few
 from plugin_core.training.checkpoint_files import check_readable
 from plugin_core.training.names import fit_names as fit
 
@@ -84,7 +85,7 @@ def check_weights(
     check_readable(path, setting)
     content = dict(read_checkpoint(path))
     if not setting.endswith("init_cfg.checkpoint"):  # mmengine takes such a file as it is
-        fit_names(content, model)
+        fit_names(content, model, setting)
     state = content.get("state_dict", content)
     tensors = {
         name.removeprefix("module.").removeprefix(prefix): value
@@ -101,7 +102,7 @@ def check_weights(
             f"{setting}: no tensor of {path!r} fits the model (it holds {example}); name a "
             "checkpoint of this detector"
         )
-    shapes = _few(mismatched.values())
+    shapes = few(mismatched.values())
     if whole and mismatched:
         raise ValueError(
             f"{setting}: {path!r} is of another model, as with another number of classes; "
@@ -110,7 +111,7 @@ def check_weights(
     if whole and missing:
         raise ValueError(
             f"{setting}: {path!r} lacks weights of the model, which would be evaluated with random "
-            f"ones: {_few(missing)}"
+            f"ones: {few(missing)}"
         )
     return (
         [
@@ -120,11 +121,6 @@ def check_weights(
         if mismatched
         else []
     )
-
-
-def _few(texts: Any) -> str:
-    texts = list(texts)
-    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], list[str], dict]:
@@ -152,7 +148,7 @@ def _load(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], list
     return missing, list(result.unexpected_keys), mismatched
 
 
-def fit_names(checkpoint: dict[str, Any], model: nn.Module) -> None:
+def fit_names(checkpoint: dict[str, Any], model: nn.Module, setting: str = "load_from") -> None:
     """Take a prefix such as ``module.`` or ``model.`` off the names in a checkpoint.
 
     Nothing changes if the names fit, or if no prefix makes them fit.
@@ -160,7 +156,11 @@ def fit_names(checkpoint: dict[str, Any], model: nn.Module) -> None:
     Args:
         checkpoint: content of the file, which is changed.
         model: that will be given the tensors.
+        setting: that names the file, for the message.
+
+    Raises:
+        RunError: if several prefixes fit equally well.
     """
     inner: Any = model.module if is_model_wrapper(model) else model
     state = checkpoint.get("state_dict", checkpoint)
-    fit(state, inner.state_dict().keys())
+    fit(state, inner.state_dict().keys(), setting)

@@ -34,6 +34,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, likely))}?" if likely else ""
 
 
+def few(texts: Iterable[str]) -> str:
+    """Join the first four of ``texts``, and count the others."""
+    texts = list(texts)
+    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more" if len(texts) > 4 else "")
+
+
 def check_arguments(
     function: Callable[..., Any], arguments: Iterable[str], reserved: Collection[str] = ()
 ) -> None:

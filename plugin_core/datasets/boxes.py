@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plugin_core.datasets.coco_file import UNSET, Annotation, CocoFile
+from plugin_core.datasets.coco_file import UNSET, Annotation, CocoFile, polygons_of
 from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report, both
-from plugin_core.datasets.masks import object_area
+from plugin_core.datasets.masks import is_around, object_area
 from plugin_core.datasets.mending import Mends
 from plugin_core.datasets.records import Places, number
 
 _DROP = both("leaves them out of the training")
 _STOP = both("stops with a traceback")
 _EDGE = 2.0  # pixels by which boxes of COCO itself may stick out of their image
+_RELATIVE = 0.05  # share of boxes in 0 to 1 from which on it is no chance
+_WITNESSES = 500  # polygons that tell what the boxes are
 
 
 def check_boxes(
@@ -26,7 +29,8 @@ def check_boxes(
     """Check boxes against their images.
 
     Returns:
-        Boxes (annotations, 4) as x, y, width, height in pixels; NaN where there is none.
+        Boxes (annotations, 4) as x, y, width, height in pixels; NaN where there is none, or
+        where it is in parts of the image.
     """
     annotations = content.annotations
     place = Places(content, image_index)
@@ -39,21 +43,24 @@ def check_boxes(
     width, height = sizes.T
     known = np.asarray(np.isfinite(boxes).all(1))
     inside = np.asarray(known & np.isfinite(sizes).all(1))
-    if _are_relative(boxes[inside], sizes[inside]):
-        report.add(
-            "relative-boxes",
-            ERROR,
-            "boxes in parts of the image (0 to 1) instead of pixels",
-            place.of(np.flatnonzero(inside)),
-            left={
-                "detectron2": "trains on boxes smaller than a pixel",
-                "mmdetection": "drops every box and trains on nothing",
-            },
-            remedy="multiply x and width by the image's width, y and height by its height",
-        )
-        return boxes
-    areas = _column([a.area for a in annotations])
-    if _are_corners(boxes[inside], sizes[inside], areas[inside]):
+    with np.errstate(invalid="ignore"):
+        relative = inside & (boxes >= -0.01).all(1) & (boxes <= 1.01).all(1)
+        relative &= (boxes[:, 2:] > 0).all(1) & (sizes > 2).all(1)
+    report.add(
+        "relative-boxes",
+        ERROR if relative.sum() >= _RELATIVE * inside.sum() else WARNING,
+        "boxes in parts of the image (0 to 1) instead of pixels",
+        place.of(np.flatnonzero(relative)),
+        left={
+            "detectron2": "trains on boxes smaller than a pixel",
+            "mmdetection": "leaves these boxes out",
+        },
+        remedy="multiply x and width by the image's width, y and height by its height",
+    )
+    boxes[relative] = np.nan  # nothing else is said of them
+    inside, known = inside & ~relative, known & ~relative
+    areas = as_array([a.area for a in annotations])
+    if _are_corners(annotations, boxes, sizes, areas, np.flatnonzero(inside)):
         report.add(
             "corners",
             ERROR,
@@ -63,13 +70,12 @@ def check_boxes(
             remedy="write [x1, y1, x2 - x1, y2 - y1]",
         )
         return boxes
-    _check_extents(content, boxes, sizes, inside, known, place, report, mends)
-    _check_areas(annotations, boxes, areas, known, place, report, mends)
+    clipped = _check_extents(boxes, sizes, inside, known, place, report, mends)
+    _check_areas(annotations, boxes, clipped, areas, known, place, report, mends)
     return boxes
 
 
 def _check_extents(
-    content: CocoFile,
     boxes: NDArray[np.float64],
     sizes: NDArray[np.float64],
     inside: NDArray[np.bool_],
@@ -77,7 +83,8 @@ def _check_extents(
     place: Places,
     report: Report,
     mends: Mends,
-) -> None:
+) -> NDArray[np.float64]:
+    """Check where boxes are; returns them within their images."""
     x, y, w, h = boxes.T
     width, height = sizes.T
     with np.errstate(invalid="ignore"):
@@ -121,16 +128,19 @@ def _check_extents(
         left=both("clips them in training, not in the evaluation"),
         remedy="is the image another one or of another size than the labels'?",
     )
+    clipped = boxes.copy()
     for i in np.flatnonzero(sticks).tolist():
         left, top = max(x[i], 0.0), max(y[i], 0.0)
         right, bottom = min(x[i] + w[i], width[i]), min(y[i] + h[i], height[i])
-        clipped = [left, top, right - left, bottom - top]
-        mends.fix("annotations", i, "bbox", [round(float(v), 6) for v in clipped])
+        clipped[i] = np.round([left, top, right - left, bottom - top], 6)
+        mends.fix("annotations", i, "bbox", clipped[i].tolist())
+    return clipped
 
 
 def _check_areas(
     annotations: Sequence[Annotation],
     boxes: NDArray[np.float64],
+    clipped: NDArray[np.float64],
     areas: NDArray[np.float64],
     known: NDArray[np.bool_],
     place: Places,
@@ -162,9 +172,11 @@ def _check_areas(
         mended="read",
     )
     for i in missing:
-        mends.set("annotations", i, "area", object_area(annotations[i], boxes[i]))
-    box_areas = boxes[:, 2] * boxes[:, 3]
+        mends.set("annotations", i, "area", object_area(annotations[i], clipped[i]))
+    box_areas, clipped_areas = (b[:, 2] * b[:, 3] for b in (boxes, clipped))
     with np.errstate(invalid="ignore"):
+        stale = (areas > 1.05 * clipped_areas + 2) | (abs(areas - box_areas) < 0.01 * box_areas)
+        stale &= (clipped != boxes).any(1) & known
         none = known & (areas <= 0) & (box_areas > 0)
         large = known & (box_areas > 0) & (areas > 1.05 * box_areas + 2)
     report.add(
@@ -185,8 +197,8 @@ def _check_areas(
         remedy="leave area out: it is computed then",
         mended="fix",
     )
-    for i in np.flatnonzero(none | large).tolist():
-        mends.fix("annotations", i, "area", object_area(annotations[i], boxes[i]))
+    for i in np.flatnonzero(none | large | stale).tolist():
+        mends.fix("annotations", i, "area", object_area(annotations[i], clipped[i]))
 
 
 def _read_boxes(
@@ -196,9 +208,10 @@ def _read_boxes(
     if set(map(type, values)) <= {list} and set(map(len, values)) <= {4}:
         numbers = list(chain.from_iterable(values))
         if set(map(type, numbers)) <= {int, float}:
-            boxes = np.array(numbers, float).reshape(-1, 4)
-            if np.isfinite(boxes).all():
-                return boxes
+            with suppress(OverflowError):  # of an integer with more than 308 digits
+                boxes = np.array(numbers, float).reshape(-1, 4)
+                if np.isfinite(boxes).all():
+                    return boxes
     boxes = np.full((len(values), 4), np.nan)
     missing, shapes, infinite = [], [], []
     for i, value in enumerate(values):
@@ -231,45 +244,53 @@ def _read_boxes(
 
 def image_sizes(content: CocoFile, mends: Mends) -> NDArray[np.float64]:
     """Give the images' (width, height) in pixels, NaN where they are unknown."""
-    columns = [_column([getattr(i, key) for i in content.images]) for key in ("width", "height")]
+    columns = [as_array([getattr(i, key) for i in content.images]) for key in ("width", "height")]
     for key, column in zip(("width", "height"), columns, strict=True):
         for place, value in mends.read["images", key].items():
             column[place] = value  # read from the image
     return np.stack(columns, 1) if content.images else np.full((1, 2), np.nan)
 
 
-def _column(values: Sequence[Any]) -> NDArray[np.float64]:
+def as_array(values: Sequence[Any]) -> NDArray[np.float64]:
     """Make an array of numbers, NaN for whatever is none."""
-    if not set(map(type, values)) <= {int, float}:
-        values = [np.nan if (read := number(value)) is None else read for value in values]
-    return np.array(values, float)
-
-
-def _are_relative(boxes: NDArray[np.float64], sizes: NDArray[np.float64]) -> bool:
-    """Tell whether boxes are in parts of their image: all numbers in 0 to 1."""
-    positive = (boxes[:, 2:] > 0).any(1)
-    if not positive.any() or (sizes <= 2).any():
-        return False
-    return bool((boxes >= -0.01).all() and (boxes <= 1.01).all())
+    if set(map(type, values)) <= {int, float}:
+        with suppress(OverflowError):
+            return np.array(values, float)
+    return np.array([np.nan if (read := number(v)) is None else read for v in values], float)
 
 
 def _are_corners(
-    boxes: NDArray[np.float64], sizes: NDArray[np.float64], areas: NDArray[np.float64]
+    annotations: Sequence[Annotation],
+    boxes: NDArray[np.float64],
+    sizes: NDArray[np.float64],
+    areas: NDArray[np.float64],
+    places: NDArray[np.int_],
 ) -> bool:
-    """Tell whether boxes are corners: read so, all lie in their image; read as COCO's, some don't.
+    """Tell whether the boxes at some places are corners, which lie in their images if read so.
 
-    Few boxes may be so by chance. Then only areas that agree with corners count.
+    Polygons tell, or else areas. Without either, a third of the boxes has to reach out of the
+    image if read as COCO's, and few boxes may do so by chance.
     """
+    boxes, sizes, areas = boxes[places], sizes[places], areas[places]
     x1, y1, x2, y2 = boxes.T
     if not len(boxes) or ((x2 > x1) & (y2 > y1)).mean() < 0.9:
         return False
-    within = ((x2 <= sizes[:, 0] + _EDGE) & (y2 <= sizes[:, 1] + _EDGE)).mean() >= 0.9
-    outside = (x1 + x2 > sizes[:, 0] + _EDGE) | (y1 + y2 > sizes[:, 1] + _EDGE)
-    if not within or not outside.any():
+    if ((x2 <= sizes[:, 0] + _EDGE) & (y2 <= sizes[:, 1] + _EDGE)).mean() < 0.9:
         return False
+    by_corners = by_size = 0
+    for i in range(0, len(boxes), 1 + len(boxes) // _WITNESSES):
+        polygons = polygons_of(annotations[places[i]])
+        if polygons and all(len(p) >= 6 and len(p) % 2 == 0 for p in polygons):
+            as_corners = is_around([x1[i], y1[i], x2[i] - x1[i], y2[i] - y1[i]], polygons)
+            as_size = is_around(boxes[i], polygons)
+            by_corners += as_corners and not as_size
+            by_size += as_size and not as_corners
+    if by_corners or by_size:
+        return by_corners > by_size
     with np.errstate(invalid="ignore"):
-        by_corners = np.abs(areas - (x2 - x1) * (y2 - y1)) <= 0.01 * np.abs(areas) + 1
-        by_size = np.abs(areas - x2 * y2) <= 0.01 * np.abs(areas) + 1
-    if by_corners.any() or by_size.any():
-        return bool(by_corners.mean() > 0.5 and by_size.mean() < 0.5)
-    return len(boxes) >= 8
+        near_corners = np.abs(areas - (x2 - x1) * (y2 - y1)) <= 0.01 * np.abs(areas) + 1
+        near_size = np.abs(areas - x2 * y2) <= 0.01 * np.abs(areas) + 1
+    if (near_corners | near_size).mean() > 0.5 and near_corners.sum() != near_size.sum():
+        return bool(near_corners.sum() > near_size.sum())
+    outside = (x1 + x2 > sizes[:, 0] + _EDGE) | (y1 + y2 > sizes[:, 1] + _EDGE)
+    return bool(len(boxes) >= 8 and outside.mean() >= 1 / 3)

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from plugin_core.datasets.boxes import check_boxes, image_sizes
-from plugin_core.datasets.coco_file import CocoFile, read_coco
-from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report, both
+from plugin_core.datasets.boxes import as_array, check_boxes, image_sizes
+from plugin_core.datasets.coco_file import UNSET, CocoFile, read_coco
+from plugin_core.datasets.findings import ERROR, FRAMEWORKS, NOTE, WARNING, Report, both
 from plugin_core.datasets.images import check_images as check_image_files
 from plugin_core.datasets.keypoints import check_keypoints
 from plugin_core.datasets.masks import check_masks
@@ -26,6 +27,12 @@ from plugin_core.datasets.records import (
     is_id,
 )
 
+_NOTHING = "trains on nothing, or stops at an assertion"
+_LEFT_OUT = {
+    "detectron2": "no polygon of three points",
+    "mmdetection": "boxes smaller than a pixel, areas of 0, 'ignore' or no polygon of three points",
+}
+
 
 @dataclass(frozen=True)
 class Use:
@@ -33,19 +40,25 @@ class Use:
 
     Attributes:
         split: "train", "test", or "" if it is not known.
-        masks: whether masks are trained or evaluated; "polygon" if only polygons are read.
-        keypoints: how many an object has in the model; 0 without keypoints.
+        masks: "any" if masks are trained or evaluated, "polygon" if only polygons are read, "" if
+            none are, and None if not known.
+        keypoints: how many an object has in the model; 0 without keypoints, None if not known.
         keeps_empty: whether images without objects are trained on.
         min_size: shortest side in pixels of an image that is trained on.
         skips_unreadable: whether images that cannot be read are left out of the training.
     """
 
     split: str = ""
-    masks: str = ""
-    keypoints: int = 0
+    masks: str | None = None
+    keypoints: int | None = None
     keeps_empty: bool = False
     min_size: int = 0
     skips_unreadable: bool = False
+
+    def for_test(self) -> Use:
+        """Say what a test set of the same model is for."""
+        masks = "any" if self.masks else self.masks
+        return Use("test", masks, self.keypoints)
 
 
 @dataclass
@@ -65,7 +78,13 @@ class Reads:
 
 @dataclass
 class Checked:
-    """A checked dataset: what was found, what can be mended, and its categories."""
+    """A checked dataset.
+
+    Attributes:
+        report: what was found.
+        mends: what can be mended.
+        content: the file's images, annotations and categories.
+    """
 
     report: Report
     mends: Mends
@@ -106,9 +125,11 @@ def check_dataset(
     image_index, category_index = check_annotations(
         content, image_places, category_places, report, mends
     )
-    check_boxes(content, image_index, report, mends)
-    masks = check_masks(content, image_index, report, mends)
-    keypoints = check_keypoints(content, image_index, category_index, report, mends)
+    boxes = check_boxes(content, image_index, report, mends)
+    masks, hollow = check_masks(content, image_index, report, mends, read=use.masks != "")
+    keypoints = check_keypoints(
+        content, image_index, category_index, report, mends, read=use.keypoints != 0
+    )
     report.add(
         "number-text",
         NOTE,
@@ -117,17 +138,15 @@ def check_dataset(
         left=both("stops with a traceback"),
         mended="read",
     )
-    for finding in report.findings:
-        if use.split and not use.masks and finding.kind in ("mask-elsewhere", "relative-polygons"):
-            finding.level = NOTE  # masks are not read
-        if use.skips_unreadable and finding.kind in ("image-missing", "image-unreadable"):
-            finding.level, finding.remedy = WARNING, "they are left out, as the config says"
+    if use.skips_unreadable:
+        unread = [f for f in report.findings if f.kind in ("image-missing", "image-unreadable")]
+        all_ = use.split == "train" and sum(f.count for f in unread) >= len(content.images)
+        for finding in unread:
+            finding.level = ERROR if all_ else WARNING
+            finding.remedy = "they are left out, as the config says"
+            finding.remedy += ", and nothing is left to train on" if all_ else ""
     _count(content, image_index, category_index, report)
-    dropped = mends.dropped["annotations"]
-    objects = sum(
-        at >= 0 and i not in dropped and not is_crowd(content.annotations[i])
-        for i, at in enumerate(image_index)
-    )
+    objects = _count_objects(content, image_index, boxes, hollow, use, mends)
     if use.split == "train" and use.min_size and content.images:
         sizes = image_sizes(content, mends).min(1)
         small = [i for i, size in enumerate(sizes) if size < use.min_size]
@@ -175,12 +194,35 @@ def _count(
     }
 
 
+def _count_objects(
+    content: CocoFile,
+    image_index: Sequence[int],
+    boxes: NDArray[np.float64],
+    hollow: Sequence[int],
+    use: Use,
+    mends: Mends,
+) -> dict[str, int]:
+    """Count the objects to train on in each framework, and as "" before it leaves out its own."""
+    annotations = content.annotations
+    objects = np.asarray(image_index) >= 0
+    objects &= ~np.array([is_crowd(a) for a in annotations], bool)
+    objects[list(mends.dropped["annotations"])] = False
+    full = objects.copy()
+    full[hollow] = False
+    with np.errstate(invalid="ignore"):
+        seen = (full if use.masks else objects) & ~(boxes[:, 2:] < 1).any(1)
+        seen &= ~(as_array([a.area for a in annotations]) <= 0)
+    seen &= ~np.array([a.ignore is not UNSET and bool(a.ignore) for a in annotations], bool)
+    counted = {"": objects, "detectron2": full, "mmdetection": seen}
+    return {key: int(mask.sum()) for key, mask in counted.items()}
+
+
 def _check_use(
     content: CocoFile,
     category_index: Sequence[int],
-    objects: int,
+    objects: dict[str, int],
     masks: dict[str, int],
-    keypoints: tuple[set[int], bool],
+    keypoints: tuple[set[int], bool, bool],
     use: Use,
     report: Report,
 ) -> None:
@@ -191,15 +233,19 @@ def _check_use(
 
     if use.split != "test" and not use.keeps_empty:
         crowds = report.counts["crowds"]
-        what = "no annotations"
-        if annotations:
-            why = "crowds" if crowds == annotations else "crowds, or boxes that are left out"
-            what = f"no objects: all annotations are {why}"
-        left = both("trains on nothing, or stops at an assertion")
-        if not objects:
-            level = ERROR if use.split == "train" else WARNING
-            add("no-objects", level, what, 1, left=left, remedy="label at least one object")
-    elif use.split == "test" and not objects:
+        level = ERROR if use.split == "train" else WARNING
+        remedy = "label at least one object"
+        if not objects[""]:
+            what = "no annotations"
+            if annotations:
+                why = "crowds" if crowds == annotations else "crowds, or boxes that are left out"
+                what = f"no objects: all annotations are {why}"
+            add("no-objects", level, what, 1, left=both(_NOTHING), remedy=remedy)
+        for key in FRAMEWORKS if objects[""] else ():
+            if not objects[key]:
+                what = f"no objects: all annotations are crowds, or have {_LEFT_OUT[key]}"
+                add("no-objects", level, what, 1, left={key: _NOTHING}, remedy=remedy)
+    elif use.split == "test" and not objects[""]:
         left = {"detectron2": "gives nan for AP", "mmdetection": "gives -1 for AP"}
         add("nothing-to-find", WARNING, "no objects to evaluate on", 1, left=left)
     if use.masks and masks["none"] and annotations:
@@ -219,7 +265,7 @@ def _check_use(
             "dataloader.train.mapper.instance_mask_format)",
         )
     if use.keypoints:
-        counts, named = keypoints
+        counts, named, visible = keypoints
         if not counts:
             what, remedy = "no keypoints, in a model with keypoints", "label keypoints"
             add("no-keypoints", ERROR, what, 1, left=both("stops"), remedy=remedy)
@@ -242,6 +288,10 @@ def _check_use(
                 left={"detectron2": "stops with an AttributeError"},
                 remedy="list the names as the category's keypoints",
             )
+        elif not visible and use.split == "train":
+            what, remedy = "no visible keypoint", "label keypoints with a visibility of 1 or 2"
+            left = {"detectron2": "leaves out all images"}
+            add("no-visible-keypoints", ERROR, what, 1, left=left, remedy=remedy)
     used = set(np.unique(category_index)) if annotations else set()
     unused = [i for i, c in enumerate(content.categories) if i not in used and is_id(c.id)]
     if annotations and use.split != "test":

@@ -30,6 +30,7 @@ class Image(msgspec.Struct, gc=False):
     file_name: Any = UNSET
     width: Any = UNSET
     height: Any = UNSET
+    coco_url: Any = UNSET
 
 
 class Annotation(msgspec.Struct, gc=False):
@@ -155,12 +156,17 @@ def check_text(data: bytes, what: str) -> tuple[bytes, str]:
     for bom, name in _BOMS.items():
         if data.startswith(bom):
             raise ValueError(f"{what} is in {name}; write it as UTF-8: iconv -f {name} -t UTF-8")
+    first, second = data[:1000:2], data[1:1000:2]
+    for name, zeros, letters in (("UTF-16BE", first, second), ("UTF-16LE", second, first)):
+        if 2 * zeros.count(0) > len(zeros) > 2 * letters.count(0):
+            raise ValueError(f"{what} is in {name}; write it as UTF-8: iconv -f {name} -t UTF-8")
     try:
         _check_utf8(data)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{what} is not in UTF-8: byte {error.start} is 0x{data[error.start]:02x}, as in "
-            "Latin-1 or Windows-1252; write it as UTF-8: iconv -f WINDOWS-1252 -t UTF-8"
+            "Latin-1, Windows-1252, GBK or Shift-JIS; write it as UTF-8: "
+            "iconv -f ENCODING -t UTF-8"
         ) from None
     if data.startswith(codecs.BOM_UTF8):
         return data[len(codecs.BOM_UTF8) :], "a byte-order mark"
@@ -182,26 +188,43 @@ def _check_utf8(data: bytes, step: int = 1 << 24) -> None:
             raise UnicodeDecodeError("utf-8", data, max(at, 0), at + 1, error.reason) from None
 
 
-def split_lists(path: str, data: bytes) -> dict[str, msgspec.Raw | Any]:
-    """Parse an object's outermost level."""
+def split_lists(path: str, data: bytes) -> dict[str, msgspec.Raw]:
+    """Parse an object's outermost level; raises ValueError if it is none."""
     try:
-        return msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        return _decode(path, data, dict[str, msgspec.Raw])
     except msgspec.ValidationError:
-        kind = type(msgspec.json.decode(data)).__name__
+        kind = type(_decode(path, data, Any)).__name__
         raise ValueError(
             f"annotation file {path!r} holds a {kind}; COCO's format is an object with lists of "
             "images, annotations and categories"
         ) from None
-    except msgspec.DecodeError as error:
-        reason = error
-    if _CONSTANT.search(data):  # Python writes NaN into JSON, which is none then
-        try:
-            content = json.loads(data)
-        except ValueError:
-            content = None
-        if isinstance(content, dict):
-            return content
-    raise ValueError(f"annotation file {path!r} is no JSON: {_explain(data, reason)}") from reason
+    except ValueError:
+        if (standard := _without_constants(data)) == data:
+            raise
+        return split_lists(path, standard)
+
+
+def _without_constants(data: bytes) -> bytes:
+    """Write null for NaN and Infinity, which Python writes into JSON, where they are no text."""
+    plain = data.replace(rb"\\", b"__").replace(rb"\"", b"__")  # quotes are those around texts
+    pieces, start, at, quotes = [], 0, 0, 0
+    for match in _CONSTANT.finditer(plain):
+        quotes += plain.count(b'"', at, at := match.start())
+        if quotes % 2 == 0:
+            pieces += [data[start:at], b"null"]
+            start = match.end()
+    return b"".join([*pieces, data[start:]])
+
+
+def _decode(path: str, data: bytes | msgspec.Raw, kind: Any) -> Any:
+    """Parse JSON; raises ValueError that names the file, and ValidationError for another kind."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        if isinstance(error, msgspec.ValidationError) and kind is not Any:
+            raise
+        reason = _explain(bytes(data), error)
+        raise ValueError(f"annotation file {path!r} is no JSON: {reason}") from error
 
 
 def _explain(data: bytes, reason: Exception) -> str:
@@ -223,13 +246,13 @@ def read_list(path: str, name: str, value: Any, kind: type) -> tuple[list[Any], 
     """Parse a list of records; returns them, and the places of what is no object.
 
     Raises:
-        ValueError: if ``value`` is no list.
+        ValueError: if ``value`` is no list, or no JSON.
     """
     if isinstance(value, msgspec.Raw):
         try:
-            return msgspec.json.decode(value, type=list[kind]), []  # type: ignore[valid-type]
+            return _decode(path, value, list[kind]), []  # type: ignore[valid-type]
         except msgspec.ValidationError:
-            value = msgspec.json.decode(value)
+            value = _decode(path, value, Any)
     if not isinstance(value, list):
         raise ValueError(
             f"annotation file {path!r}: {name} is a {type(value).__name__}; expected a list"
@@ -252,15 +275,21 @@ def polygons_of(annotation: Annotation) -> list[list[float]] | None:
     raw = annotation.segmentation
     try:
         return _POLYGONS.decode(raw) if isinstance(raw, msgspec.Raw) else None
-    except msgspec.ValidationError:
+    except msgspec.DecodeError:
         return None
 
 
 def segmentation_of(annotation: Annotation) -> Any:
-    """Parse the mask of an annotation: polygons, RLE, or whatever there is; None without one."""
+    """Parse the mask of an annotation: polygons, RLE, or whatever there is; None without one.
+
+    What is no JSON, or has numbers past the range of float, is True.
+    """
     raw = annotation.segmentation
     if isinstance(raw, msgspec.Raw):
-        return msgspec.json.decode(raw)
+        try:
+            return msgspec.json.decode(raw)
+        except (msgspec.DecodeError, RecursionError):
+            return True
     return None if raw is UNSET else raw
 
 
@@ -274,7 +303,7 @@ def read_records(path: str) -> dict[str, Any]:
     record = list[dict[str, msgspec.Raw]]
     for name in _KINDS:
         if isinstance(content.get(name), msgspec.Raw):
-            content[name] = msgspec.json.decode(content[name], type=record)
+            content[name] = _decode(path, content[name], record)
     return content
 
 

@@ -6,10 +6,10 @@ import os
 import unicodedata
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
@@ -18,14 +18,18 @@ from plugin_core.datasets.coco_file import CocoFile
 from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report, both
 from plugin_core.datasets.mending import Mends
 from plugin_core.datasets.records import image_name, number
+from plugin_core.training.unreadable_images import ends_well
 
 _STOP = both("stops when it loads the image, or takes grey pixels for it")
 _ORIENTATION = 0x0112  # EXIF tag
 _SWAPPED = (5, 6, 7, 8)  # orientations that exchange width and height
-_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 # Pillow's names of formats that OpenCV reads, too
-_OF_OPENCV = {*_ENDS, "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000", "SUN", "AVIF"}
-_MANY = 2000  # images for which a progress bar is worth it
+_OF_OPENCV = {"JPEG", "MPO", "PNG", "BMP", "DIB", "TIFF", "WEBP", "PPM", "GIF", "JPEG2000"}
+_OF_OPENCV |= {"SUN", "AVIF"}
+_OPENCVS_LIMIT = 2**30  # pixels; CV_IO_MAX_IMAGE_PIXELS
+_PILLOWS_LIMIT = 2 * (Image.MAX_IMAGE_PIXELS or _OPENCVS_LIMIT)
+_MANY = 2000  # files for which a progress bar is worth it
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -39,6 +43,10 @@ class _File:
     frames: int = 1
     format: str = ""
     turned: str = ""  # how the frameworks turn it differently
+
+    @property
+    def pixels(self) -> int:
+        return self.size[0] * self.size[1]
 
     @property
     def shown(self) -> tuple[int, int]:
@@ -57,7 +65,8 @@ def check_images(
         folder: that the file names are relative to.
         report: takes what is found.
         mends: takes names and sizes that can be said right.
-        decode: read every image whole, not only its header and end.
+        decode: read every image whole, not only its header and end; those of more pixels than
+            Pillow's limit are never read whole.
     """
     if not os.path.isdir(folder):
         report.add(
@@ -72,15 +81,31 @@ def check_images(
         return
     names = _find_files(content, folder, report, mends)
     paths = [None if name is None else os.path.join(folder, name) for name in names]
-    seen: list[_File | None] = []
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        files = pool.map(lambda path: path and _look(path, decode), paths)
-        hidden = len(paths) < _MANY
-        for one in tqdm(files, "images", len(paths), leave=False, unit=" files", disable=hidden):
-            seen.append(one or None)
+    seen = look_at(paths, lambda path: _look(path, decode) if path else None, "images")
     _report_unreadable(content, seen, report)
     _report_sizes(content, seen, report, mends)
     _report_modes(content, seen, report)
+
+
+def look_at(paths: Sequence[Any], look: Callable[[Any], _T], what: str) -> list[_T]:
+    """Look at files, several at a time, without Pillow's warnings and its limit of pixels.
+
+    Both are settings of the process. So they are set aside here, not in the threads.
+
+    Args:
+        paths: of the files.
+        look: called with each path.
+        what: the files are, for a progress bar.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=8) as pool:
+        warnings.simplefilter("ignore")  # of large images and odd metadata
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            seen, hidden = pool.map(look, paths), len(paths) < _MANY
+            return list(tqdm(seen, what, len(paths), leave=False, unit=" files", disable=hidden))
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def _find_files(content: CocoFile, folder: str, report: Report, mends: Mends) -> list[str | None]:
@@ -102,11 +127,13 @@ def _find_files(content: CocoFile, folder: str, report: Report, mends: Mends) ->
             if candidate in there or os.path.isfile(os.path.join(folder, candidate)):
                 found[i] = left_out, candidate
                 break
-    # Leaving out the same folder in front of all is no guess. Anything else may be.
+    # Leaving out the same folder in front of many is no guess. Anything else may be.
     taken = {candidate for _, candidate in found.values()} | {name for name in names if name}
     apart = len(taken) == len(found) + len({name for name in names if name})
-    same = len({left_out for left_out, _ in found.values()}) == 1
-    if len(found) == len(missing) and same and apart:
+    if found and apart:
+        common = Counter(left_out for left_out, _ in found.values()).most_common(1)[0][0]
+        found = {i: pair for i, pair in found.items() if pair[0] == common}
+        missing = [i for i in missing if i not in found]
         for i, (_, candidate) in found.items():
             names[i] = candidate
             mends.set("images", i, "file_name", candidate)
@@ -118,7 +145,6 @@ def _find_files(content: CocoFile, folder: str, report: Report, mends: Mends) ->
             left=both("does not find the images"),
             mended="read",
         )
-        return names
     lower = {unicodedata.normalize("NFC", name).lower(): name for name in there}
     hints = []
     for i in missing[:3]:
@@ -161,30 +187,28 @@ def _look(path: str, decode: bool) -> _File:
         length = os.path.getsize(path)
         if not length:
             return _File("is empty (0 bytes)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of large images and odd metadata
-            with Image.open(path) as image:
-                # Of a PNG without EXIF Pillow would read all pixels to look for it.
-                as_text = "Raw profile type exif" in image.info
-                has_exif = image.format != "PNG" or as_text or _has_exif_chunk(path)
-                file = _File(
-                    size=image.size,
-                    mode=image.mode,
-                    frames=1 if image.format == "MPO" else getattr(image, "n_frames", 1),
-                    format=image.format or "",
-                )
-                orientation = image.getexif().get(_ORIENTATION, 1) if has_exif else 1
-                if orientation in range(2, 9):
-                    if image.format == "TIFF":  # its size is that of the turned image
-                        file.turned = "turns them twice"
-                    elif as_text:
-                        file.turned = "turns them, and MMDetection does not"
-                    else:
-                        file.orientation = orientation
-                if decode or not _ends_well(path, image.format, length):
-                    image.load()
-    except Image.DecompressionBombError:
-        return _File(f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, Pillow's limit")
+        with Image.open(path) as image:
+            # Of a PNG without EXIF Pillow would read all pixels to look for it.
+            as_text = "Raw profile type exif" in image.info
+            has_exif = image.format != "PNG" or as_text or _has_exif_chunk(path)
+            file = _File(
+                size=image.size,
+                mode=image.mode,
+                frames=1 if image.format == "MPO" else getattr(image, "n_frames", 1),
+                format=image.format or "",
+            )
+            orientation = image.getexif().get(_ORIENTATION, 1) if has_exif else 1
+            if orientation in range(2, 9):
+                if image.format == "TIFF":  # its size is that of the turned image
+                    file.turned = "turns them twice"
+                elif as_text:
+                    file.turned = "turns them, and MMDetection does not"
+                else:
+                    file.orientation = orientation
+            if file.pixels > _OPENCVS_LIMIT:
+                return _File(f"has {file.pixels:,} pixels; at most {_OPENCVS_LIMIT:,} are read")
+            if file.pixels <= _PILLOWS_LIMIT and (decode or not _ends_well(path, length)):
+                image.load()
     except UnidentifiedImageError:
         with open(path, "rb") as stream:
             return _File(f"is no image (it begins with {stream.read(12)!r})")
@@ -204,14 +228,11 @@ def _has_exif_chunk(path: str) -> bool:
     return False
 
 
-def _ends_well(path: str, image_format: str | None, length: int) -> bool:
-    """Tell whether a file has its format's end; a cut off one has not."""
-    end = _ENDS.get(image_format or "")
-    if end is None:
-        return False
+def _ends_well(path: str, length: int) -> bool:
     with open(path, "rb") as file:
+        start = file.read(2)
         file.seek(max(0, length - 64))
-        return file.read().rstrip(b"\0").endswith(end)
+        return ends_well(start, file.read())
 
 
 def _report_unreadable(content: CocoFile, seen: Sequence[_File | None], report: Report) -> None:
@@ -224,6 +245,15 @@ def _report_unreadable(content: CocoFile, seen: Sequence[_File | None], report: 
         count=len(bad),
         left=_STOP,
         remedy="restore the files, or take the images out of the annotations",
+    )
+    large = [i for i, file in enumerate(seen) if file and file.pixels > _PILLOWS_LIMIT]
+    report.add(
+        "image-unreadable",
+        ERROR,
+        f"images of more than {_PILLOWS_LIMIT:,} pixels, Pillow's limit",
+        [image_name(content, i) for i in large],
+        left={"detectron2": "stops when it loads the image"},
+        remedy="cut or shrink the images, and their labels with them",
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from plugin_core.datasets.coco_file import UNSET, CocoFile
-from plugin_core.datasets.findings import ERROR, NOTE, Report, both
+from plugin_core.datasets.findings import ERROR, NOTE, WARNING, Report
 from plugin_core.datasets.mending import Mends
 from plugin_core.datasets.records import Places, is_crowd, number
 
-_STOP = both("stops with a traceback")
+_STOP = {"detectron2": "stops with a traceback"}  # MMDetection reads no keypoints
 
 
 def check_keypoints(
@@ -18,15 +19,21 @@ def check_keypoints(
     category_index: Sequence[int],
     report: Report,
     mends: Mends,
-) -> tuple[set[int], bool]:
-    """Check keypoints against their category.
+    *,
+    read: bool,
+) -> tuple[set[int], bool, bool]:
+    """Check keypoints against their category; ``read`` tells whether they are trained.
 
     Returns:
-        The numbers of keypoints that objects have, and whether a category names them.
+        The numbers of keypoints that objects have, whether a category names them, and whether one
+        of an object is visible.
     """
     place = Places(content, image_index)
     names = [len(c.keypoints) if isinstance(c.keypoints, list) else 0 for c in content.categories]
-    wrong, other, uncounted, found = [], [], [], set()
+    wrong, other, unread, found = [], [], [], set()
+    uncounted: list[int] = []
+    miscounted: list[int] = []
+    visible = False
     labelled = any(names)
     for i, annotation in enumerate(content.annotations):
         values = annotation.keypoints
@@ -37,10 +44,10 @@ def check_keypoints(
                 mends.set("annotations", i, "keypoints", [0] * (3 * of_category))
                 mends.set("annotations", i, "num_keypoints", 0)
             continue
-        read = [number(v) for v in values] if isinstance(values, list) else [None]
-        numbers = [v for v in read if v is not None]
-        if len(numbers) < len(read):
-            other.append(i)
+        listed = [number(v) for v in values] if isinstance(values, list) else [None]
+        numbers = [v for v in listed if v is not None]
+        if len(numbers) < len(listed):
+            unread.append(i)
             continue
         if len(numbers) % 3 or (of_category and len(numbers) != 3 * of_category):
             wrong.append(i)
@@ -51,30 +58,46 @@ def check_keypoints(
         if any(isinstance(v, str) for v in values):
             mends.set("annotations", i, "keypoints", numbers)
             mends.texts.append(place(i))
-        if not isinstance(annotation.num_keypoints, int):
-            uncounted.append(i)
-            mends.set("annotations", i, "num_keypoints", sum(v > 0 for v in numbers[2::3]))
-    report.add(
+        count = sum(v > 0 for v in numbers[2::3])
+        visible |= count > 0
+        if annotation.num_keypoints != count or not isinstance(annotation.num_keypoints, int):
+            is_count = isinstance(annotation.num_keypoints, int)
+            (miscounted if is_count else uncounted).append(i)
+            mends.set("annotations", i, "num_keypoints", count)
+
+    def add(kind: str, level: str, what: str, places: Sequence[int], **rest: Any) -> None:
+        if not read:
+            level, rest["left"] = NOTE, {"detectron2": "reads no keypoints here"}
+        report.add(kind, level, what, place.of(places), **rest)
+
+    add(
         "keypoint-number",
         ERROR,
         "objects with another number of keypoints than their category names",
-        place.of(wrong),
+        wrong,
         left=_STOP,
         remedy="keypoints is x, y, visibility for each name in the category's keypoints",
     )
-    report.add(
-        "keypoints",
-        ERROR,
-        "keypoints that are no x, y and visibility of 0, 1 or 2",
-        place.of(other),
-        left=_STOP,
-    )
-    report.add(
+    what = "keypoints that are no x, y and visibility of 0, 1 or 2"
+    if not read:
+        left = {"detectron2": "stops while it loads the file, though it trains no keypoints"}
+        report.add("keypoints", ERROR, what, place.of(unread), left=left)
+        unread = []
+    add("keypoints", ERROR, what, sorted(other + unread), left=_STOP)
+    add(
         "num-keypoints",
         NOTE,
         "objects without num_keypoints",
-        place.of(uncounted),
-        left=both("stops with a KeyError at the evaluation of keypoints"),
+        uncounted,
+        left={"detectron2": "stops with a KeyError at the evaluation of keypoints"},
         mended="read",
     )
-    return found | {count for count in names if count}, labelled
+    add(
+        "num-keypoints-other",
+        WARNING,
+        "objects whose num_keypoints is not the number of visible ones",
+        miscounted,
+        left={"detectron2": "evaluates no keypoints of objects where it is 0"},
+        mended="read",
+    )
+    return found | {count for count in names if count}, labelled, visible

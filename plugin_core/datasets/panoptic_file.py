@@ -224,16 +224,13 @@ class PanopticFile:
         self.owner: list[int] = []
         self.image: list[int] = []
         lists: dict[str, list[Any]] = {}
-        try:
-            whole = split_lists(path, text)
-            for key, kind in _KINDS.items():
-                if key in whole:
-                    lists[key], others = read_list(path, key, whole[key], kind)
-                    self.file.not_objects |= {key: others} if others else {}
-                elif key != "annotations":
-                    self.file.absent.append(key)
-        except (msgspec.DecodeError, RecursionError) as error:
-            raise ValueError(f"annotation file {path!r} is no JSON: {error}") from error
+        whole = split_lists(path, text)
+        for key, kind in _KINDS.items():
+            if key in whole:
+                lists[key], others = read_list(path, key, whole[key], kind)
+                self.file.not_objects |= {key: others} if others else {}
+            elif key != "annotations":
+                self.file.absent.append(key)
         self.file.images = lists.get("images", [])
         self.file.categories = lists.get("categories", [])
         self.records: list[PanopticRecord] = lists.get("annotations", [])
@@ -243,7 +240,7 @@ class PanopticFile:
                 segments, others = read_list(
                     path, "segments_info", record.segments_info, Annotation
                 )
-            except (ValueError, RecursionError):
+            except ValueError:
                 no_list.append(i)
                 continue
             no_object += [i] * len(others)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image as Images
-from tqdm import tqdm
 
 from plugin_core.datasets.coco_file import Image
+from plugin_core.datasets.images import look_at
 from plugin_core.datasets.panoptic_file import PanopticFile, finite, is_segment_id
 
 DECODED = 16  # PNGs whose pixels are compared with the segments
 _MODES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with transparency", 6: "RGBA"}
-_MANY = 2000  # PNGs for which a progress bar is worth it
 
 
 class _Png(NamedTuple):
@@ -44,10 +42,7 @@ def check_pngs(content: PanopticFile, folder: str, *, decode: bool = False) -> N
     named = ((i, record.file_name) for i, record in enumerate(content.records))
     names = {i: name for i, name in named if isinstance(name, str) and name}
     paths = [os.path.join(folder, name) for name in names.values()]
-    with ThreadPoolExecutor(max_workers=8) as pool:
-        files = pool.map(_look, paths)
-        hidden = len(paths) < _MANY
-        seen = list(tqdm(files, "PNGs", len(paths), leave=False, unit=" files", disable=hidden))
+    seen = look_at(paths, _look, "PNGs")
     missing, bad, other_size, other_mode, right = [], [], [], [], []
     for i, path, png in zip(names, paths, seen, strict=True):
         image = content.file.images[content.image[i]] if content.image[i] >= 0 else Image()

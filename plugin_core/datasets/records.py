@@ -45,7 +45,7 @@ def is_id(value: Any) -> bool:
 def is_crowd(annotation: Annotation) -> bool:
     """Tell whether an annotation is of a region of many objects."""
     value = annotation.iscrowd
-    return value is True or number(value) == 1
+    return value == 1 if type(value) is int else value is True or number(value) == 1
 
 
 def image_name(content: CocoFile, index: int) -> str:
@@ -82,9 +82,8 @@ def check_lists(content: CocoFile, report: Report) -> None:
     for name in content.absent:
         if name == "annotations":
             report.add("no-list", WARNING, "no list of annotations", [], count=1)
-            continue
-        level = ERROR
-        report.add("no-list", level, f"no list of {name}", [], count=1, left=_STOP)
+        else:
+            report.add("no-list", ERROR, f"no list of {name}", [], count=1, left=_STOP)
     for name, places in content.not_objects.items():
         report.add(
             "no-object",
@@ -112,6 +111,16 @@ def check_images(content: CocoFile, report: Report, mends: Mends) -> dict[Any, i
         "image", [image.id for image in images], lambda i: image_name(content, i), report
     )
     bad = [i for i, image in enumerate(images) if not isinstance(image.file_name, str)]
+    if bad and all(isinstance(images[i].coco_url, str) for i in bad):
+        report.add(
+            "lvis",
+            ERROR,
+            "images of LVIS's format, with coco_url and without file_name",
+            [image_name(content, i) for i in bad],
+            left=_STOP,
+            remedy="the frameworks' LVIS datasets read it (LVISV1Dataset, lvis_v1_train)",
+        )
+        bad = []
     report.add(
         "file-name",
         ERROR,
@@ -186,7 +195,9 @@ def check_categories(content: CocoFile, report: Report, mends: Mends) -> dict[An
     )
     used = {a.category_id for a in content.annotations if is_id(a.category_id)}
     for category in find_root(categories, used):
-        mends.drop("categories", category)
+        is_roboflows = categories[category].supercategory in (UNSET, None, "", "none")
+        if is_roboflows:
+            mends.drop("categories", category)
         report.add(
             "root-category",
             WARNING,
@@ -196,7 +207,7 @@ def check_categories(content: CocoFile, report: Report, mends: Mends) -> dict[An
                 "detectron2": "counts it as a class, so that the last class may be one too many",
                 "mmdetection": "counts it as a class where metainfo.classes has it",
             },
-            mended="fix",
+            mended="fix" if is_roboflows else "",
         )
     return index
 
@@ -281,14 +292,18 @@ def check_annotations(
     )
     _check_annotation_ids(content, place, report, mends)
     ignored = [i for i, a in enumerate(annotations) if a.ignore is not UNSET and a.ignore]
-    report.add(
-        "ignore",
-        ERROR,
-        "annotations with 'ignore'",
-        place.of(ignored),
-        left={"detectron2": "stops at an assertion", "mmdetection": "leaves them out"},
-        remedy="use iscrowd 1 for regions that are neither object nor background",
-    )
+    for level, left in (
+        (ERROR, {"detectron2": "stops at an assertion"}),
+        (WARNING, {"mmdetection": "leaves them out"}),
+    ):
+        report.add(
+            "ignore",
+            level,
+            "annotations with 'ignore'",
+            place.of(ignored),
+            left=left,
+            remedy="use iscrowd 1 for regions that are neither object nor background",
+        )
     _check_crowds(annotations, place, report, mends)
     return image_index, category_index
 
@@ -421,7 +436,7 @@ def _check_ids(
 def _other_spelling(value: Any) -> Any:
     """Give an id as a number if it is a text, and the other way round; None if there is none."""
     if isinstance(value, str):
-        return int(value) if value.isascii() and value.isdigit() else None
+        return int(value) if value.isascii() and value.isdigit() and len(value) < 20 else None
     return str(value) if type(value) is int else None
 
 

@@ -24,7 +24,7 @@ from plugin_core.datasets.mending import mended
 from plugin_core.files import file_state, replacing
 
 # Goes up when checks change, as older results say nothing then.
-_VERSION = 3
+_VERSION = 5
 
 
 @dataclass
@@ -68,6 +68,7 @@ def checked_dataset(
     use: Use | None = None,
     classes: Sequence[str] | None = None,
     *,
+    framework: str,
     other_classes: bool = False,
 ) -> Dataset:
     """Check a dataset, or look up what was found when its files were as they are now.
@@ -78,19 +79,40 @@ def checked_dataset(
         use: what the dataset is for.
         classes: the detector's classes. The file to read lists its categories in this order, and
             those that it lacks as well. So a framework's labels do not depend on the file's order.
+        framework: "detectron2" or "mmdetection", which is to read the file. Without errors that
+            concern it, the file to read is right for it.
         other_classes: keep categories that are none of ``classes``.
 
     Raises:
         ValueError: if the file cannot be read at all.
     """
     wanted = {"version": _VERSION, "use": asdict(use or Use()), "classes": list(classes or ())}
-    place = [os.path.abspath(annotations), images and os.path.abspath(images), other_classes]
+    paths = [os.path.abspath(annotations), images and os.path.abspath(images)]
+    place = [*paths, framework, other_classes]
     name = hashlib.sha256(json.dumps([wanted, place]).encode()).hexdigest()[:24]
     stamp_file = cache_folder() / "checked" / f"{name}.json"
     # A training's processes ask at the same time. The first one checks, the others find its stamp.
     with _in_turn(stamp_file):
         known = _look_up(stamp_file, annotations, images)
-        return known or _check(annotations, images, use, classes, other_classes, stamp_file)
+        if known:
+            return known
+        # State and digest first: a change from here on is seen the next time.
+        state, digest = _file_state(annotations), _digest(annotations)
+        checked = check_dataset(annotations, images, use)
+        copy = cache_folder() / "copies" / f"{digest[:12]}-{stamp_file.name}"
+        ann_file = annotations
+        if not checked.report.of("error", framework):
+            ann_file = _write_copy(checked, copy, classes, other_classes)
+        categories = [(str(c.name), c.id) for c in sort_categories(checked.content.categories)]
+        stamp = {
+            "file": state,
+            "digest": digest,
+            "report": checked.report.as_dict(),
+            "ann_file": ann_file,
+            "categories": categories,
+        }
+        _write_stamp(stamp_file, stamp, checked, annotations, images)
+        return Dataset(checked.report, ann_file, categories)
 
 
 def _look_up(stamp_file: Path, annotations: str, images: str | None) -> Dataset | None:
@@ -104,36 +126,22 @@ def _look_up(stamp_file: Path, annotations: str, images: str | None) -> Dataset 
     return Dataset(report, stamp["ann_file"], [tuple(c) for c in stamp["categories"]])
 
 
-def _check(
+def _write_stamp(
+    stamp_file: Path,
+    stamp: dict[str, Any],
+    checked: Checked,
     annotations: str,
     images: str | None,
-    use: Use | None,
-    classes: Sequence[str] | None,
-    other_classes: bool,
-    stamp_file: Path,
-) -> Dataset:
-    state = _file_state(annotations)  # first: a change meanwhile is seen the next time
-    checked = check_dataset(annotations, images, use)
-    digest = _digest(annotations)
-    copy = cache_folder() / "copies" / f"{digest[:12]}-{stamp_file.name}"
-    ann_file = _write_copy(checked, copy, classes, other_classes)
+) -> None:
+    if any(finding.kind == "image-missing" for finding in checked.report.findings):
+        return  # they may come to a place that nobody watches
     spelled = checked.mends.read["images", "file_name"]
     names = [spelled.get(i, image.file_name) for i, image in enumerate(checked.content.images)]
     folders = sorted({os.path.dirname(str(name)) for name in names})
-    categories = [(str(c.name), c.id) for c in sort_categories(checked.content.categories)]
-    stamp = {
-        "file": state,
-        "digest": digest,
-        "folders": folders,
-        "images": _folder_state(annotations, images, folders),
-        "report": checked.report.as_dict(),
-        "ann_file": ann_file,
-        "categories": categories,
-    }
+    stamp |= {"folders": folders, "images": _folder_state(annotations, images, folders)}
     # Ids may be of odd types, and the disk full. Then the data is checked again next time.
     with suppress(TypeError, ValueError, OSError):
         _write(stamp_file, json.dumps(stamp).encode())
-    return Dataset(checked.report, ann_file, categories)
 
 
 def _write_copy(
@@ -141,8 +149,6 @@ def _write_copy(
 ) -> str:
     """Write a file that both frameworks read right, where the user's own is none."""
     content, mends = checked.content, checked.mends
-    if checked.report.of("error"):
-        return content.path
     categories = _categories_in_order(content.categories, classes, other_classes)
     if not (content.rewritten or any(mends.read.values()) or categories is not None):
         return content.path
@@ -204,7 +210,7 @@ def _folder_state(annotations: str, images: str | None, folders: Sequence[str]) 
 
 def _digest(path: str) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
+    with suppress(OSError), open(path, "rb") as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()

@@ -97,7 +97,7 @@ def find_resumable(
 
     Args:
         folder: with the checkpoints.
-        named: their names, such as "model_{}.pth".
+        named: their names, such as "model_{}.pth" or "epoch_{:03d}.pth".
         work_dir: folder with the file ``last_checkpoint``; by default the same folder.
         final: names of checkpoints of a training's end.
 
@@ -107,7 +107,7 @@ def find_resumable(
     Raises:
         RunError: if there are checkpoints and none is whole.
     """
-    pattern = re.compile(r"(\d+)".join(map(re.escape, named.split("{}"))))
+    pattern = re.compile(r"(\d+)".join(map(re.escape, re.split(r"\{[^{}]*\}", named))))
     present = os.listdir(folder) if os.path.isdir(folder) else []
     numbers = {int(match[1]): name for name in present if (match := pattern.fullmatch(name))}
     last = ""

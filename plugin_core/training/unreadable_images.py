@@ -6,6 +6,8 @@ from collections import Counter
 
 from plugin_core.training.errors import RunError
 
+_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}  # of JPEG and PNG
+
 
 class UnreadableImage(RunError):
     """An image of the user's data cannot be read.
@@ -18,6 +20,17 @@ class UnreadableImage(RunError):
     def __init__(self, message: str) -> None:
         self.message = " ".join(message.rpartition(f"{type(self).__name__}: ")[2].split())
         super().__init__(self.message)
+
+
+def ends_well(start: bytes, end: bytes) -> bool:
+    """Tell whether a JPEG or PNG has its end; one that is cut off, or of another format, has not.
+
+    Args:
+        start: first bytes of the file, 2 or more.
+        end: last bytes of the file.
+    """
+    mark = _ENDS.get(start[:2])
+    return mark is not None and end.rstrip(b"\0").endswith(mark)
 
 
 def summarize_left_out(names: Counter[str]) -> str | None:

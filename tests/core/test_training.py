@@ -109,6 +109,13 @@ def test_the_newest_whole_checkpoint_is_found(checkpoint):
         found(folder)
 
 
+def test_numbers_of_checkpoints_may_be_written_in_any_format(checkpoint):
+    for number in (2, 10):
+        (checkpoint.parent / f"epoch_{number:03d}.pth").write_bytes(checkpoint.read_bytes())
+    path, damaged = find_resumable(str(checkpoint.parent), "epoch_{:03d}.pth")
+    assert path == str(checkpoint.parent / "epoch_010.pth") and not damaged
+
+
 def test_a_folder_without_checkpoints_has_nothing_to_resume(tmp_path):
     assert found(tmp_path) == ("", []) == found(tmp_path / "none")
 
@@ -164,6 +171,16 @@ def test_a_prefix_is_taken_off_where_most_names_then_fit(prefix):
     state = {f"{prefix}{name}": 0 for name in wanted[1:]} | {"other": 1}
     fit_names(state, wanted)
     assert state == {"a.bias": 0, "b.weight": 0}
+
+
+def test_prefixes_that_fit_alike_are_an_error_that_names_them():
+    state = {f"{prefix}{name}": 0 for prefix in ("teacher.", "student.") for name in "abc"}
+    with pytest.raises(RunError, match=r"^MODEL\.WEIGHTS: .* 'student\.', 'teacher\.'"):
+        fit_names(state, ["a", "b", "c"], "MODEL.WEIGHTS")
+    assert len(state) == 6
+    del state["teacher.b"]
+    fit_names(state, ["a", "b", "c"])
+    assert set(state) == {"a", "b", "c"}
 
 
 def test_names_that_fit_stay_and_so_do_those_that_never_would():

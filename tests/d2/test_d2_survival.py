@@ -343,6 +343,14 @@ def test_weights_of_which_none_fits_are_refused(tmp_path, whole):
         check_weights(Detector(), path, "MODEL.WEIGHTS", whole=whole)
 
 
+def test_weights_of_two_models_are_refused(tmp_path):
+    path = str(tmp_path / "w.pth")
+    state = Detector().state_dict()
+    torch.save({"model": {f"{p}.{n}": state[n] for p in "st" for n in state}}, path)
+    with pytest.raises(ValueError, match=r"^MODEL\.WEIGHTS: .* prefixes 's\.', 't\.'"):
+        check_weights(Detector(), path, "MODEL.WEIGHTS", whole=False)
+
+
 # ------------------------------------------------------------------------------------- command line
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,55 @@ from fuzzing import KINDS, Judge, check, draw
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
+from detectron2.config import CfgNode, get_cfg
+
+from d2_plugins import add_plugin_config
+
 CONFIG = "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"
 SMALL = (
     *("SOLVER.MAX_ITER", 1, "SOLVER.IMS_PER_BATCH", 2, "DATALOADER.NUM_WORKERS", 0),
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", 64, "MODEL.ROI_HEADS.NUM_CLASSES", 4),
     *("MODEL.FPN.OUT_CHANNELS", 16, "MODEL.ROI_BOX_HEAD.FC_DIM", 16, "SEED", 1),
+    *("TEST.AUG.MIN_SIZES", "(64,)", "TEST.PRECISE_BN.NUM_ITER", 1),
 )
+NODES = ("SOLVER", "INPUT", "DATALOADER", "TEST")
+ODD: dict[type, tuple[str, ...]] = {
+    bool: ("True", "False"),
+    int: ("-1", "0", "1", "3"),
+    float: ("-0.5", "0.0", "0.5", "2.5", "1e400"),
+    str: ("'foo'", "''", "'Range'", "'horizonal'", "'absolute'", "'RGB'", "None"),
+    list: ("[]", "(-1,)", "(0,)", "(40, 32)", "(32, 40)", "(0.5, 0.25)", "('a', 1)", "[[1]]"),
+}
+# Switches without which nothing reads a setting
+SWITCHES = ("SOLVER.CLIP_GRADIENTS", "INPUT.CROP", "TEST.AUG", "TEST.PRECISE_BN")
+
+
+def leaves(node: CfgNode, path: str) -> Iterator[tuple[str, type]]:
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from leaves(value, f"{path}.{name}")
+        else:
+            yield f"{path}.{name}", list if isinstance(value, tuple) else type(value)
+
+
+def training_settings(rng: random.Random) -> list[str]:
+    """Choose a setting of the training, and an odd value that is mostly of its type."""
+    cfg = get_cfg()
+    add_plugin_config(cfg)
+    key, kind = rng.choice([leaf for node in NODES for leaf in leaves(cfg[node], node)])
+    fitting = ODD.get(kind, ODD[float])
+    value = rng.choice(fitting if rng.random() < 0.8 else sum(ODD.values(), ()))
+    switch, _, _ = key.rpartition(".")
+    on = [f"{switch}.ENABLED", "True"] if switch in SWITCHES else []
+    if key.endswith("MASK_FORMAT"):
+        on = ["MODEL.MASK_ON", "True"]
+    return [*on, key, value]
 
 
 def settings(rng: random.Random) -> list[str]:
     """Choose an odd setting: a key with a typo, a value of another type, a wrong plugin."""
+    if rng.random() < 0.5:
+        return training_settings(rng)
     key = rng.choice(
         (
             *("MODEL.META_ARCHITECTURE", "MODEL.BACKBONE.NAME", "MODEL.RESNETS.DEPTH"),

@@ -22,6 +22,7 @@ from mmengine.runner import Runner
 
 from mm_plugins.pixels import find_mismatches
 from mm_plugins.preflight import check_config
+from mm_plugins.training_settings import check_training_settings
 from plugin_core import BatchFormer, BlockPlugin, IDAClassifier
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,6 +156,7 @@ def test_shipped_config_trains_a_step_and_evaluates(path, scenes, tmp_path, monk
     monkeypatch.setattr(Config, "pretty_text", "")
     monkeypatch.setattr(gc, "collect", lambda *_: 0)
     cfg = Config.fromfile(path)
+    check_training_settings(cfg, train=True)
     assert find_mismatches(cfg) == []
     pretrained = is_pretrained(cfg)
     shrink(cfg, scenes, tmp_path)
@@ -222,6 +224,7 @@ def test_there_are_shipped_configs():
 def test_mobilenets_pyramid_has_the_strides_of_retinanets_anchors():
     (path,) = (p for p in SHIPPED if p.stem == "retinanet_mobilenetv2-triplet_fpn_1x_coco")
     cfg = Config.fromfile(path)
+    check_training_settings(cfg, train=True)
     cfg.model.backbone.init_cfg = None
     model = MODELS.build(cfg.model)
     model.eval()

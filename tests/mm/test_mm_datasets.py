@@ -151,12 +151,16 @@ def test_annotations_of_another_kind_or_place_are_left_alone(dataset, changed):
     check(config(train_dataloader={"dataset": dataset | {"ann_file": "none.json"} | changed}))
 
 
-@pytest.mark.parametrize(
-    "changed",
-    [{"data_prefix": {"img": "s3://bucket/"}}, {"data_prefix": {}}, {"data_prefix": None}],
-)
-def test_images_of_another_place_are_left_alone(dataset, changed):
-    check(config(train_dataloader={"dataset": dataset | changed}))
+def test_images_of_another_place_are_left_alone(dataset):
+    dataset["data_prefix"] = {"img": "s3://bucket/"}
+    check(config(train_dataloader={"dataset": dataset}))
+
+
+@pytest.mark.parametrize("prefix", [{}, None])
+def test_dataset_without_a_folder_of_images_is_an_error(dataset, prefix):
+    dataset["data_prefix"] = prefix
+    message = error_of(config(train_dataloader={"dataset": dataset}))
+    assert message.startswith("train_dataloader.dataset.data_prefix: must name the folder")
 
 
 def test_every_dataset_in_cocos_format_is_checked(dataset):

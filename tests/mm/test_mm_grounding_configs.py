@@ -17,6 +17,7 @@ from mmdet.registry import METRICS, MODELS
 from mmengine.config import Config
 
 from mm_plugins.preflight import check_config
+from mm_plugins.training_settings import check_training_settings
 
 SHIPPED = sorted(
     path
@@ -75,6 +76,7 @@ TRAINED.remove(POINTING)
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
 def test_config_trains_a_step_with_the_losses_of_its_name(path, text_models):
     cfg = Config.fromfile(path)
+    check_training_settings(cfg, train=True)
     name = "glip" if cfg.model.type == "PluginGLIP" else "grounding-dino"
     shrink(cfg, text_models[name])
     check_config(Config({"model": cfg.model}), train=True, resumes=False)

@@ -20,6 +20,7 @@ from mmengine.fileio import get_file_backend
 from mmengine.logging import MessageHub
 from mmengine.optim import MultiStepLR, OptimWrapper
 
+from mm_plugins import images
 from mm_plugins.checkpoint_files import REPLACING, SafeCheckpointHook
 from mm_plugins.images import LoadReadableImage, UnreadableImage, count_left_out
 from mm_plugins.launch import explain_errors
@@ -114,6 +115,21 @@ def test_unreadable_image_is_left_out_and_counted_if_wanted(bad_image, tmp_path)
     load = LoadReadableImage(left_out=names)
     assert load({"img_path": bad_image}) is None and load({"img_path": bad_image}) is None
     assert "1 unreadable images were left out, 2 times" in count_left_out(names)
+
+
+def test_unreadable_image_is_named_by_one_of_the_worker_processes(tmp_path, monkeypatch):
+    told: list[str] = []
+    monkeypatch.setattr(images, "print_log", lambda text, *_: told.append(text))
+    for _ in range(2):
+        load = LoadReadableImage(left_out=str(tmp_path / "names.txt"))
+        assert load({"img_path": str(tmp_path / "missing.jpg")}) is None
+    assert len(told) == 1 and "missing.jpg" in told[0]
+
+
+def test_image_above_pillows_limit_is_left_to_opencv(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.tif")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    assert LoadReadableImage()({"img_path": str(tmp_path / "large.tif")})["img_shape"] == (40, 40)
 
 
 def test_images_without_a_readable_one_are_an_error_in_the_end(bad_image, tmp_path):
@@ -254,6 +270,33 @@ def test_checkpoint_on_a_full_disk_leaves_the_old_one_whole(tmp_path, monkeypatc
     with refused, explain_errors():
         backend.put(b"new", str(path))
     assert path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("save_best", ["a", ["a", "b"]])
+def test_resume_in_a_copied_folder_leaves_the_originals_best_checkpoint(tmp_path, save_best):
+    original, copy = tmp_path / "original", tmp_path / "copy"
+    hub = MessageHub.get_instance(f"{tmp_path}{save_best}")
+    for folder in (original, copy):
+        folder.mkdir()
+        for key in "ab":
+            (folder / f"best_{key}_iter_2.pth").write_bytes(b"")
+    hub.update_info("best_ckpt", str(original / "best_a_iter_2.pth"))
+    for key in "ab":
+        hub.update_info(f"best_ckpt_{key}", str(original / f"best_{key}_iter_2.pth"))
+    runner = SimpleNamespace(
+        work_dir=str(copy),
+        message_hub=hub,
+        logger=logging.getLogger("test_mm_survival"),
+        iter=4,
+        epoch=0,
+        save_checkpoint=lambda folder, filename, **_: Path(folder, filename).write_bytes(b""),
+    )
+    hook = SafeCheckpointHook(by_epoch=False, save_best=save_best, rule="greater")
+    hook.before_train(runner)
+    hook._save_best_checkpoint(runner, {"a": 1.0, "b": 1.0})
+    assert sorted(p.name for p in original.iterdir()) == ["best_a_iter_2.pth", "best_b_iter_2.pth"]
+    left = "best_b_iter_2.pth" if save_best == "a" else "best_b_iter_4.pth"
+    assert sorted(p.name for p in copy.iterdir()) == ["best_a_iter_4.pth", left]
 
 
 def test_old_checkpoint_is_removed_only_when_the_new_one_is_written(tmp_path):
