@@ -113,7 +113,10 @@ class Step(TrainingStep):
             gc.collect()  # or the next call would count the garbage of this one
             return ()
 
+        gc.collect()
+        gc.freeze()  # the collections within a call need not look at what is there already
         self.peak = timing.peak_extra_bytes(call, self._device)
+        gc.unfreeze()
 
     def beside(self, plain: TrainingStep) -> dict[str, Quantity]:
         values = super().beside(plain)
