@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -17,7 +18,7 @@ from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.errors import few
 from plugin_core.files import replacing
 from plugin_core.training import RunError
-from plugin_core.training.checkpoint_files import check_readable
+from plugin_core.training.checkpoint_files import check_readable, checkpoints_in
 from plugin_core.training.checkpoint_files import find_resumable as find_newest
 from plugin_core.training.names import fit_names
 
@@ -75,6 +76,8 @@ class PluginCheckpointer(DetectionCheckpointer):
             self.tag_last_checkpoint(os.path.basename(path))
         except (OSError, RuntimeError) as error:  # PyTorch makes a RuntimeError of a full disk
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            if shutil.disk_usage(self.save_dir).free < 1 << 20:
+                reason = os.strerror(errno.ENOSPC)
             raise CheckpointError(
                 f"checkpoint {path!r} cannot be written: {reason}; last good checkpoint: "
                 f"{self.last_good or 'none'}. Make room, then go on with --resume"
@@ -108,6 +111,13 @@ class PluginCheckpointer(DetectionCheckpointer):
             if resume:
                 logger.warning(
                     "--resume: there is no checkpoint in %r; beginning anew", self.save_dir
+                )
+            elif self.save_dir and (names := checkpoints_in(self.save_dir)):
+                logger.warning(
+                    "%r has checkpoints of an earlier training (%s), which a later --resume may "
+                    "take for this one's; use another folder",
+                    self.save_dir,
+                    few(names),
                 )
             return self.load(path, checkpointables=[])
         logger.info("--resume: going on from %r", found)

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import (
+    ANCHOR_GENERATOR_REGISTRY,
+    PROPOSAL_GENERATOR_REGISTRY,
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    ROI_KEYPOINT_HEAD_REGISTRY,
+    ROI_MASK_HEAD_REGISTRY,
+    SEM_SEG_HEADS_REGISTRY,
+)
+from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from torch import nn
 
 from plugin_core import BlockPlugin
 from plugin_core.block_plugins import registered_block_plugins
 from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.checkpoints.resnet_names import check_resnet_names, names_in
-from plugin_core.errors import ArgumentError, origin
+from plugin_core.errors import ArgumentError, did_you_mean, origin
 from plugin_core.inspection.building import in_a_line
+
+_REGISTRIES = {
+    "PROPOSAL_GENERATOR": PROPOSAL_GENERATOR_REGISTRY,
+    "RPN_HEAD": RPN_HEAD_REGISTRY,
+    "ANCHOR_GENERATOR": ANCHOR_GENERATOR_REGISTRY,
+    "ROI_HEADS": ROI_HEADS_REGISTRY,
+    "ROI_BOX_HEAD": ROI_BOX_HEAD_REGISTRY,
+    "ROI_MASK_HEAD": ROI_MASK_HEAD_REGISTRY,
+    "ROI_KEYPOINT_HEAD": ROI_KEYPOINT_HEAD_REGISTRY,
+    "SEM_SEG_HEADS": SEM_SEG_HEADS_REGISTRY,
+}
 
 
 def explain(error: Exception, setting: str) -> ValueError:
@@ -23,6 +45,11 @@ def explain(error: Exception, setting: str) -> ValueError:
         return ValueError(f"{setting}: {error}")
     if isinstance(error, ValueError) and "d2_plugins" in origin(error):
         return ValueError(" ".join(str(error).split()))
+    unknown = re.search(r"No object named '(.+)' found in '(.+)' registry", str(error))
+    if unknown and unknown[2] in _REGISTRIES:
+        names = [name for name, _ in _REGISTRIES[unknown[2]]]
+        hint = did_you_mean(unknown[1], names) or f"; there are {', '.join(names)}"
+        return ValueError(f"{setting}.{unknown[2]}.NAME: there is no {unknown[1]!r}{hint}")
     return ValueError(in_a_line(error, setting))
 
 

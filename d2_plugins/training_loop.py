@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from detectron2.engine import AMPTrainer, HookBase, SimpleTrainer
+from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -76,6 +78,17 @@ class GuardedTrainer(SimpleTrainer):
         statistics = copy_statistics(self.model)
         try:
             super().run_step()
+        except FloatingPointError as error:  # of a proposal generator, before there is a loss
+            if comm.get_world_size() > 1:  # the others wait for this process's gradients
+                last = self.checkpointer.last_good if self.checkpointer else ""
+                raise NonFiniteLoss(
+                    f"{error} Images: {', '.join(find_images(self._batch))}; last good checkpoint: "
+                    f"{last or 'none'}. {self.remedy}"
+                ) from None
+            told = self._judge({"loss": torch.tensor(math.nan)})
+            self.optimizer.zero_grad()
+            restore_statistics(statistics)
+            logger.warning("Step %d left out: %s (%s)", self.iter, told, error)
         except _LeaveOut as wrong:
             # Only now, as the processes of a distributed training go through the backward together
             self.optimizer.zero_grad()
@@ -87,16 +100,23 @@ class GuardedTrainer(SimpleTrainer):
     ) -> None:
         # Detectron2 calls this between the backward and the optimizer's step.
         total = torch.stack([value.detach().sum() for value in loss_dict.values()]).sum()
+        if wrong := self._judge({**loss_dict, "loss": total}):
+            raise _LeaveOut(wrong)
+        super()._write_metrics(loss_dict, data_time, prefix)
+
+    def _judge(self, losses: Mapping[str, Tensor]) -> str | None:
+        """Say why a step is to be left out; None if it is not.
+
+        Raises:
+            NonFiniteLoss: if it is the last of too many in a row.
+        """
         try:
-            wrong = self.guard.check({**loss_dict, "loss": total}, find_images(self._batch))
+            return self.guard.check(losses, find_images(self._batch))
         except NonFiniteLoss as error:
             last = self.checkpointer.last_good if self.checkpointer else ""
             raise NonFiniteLoss(
                 f"{error}; last good checkpoint: {last or 'none'}. {self.remedy}"
             ) from None
-        if wrong:
-            raise _LeaveOut(wrong)
-        super()._write_metrics(loss_dict, data_time, prefix)
 
     def state_dict(self) -> dict[str, Any]:
         return {

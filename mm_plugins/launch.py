@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from mm_plugins.runner import UNREADABLE, SafeRunner
 from mm_plugins.schedules import ResumeError
 from mm_plugins.weights import check_init_checkpoints, check_weights
-from plugin_core.training.checkpoint_files import check_readable, find_resumable
+from plugin_core.errors import few
+from plugin_core.training.checkpoint_files import (
+    check_readable,
+    checkpoints_in,
+    find_resumable,
+)
 from plugin_core.training.non_finite import NonFiniteLoss
 from plugin_core.training.run_folder import occupy
 from plugin_core.training.unreadable_images import UnreadableImage
@@ -55,9 +60,14 @@ def arrange(
     if args.resume is not None or cfg.get("resume", False):
         return _arrange_resume(args, cfg)
     warnings = check_init_checkpoints(model, cfg.model) if model is not None else []
+    if names := checkpoints_in(work_dir(args, cfg)):
+        warnings.append(
+            f"{work_dir(args, cfg)!r} has checkpoints of an earlier training ({few(names)}), which "
+            "a later --resume may take for this one's; use another folder"
+        )
     load_from = cfg.get("load_from")
     if load_from and model is not None and "://" not in load_from:
-        warnings = check_weights(model, load_from, "load_from", whole=False)
+        warnings += check_weights(model, load_from, "load_from", whole=False)
     return warnings, None
 
 

@@ -70,8 +70,9 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> nn.Module | None
             _check_layout(checkpoint, where)
     built = _check_model(model, cfg.get("default_scope") or "mmdet") if model else None
     if load_from and not resumes:
-        check_weights(model, load_from, "load_from")
-        _check_layout(load_from, "load_from")
+        setting = "load_from" if train else "CHECKPOINT"
+        check_weights(model, load_from, setting)
+        _check_layout(load_from, setting)
     return built
 
 

@@ -321,6 +321,9 @@ def _check_optimization(cfg: Config) -> Iterator[str]:
     if found or not inspect.isclass(kind):
         return
     arguments = {k: v for k, v in node.items() if k not in _REGISTRY_KEYS}
+    if isinstance(arguments.get("lr"), str):
+        yield f"{setting}.lr: must be a number, got {arguments['lr']!r}"
+        return
     built: list[Any] = []
     parameter = nn.Parameter(torch.zeros(1))
     found = list(_tried(setting, lambda: built.append(kind([parameter], **arguments))))

@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.segments or is_panoptic(args.annotations):
             if args.fix:
                 raise ValueError("--fix: nothing can be mended in a panoptic file")
+            if not is_panoptic(args.annotations):
+                raise ValueError(
+                    f"--segments: {args.annotations!r} has no segments_info; it is not panoptic"
+                )
             report = check_panoptic(
                 args.annotations, args.segments, args.images, decode=args.decode
             )
@@ -75,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if text := check_number_of_classes(number, names, setting, report):
                 report.add("number-of-classes", ERROR, text, [], count=1)
         print(f"{args.annotations}: {_counts(report.counts)}")
+        if args.images is None:
+            print("no IMAGES are named: the images' files were not checked")
+        if mends is None and args.segments is None:
+            print("no --segments are named: the PNGs were not checked")
         print(report.text(framework) or "nothing was found that is wrong")
         if args.json:
             with replacing(args.json) as file:

@@ -79,11 +79,15 @@ def check_number_of_classes(
     """
     if number == len(names):
         return ""
-    root = [f for f in report.findings if f.kind == "root-category"] if report else []
-    hint = f"; {root[0].places[0]} is only the group of the others" if root else ""
+    kinds = {
+        "root-category": "is only the group of the others",
+        "background-category": "is the background, and no class",
+    }
+    found = [f for f in report.findings if f.kind in kinds] if report else []
+    hints = [f"{f.places[0]} {kinds[f.kind]}; take it out of the file" for f in found]
     return (
         f"{setting}: the model has {number} classes, but the data has {len(names)} "
-        f"({_some(names)}); set it to {len(names)}{hint}"
+        f"({_some(names)}); {hints[0] if hints else f'set it to {len(names)}'}"
     )
 
 

@@ -133,12 +133,24 @@ def check_whole(path: str) -> None:
         )
 
 
+_OTHERS = {
+    b"\x1f\x8b": "compressed by gzip; unpack it (gunzip)",
+    b"pk\x03\x04": "a zip archive; unpack it",
+    b"<!doctype html": "a web page, not JSON; download the file itself",
+    b"<html": "a web page, not JSON; download the file itself",
+    b"<?xml": "XML, not JSON; export it in COCO's format",
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself (git lfs pull)",
+}
+
+
 def read_text(path: str) -> tuple[bytes, str]:
     """Read a file of UTF-8, and say what has to go before other programs can read it.
 
     Raises:
         ValueError: if the file is missing, empty, or in another encoding; names the encoding.
     """
+    if os.path.isdir(path):
+        raise ValueError(f"annotation file {path!r} is a folder")
     if not os.path.isfile(path):
         raise ValueError(f"there is no annotation file {path!r}")
     try:
@@ -153,6 +165,9 @@ def check_text(data: bytes, what: str) -> tuple[bytes, str]:
     """Check that a file's content is UTF-8, as :func:`read_text` does; ``what`` names the file."""
     if not data.strip():
         raise ValueError(f"{what} is empty; expected JSON")
+    for start, kind in _OTHERS.items():
+        if data[:64].lstrip().lower().startswith(start):
+            raise ValueError(f"{what} is {kind}")
     for bom, name in _BOMS.items():
         if data.startswith(bom):
             raise ValueError(f"{what} is in {name}; write it as UTF-8: iconv -f {name} -t UTF-8")

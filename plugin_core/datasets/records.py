@@ -111,7 +111,8 @@ def check_images(content: CocoFile, report: Report, mends: Mends) -> dict[Any, i
         "image", [image.id for image in images], lambda i: image_name(content, i), report
     )
     bad = [i for i, image in enumerate(images) if not isinstance(image.file_name, str)]
-    if bad and all(isinstance(images[i].coco_url, str) for i in bad):
+    urls = [images[i].coco_url for i in bad]
+    if bad and all(isinstance(url, str) and url for url in urls):
         report.add(
             "lvis",
             ERROR,
@@ -194,6 +195,24 @@ def check_categories(content: CocoFile, report: Report, mends: Mends) -> dict[An
         remedy="make them one category, or name them apart",
     )
     used = {a.category_id for a in content.annotations if is_id(a.category_id)}
+    background = [
+        i
+        for i, c in enumerate(categories)
+        if isinstance(c.name, str)
+        and c.name.strip("_ ").lower() == "background"
+        and is_id(c.id)
+        and c.id not in used
+    ]
+    mends.drop("categories", *background)
+    report.add(
+        "background-category",
+        WARNING,
+        "the background listed as a class, as LabelMe's exports do",
+        [place(i) for i in background],
+        left=both("counts it as a class without objects"),
+        remedy="take it out: both frameworks have a background of their own",
+        mended="fix",
+    )
     for category in find_root(categories, used):
         is_roboflows = categories[category].supercategory in (UNSET, None, "", "none")
         if is_roboflows:
@@ -244,6 +263,15 @@ def check_annotations(
     image_index = _look_up(images, [a.image_id for a in annotations])
     category_index = _look_up(categories, [a.category_id for a in annotations])
     place = Places(content, image_index)
+    files = Counter(i.file_name for i in content.images if isinstance(i.file_name, str))
+    by_file = {i.file_name: i.id for i in content.images if files.get(i.file_name) == 1}
+    for i, annotation in enumerate(annotations):
+        if image_index[i] < 0 and isinstance(annotation.image_id, str):
+            named = by_file.get(annotation.image_id)
+            if named in images:
+                image_index[i] = images[named]
+                mends.set("annotations", i, "image_id", named)
+                mends.texts.append(place(i))
     for key, places, index in (
         ("image_id", images, image_index),
         ("category_id", categories, category_index),
@@ -288,7 +316,8 @@ def check_annotations(
         [f"category_id {annotations[i].category_id!r} in {place(i)}" for i in lost[:3]],
         count=len(lost),
         left=_STOP_OR_LOSE,
-        remedy="list the category with this id, or take the annotations out",
+        remedy=_shift(annotations, categories)
+        or "list the category with this id, or take the annotations out",
     )
     _check_annotation_ids(content, place, report, mends)
     ignored = [i for i, a in enumerate(annotations) if a.ignore is not UNSET and a.ignore]
@@ -306,6 +335,15 @@ def check_annotations(
         )
     _check_crowds(annotations, place, report, mends)
     return image_index, category_index
+
+
+def _shift(annotations: Sequence[Annotation], categories: dict[Any, int]) -> str:
+    """Ask whether all category_ids are shifted by one; empty if that would not make them known."""
+    used = {a.category_id for a in annotations if type(a.category_id) is int}
+    for step, how in ((1, "low"), (-1, "high")):
+        if used and all(value + step in categories for value in used):
+            return f"are all category_ids one too {how}?"
+    return ""
 
 
 def _check_annotation_ids(content: CocoFile, place: Places, report: Report, mends: Mends) -> None:

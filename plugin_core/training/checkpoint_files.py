@@ -51,11 +51,23 @@ def _check_readable(path: str, *state: int) -> None:
         # Only tools/convert_checkpoint.py has this option.
         command = "tools/convert_checkpoint.py --trust makes a file of its weights alone"
         told = str(error).replace("--trust lets it", command)
+        if "asks for mmengine." in told:
+            told = (
+                f"{path!r} is a checkpoint of MMDetection; convert it: "
+                f"tools/convert_checkpoint.py {path} converted.pth --to d2"
+            )
         raise RunError(told) from error
     damaged = _damaged_part(path)
     if damaged:
         raise RunError(f"{path!r} is damaged, in its part {damaged!r}; download or write it again")
-    if not find_state_dict(content):
+    tensors = find_state_dict(content)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise RunError(
+                f"{path!r} holds numbers that are not finite, first in {name!r}, as after a "
+                "training that diverged; take an earlier checkpoint"
+            )
+    if not tensors:
         raise RunError(
             f"{path!r} holds no tensors where a detector's checkpoint has them "
             "('state_dict' or 'model')"
@@ -71,6 +83,12 @@ def is_whole(path: str | os.PathLike[str]) -> bool:
         check_readable(path, "")
         return True
     return False
+
+
+def checkpoints_in(folder: str) -> list[str]:
+    """List the names of the checkpoints in a folder, which may not be there."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted(name for name in names if name.endswith(".pth"))
 
 
 def newest_whole(paths: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from PIL.PngImagePlugin import PngInfo
 from pycocotools import mask as rle
 
 from plugin_core.datasets.check import Use, check_dataset
-from plugin_core.datasets.classes import check_classes
+from plugin_core.datasets.classes import check_classes, check_number_of_classes
 from plugin_core.datasets.coco_file import check_whole, read_coco
 from plugin_core.datasets.findings import ERROR, FRAMEWORKS, NOTE, WARNING, Report
 from plugin_core.datasets.masks import run_lengths
@@ -149,6 +150,7 @@ RLE = {"size": [30, 40], "counts": [600, 100, 500]}
         (with_image(file_name="./2.png"), {"file-twice": WARNING}),
         (with_image(file_name=None, coco_url="http://a/1.png"), {"lvis": ERROR}),
         (with_image(width="40"), {"number-text": NOTE}),
+        (with_annotation(image_id="1.png"), {"number-text": NOTE}),
         (with_image(width=None), {"no-size": NOTE}),
         (with_image(height=31), {"image-size": ERROR}),
         (with_annotation(id=None), {"annotation-id": WARNING}),
@@ -698,3 +700,56 @@ def test_fix_writes_what_needs_no_guess_and_leaves_the_file(folder):
     assert fixed["annotations"][1]["bbox"] == [30, 3, 10, 8]
     with pytest.raises(ValueError, match="exists; name a new file"):
         write_fixed(path, checked.mends, str(folder / "fixed.json"))
+
+
+def test_objects_that_are_listed_twice_are_told(folder):
+    whole = content()
+    copies = [{**a, "id": a["id"] + 10} for a in whole["annotations"]]
+    report = check(folder, whole | {"annotations": whole["annotations"] + copies})
+    assert found(report) == {"object-twice": WARNING}
+    assert report.findings[0].count == 4
+    copies = [{**a, "category_id": 3 - a["category_id"]} for a in copies]  # of another class
+    assert found(check(folder, whole | {"annotations": whole["annotations"] + copies})) == {}
+
+
+def test_many_boxes_that_reach_out_are_not_clipped(folder):
+    whole = content()
+    first = whole["annotations"][0]
+    del first["segmentation"], first["area"]
+    boxes = [[30, 3 + i / 2, 20 + i, 10] for i in range(10)]
+    whole["annotations"] = [{**first, "id": i, "bbox": b} for i, b in enumerate(boxes, 1)]
+    report = check(folder, whole)
+    (finding,) = [f for f in report.findings if f.kind == "box-over-image"]
+    assert finding.mended == "" and "a center" in finding.remedy
+
+
+def test_background_listed_as_a_class_is_told(folder):
+    categories = [{"id": 0, "name": "_background_"}, *content()["categories"]]
+    path = write(folder, content(categories=categories))
+    checked = check_dataset(path, str(folder))
+    assert found(checked.report)["background-category"] == WARNING
+    text = check_number_of_classes(2, list(checked.report.classes), "N", checked.report)
+    assert text.endswith("is the background, and no class; take it out of the file")
+    write_fixed(path, checked.mends, str(folder / "fixed.json"))
+    fixed = json.loads((folder / "fixed.json").read_text())
+    assert fixed["categories"] == content()["categories"]
+
+
+def test_shifted_categories_are_asked_for(folder):
+    whole = content(categories=[{"id": 2, "name": "cat"}, {"id": 3, "name": "dog"}])
+    report = check(folder, whole)
+    assert "one too low" in next(f for f in report.findings if f.kind == "unknown-category").remedy
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (gzip.compress(b"{}"), "is compressed by gzip"),
+        (b"<!DOCTYPE html><p>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a pointer of Git LFS"),
+    ],
+)
+def test_files_of_other_kinds_are_named(tmp_path, data, said):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(ValueError, match=said):
+        read_coco(str(tmp_path / "a.json"))

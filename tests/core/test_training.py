@@ -203,3 +203,10 @@ def test_images_left_out_are_counted_and_a_few_named():
     told = summarize_left_out(names)
     assert told is not None and told.startswith("7 unreadable images were left out, 14 times")
     assert told.endswith("'4.png', …")
+
+
+def test_weights_of_a_training_that_diverged_are_refused(tmp_path):
+    path = str(tmp_path / "a.pth")
+    torch.save({"model": {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}}, path)
+    with pytest.raises(RunError, match="not finite, first in 'b'"):
+        check_readable(path, "MODEL.WEIGHTS")

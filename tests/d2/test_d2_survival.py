@@ -32,6 +32,7 @@ from plugin_core.training.unreadable_images import UnreadableImage
 
 pytestmark = pytest.mark.usefixtures("registered")
 BAD: set[int] = set()  # steps whose loss is not finite
+DIVERGED: set[int] = set()  # those that end in an error of Detectron2
 
 
 @META_ARCH_REGISTRY.register()
@@ -46,12 +47,15 @@ class TinyDetector(nn.Module):
         image = torch.stack([s["image"].float().mean((1, 2)) for s in batch])[:, :, None, None]
         loss = self.layer(self.norm(image / 255).flatten(1)).square().mean()
         self.calls += 1
+        if self.calls - 1 in DIVERGED:
+            raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.")
         return {"loss_good": loss, "loss_box": loss * (math.nan if self.calls - 1 in BAD else 1.0)}
 
 
 @pytest.fixture
 def small(cfg: CfgNode, tiny_coco: tuple[str, str], tmp_path: Path) -> CfgNode:
     BAD.clear()
+    DIVERGED.clear()
     register_coco("survival", *tiny_coco)
     cfg.MODEL.META_ARCHITECTURE = "TinyDetector"
     cfg.MODEL.WEIGHTS = ""
@@ -106,6 +110,23 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing_and_is_told(small, logg
     assert all(value.isfinite().all() for value in weights(small).values())
     assert "Step 3 left out: loss_box = nan, loss = nan with the images " in logged()
     assert ".png" in logged() and "1 steps were left out" in logged()
+
+
+def test_a_step_that_detectron2_stops_itself_is_left_out_too(small, logged):
+    DIVERGED.add(3)
+    train(small, CHECKPOINT_PERIOD=1)
+    assert_same(weights(small, "model_0000002.pth"), weights(small, "model_0000003.pth"))
+    assert "Step 3 left out: " in logged() and "(Predicted boxes or scores" in logged()
+    DIVERGED.update(range(100))
+    with pytest.raises(NonFiniteLoss, match="2 steps in a row"):
+        train(small, MAX_NON_FINITE_STEPS=2)
+
+
+def test_checkpoints_of_an_earlier_training_are_told(small, logged):
+    train(small)
+    assert "earlier training" not in logged()
+    train(small)
+    assert "has checkpoints of an earlier training (model_0000001.pth" in logged()
 
 
 def test_too_many_such_steps_in_a_row_end_the_training_with_a_remedy(small):

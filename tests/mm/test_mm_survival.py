@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import logging
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -130,6 +131,22 @@ def test_image_above_pillows_limit_is_left_to_opencv(tmp_path, monkeypatch):
     Image.new("RGB", (40, 40)).save(tmp_path / "large.tif")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
     assert LoadReadableImage()({"img_path": str(tmp_path / "large.tif")})["img_shape"] == (40, 40)
+
+
+def test_jpeg_damaged_in_the_middle_is_unreadable_where_its_codes_tell(tmp_path):
+    buffer, path = io.BytesIO(), tmp_path / "bad.jpg"
+    Image.effect_noise((200, 200), 80).save(buffer, "JPEG")
+    told = 0
+    for seed in range(20):
+        data = bytearray(buffer.getvalue())
+        middle = len(data) // 2
+        data[middle : middle + 400] = random.Random(seed).randbytes(400)
+        path.write_bytes(data)
+        try:
+            LoadReadableImage()({"img_path": str(path)})
+        except UnreadableImage as error:
+            told += "bad.jpg' cannot be read: it is damaged" in str(error)
+    assert told >= 8  # OpenCV alone refuses none
 
 
 def test_images_without_a_readable_one_are_an_error_in_the_end(bad_image, tmp_path):
