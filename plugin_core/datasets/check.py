@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plugin_core.datasets.boxes import as_array, check_boxes, image_sizes
+from plugin_core.datasets.categories import check_categories
 from plugin_core.datasets.coco_file import UNSET, CocoFile, read_coco
 from plugin_core.datasets.findings import ERROR, FRAMEWORKS, NOTE, WARNING, Report, both
 from plugin_core.datasets.images import check_images as check_image_files
@@ -19,7 +20,6 @@ from plugin_core.datasets.masks import check_masks
 from plugin_core.datasets.mending import Mends
 from plugin_core.datasets.records import (
     check_annotations,
-    check_categories,
     check_images,
     check_lists,
     image_name,

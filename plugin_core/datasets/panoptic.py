@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from plugin_core.datasets.categories import check_categories
 from plugin_core.datasets.findings import ERROR, Report
 from plugin_core.datasets.images import check_images as check_image_files
 from plugin_core.datasets.mending import Mends
@@ -28,12 +29,7 @@ from plugin_core.datasets.panoptic_file import (
     numbers,
 )
 from plugin_core.datasets.panoptic_pngs import check_pngs
-from plugin_core.datasets.records import (
-    check_categories,
-    check_images,
-    image_name,
-    is_id,
-)
+from plugin_core.datasets.records import check_images, image_name, is_id, look_up
 
 
 class PanopticCategory(NamedTuple):
@@ -89,11 +85,11 @@ def check_panoptic(
     things = [_flag(getattr(category, "isthing", None)) for category in file.categories]
     unknown = [i for i, flag in enumerate(things) if flag is None]
     content.add("isthing", unknown, lambda i: f"category {file.categories[i].name!r}")
-    content.image = _look_up(index, [record.image_id for record in content.records])
+    content.image = look_up(index, [record.image_id for record in content.records])
     _check_records(content)
     _check_names(content, pngs=segments is not None, images=images is not None)
     _check_segments(content)
-    category = _look_up(categories, [segment.category_id for segment in file.annotations])
+    category = look_up(categories, [segment.category_id for segment in file.annotations])
     unlisted = [i for i, at in enumerate(category) if at < 0]
     content.add("category-id-of-segment", unlisted, content.segment_name)
     if segments is not None:
@@ -116,10 +112,6 @@ def check_panoptic(
         "classes": len(report.categories),
     }
     return report
-
-
-def _look_up(index: dict[Any, int], ids: list[Any]) -> list[int]:
-    return [index.get(value, -1) if is_id(value) else -1 for value in ids]
 
 
 def _flag(value: Any) -> int | None:

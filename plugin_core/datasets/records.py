@@ -1,4 +1,4 @@
-"""Checks of an annotation file's records: fields, ids, and what refers to them."""
+"""Checks of images' and annotations' records: fields, ids, and what refers to them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STOP_OR_LOSE = {
     "detectron2": "stops with a KeyError while it loads the file",
     "mmdetection": "leaves them out without a word",
 }
-_STOP = both("stops with a traceback")
+STOP = both("stops with a traceback")
 
 
 def number(value: Any) -> float | None:
@@ -83,14 +83,14 @@ def check_lists(content: CocoFile, report: Report) -> None:
         if name == "annotations":
             report.add("no-list", WARNING, "no list of annotations", [], count=1)
         else:
-            report.add("no-list", ERROR, f"no list of {name}", [], count=1, left=_STOP)
+            report.add("no-list", ERROR, f"no list of {name}", [], count=1, left=STOP)
     for name, places in content.not_objects.items():
         report.add(
             "no-object",
             ERROR,
             f"{name} that are no objects",
             [f"{name}[{i}]" for i in places],
-            left=_STOP,
+            left=STOP,
             remedy="each record is an object in braces",
         )
     if not content.images and "images" not in content.absent:
@@ -107,7 +107,7 @@ def check_lists(content: CocoFile, report: Report) -> None:
 def check_images(content: CocoFile, report: Report, mends: Mends) -> dict[Any, int]:
     """Check the records of images; returns the place of each id."""
     images = content.images
-    index = _check_ids(
+    index = check_ids(
         "image", [image.id for image in images], lambda i: image_name(content, i), report
     )
     bad = [i for i, image in enumerate(images) if not isinstance(image.file_name, str)]
@@ -118,7 +118,7 @@ def check_images(content: CocoFile, report: Report, mends: Mends) -> dict[Any, i
             ERROR,
             "images of LVIS's format, with coco_url and without file_name",
             [image_name(content, i) for i in bad],
-            left=_STOP,
+            left=STOP,
             remedy="the frameworks' LVIS datasets read it (LVISV1Dataset, lvis_v1_train)",
         )
         bad = []
@@ -127,7 +127,7 @@ def check_images(content: CocoFile, report: Report, mends: Mends) -> dict[Any, i
         ERROR,
         "file_name missing or no text",
         [image_name(content, i) for i in bad],
-        left=_STOP,
+        left=STOP,
         remedy="name each image's file, relative to the image folder",
     )
     for key in ("width", "height"):
@@ -158,96 +158,6 @@ def _same_file(name: str) -> str:
     return os.path.normpath(name) if "./" in name or "//" in name else name
 
 
-def check_categories(content: CocoFile, report: Report, mends: Mends) -> dict[Any, int]:
-    """Check the records of categories; returns the place of each id."""
-    categories = content.categories
-
-    def place(i: int) -> str:
-        category = categories[i]
-        return f"category {category.id!r} {category.name!r}"
-
-    index = _check_ids("category", [category.id for category in categories], place, report)
-    if not categories and "categories" not in content.absent:
-        report.add("no-categories", ERROR, "an empty list of categories", [], count=1)
-    bad = [i for i, c in enumerate(categories) if not isinstance(c.name, str) or not c.name.strip()]
-    report.add(
-        "category-name",
-        ERROR,
-        "categories without a name",
-        [place(i) for i in bad],
-        left=_STOP,
-        remedy="give each category a name: classes are told apart by it",
-    )
-    names = Counter(c.name for c in categories if isinstance(c.name, str))
-    report.add(
-        "category-name-twice",
-        ERROR,
-        "names that several categories have",
-        [
-            f"{name!r} (ids {', '.join(repr(c.id) for c in categories if c.name == name)})"
-            for name, count in names.items()
-            if count > 1
-        ],
-        left={
-            "detectron2": "trains them as several classes of one name",
-            "mmdetection": "gives labels past the last class",
-        },
-        remedy="make them one category, or name them apart",
-    )
-    used = {a.category_id for a in content.annotations if is_id(a.category_id)}
-    background = [
-        i
-        for i, c in enumerate(categories)
-        if isinstance(c.name, str)
-        and c.name.strip("_ ").lower() == "background"
-        and is_id(c.id)
-        and c.id not in used
-    ]
-    mends.drop("categories", *background)
-    report.add(
-        "background-category",
-        WARNING,
-        "the background listed as a class, as LabelMe's exports do",
-        [place(i) for i in background],
-        left=both("counts it as a class without objects"),
-        remedy="take it out: both frameworks have a background of their own",
-        mended="fix",
-    )
-    for category in find_root(categories, used):
-        is_roboflows = categories[category].supercategory in (UNSET, None, "", "none")
-        if is_roboflows:
-            mends.drop("categories", category)
-        report.add(
-            "root-category",
-            WARNING,
-            "a group that is listed as a class, as Roboflow's exports do",
-            [place(category)],
-            left={
-                "detectron2": "counts it as a class, so that the last class may be one too many",
-                "mmdetection": "counts it as a class where metainfo.classes has it",
-            },
-            mended="fix" if is_roboflows else "",
-        )
-    return index
-
-
-def find_root(categories: Sequence[Any], used: set[Any]) -> list[int]:
-    """Find a category without objects that is the supercategory of all others."""
-    if len(categories) < 2:
-        return []
-    for i, category in enumerate(categories):
-        others = [c for c in categories if c is not category]
-        if (
-            is_id(category.id)
-            and category.id not in used
-            and isinstance(category.name, str)
-            and all(other.supercategory == category.name for other in others)
-            and category.supercategory != category.name
-        ):
-            return [i]
-    return []
-
-
 def check_annotations(
     content: CocoFile,
     images: dict[Any, int],
@@ -260,8 +170,8 @@ def check_annotations(
     An unknown image or category is at -1.
     """
     annotations = content.annotations
-    image_index = _look_up(images, [a.image_id for a in annotations])
-    category_index = _look_up(categories, [a.category_id for a in annotations])
+    image_index = look_up(images, [a.image_id for a in annotations])
+    category_index = look_up(categories, [a.category_id for a in annotations])
     place = Places(content, image_index)
     files = Counter(i.file_name for i in content.images if isinstance(i.file_name, str))
     by_file = {i.file_name: i.id for i in content.images if files.get(i.file_name) == 1}
@@ -288,7 +198,7 @@ def check_annotations(
             ERROR,
             f"annotations whose {key} is missing or no id",
             place.of(missing),
-            left=_STOP,
+            left=STOP,
             remedy=f"set {key} to the id of a listed {title}",
         )
     unknown = [i for i, at in enumerate(image_index) if at < 0 and is_id(annotations[i].image_id)]
@@ -358,7 +268,7 @@ def _check_annotation_ids(content: CocoFile, place: Places, report: Report, mend
         WARNING,
         "annotations without an id",
         place.of(missing),
-        left=_STOP,
+        left=STOP,
         mended="read",
     )
     known = [value for value in ids if is_id(value)]
@@ -388,7 +298,7 @@ def _check_annotation_ids(content: CocoFile, place: Places, report: Report, mend
         NOTE,
         "annotation ids that are texts, or written with a point",
         place.of(texts),
-        left=_STOP,
+        left=STOP,
         mended="read",
     )
     for i in range(len(ids)):
@@ -429,9 +339,17 @@ def _check_crowds(annotations: Sequence[Any], place: Places, report: Report, men
     )
 
 
-def _check_ids(
+def check_ids(
     title: str, ids: Sequence[Any], place: Callable[[int], str], report: Report
 ) -> dict[Any, int]:
+    """Check the ids of a list's records; returns the place of each.
+
+    Args:
+        title: of a record, such as "image".
+        ids: of the records.
+        place: names a record by its place.
+        report: takes what is found.
+    """
     if not set(map(type, ids)) <= {int, str}:
         bad = [i for i, value in enumerate(ids) if not is_id(value)]
         report.add(
@@ -439,7 +357,7 @@ def _check_ids(
             ERROR,
             f"{title} ids that are missing or neither number nor text",
             [place(i) for i in bad],
-            left=_STOP,
+            left=STOP,
             remedy="give each record a whole number of its own",
         )
     texts = [i for i, value in enumerate(ids) if isinstance(value, str)]
@@ -478,7 +396,8 @@ def _other_spelling(value: Any) -> Any:
     return str(value) if type(value) is int else None
 
 
-def _look_up(index: dict[Any, int], ids: Sequence[Any]) -> list[int]:
+def look_up(index: dict[Any, int], ids: Sequence[Any]) -> list[int]:
+    """Find the place of each id; -1 for an unknown one."""
     if set(map(type, ids)) <= {int, str, float}:
         return [index.get(value, -1) for value in ids]
     return [index.get(value, -1) if is_id(value) else -1 for value in ids]
