@@ -14,6 +14,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from plugin_core.block_plugins import find_unread, rename_all_published
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.errors import few
 from plugin_core.files import replacing
@@ -138,13 +139,14 @@ class PluginCheckpointer(DetectionCheckpointer):
             del state[name]  # such as the number of an epoch
         if not checkpoint.get("matching_heuristics", False):
             fit_names(state, self.model.state_dict().keys(), self.setting)
-        count, example = len(state), next(iter(state), "nothing")
+        rename_all_published(state)
+        given, example = dict(state), next(iter(state), "nothing")
         result = super()._load_model(checkpoint)
         shapes = [
             f"{name} ({tuple(old)} in the file, {tuple(new)} in the model)"
             for name, old, new in result.incorrect_shapes
         ]
-        if len(result.unexpected_keys) + len(shapes) >= count:
+        if len(result.unexpected_keys) + len(shapes) >= len(given):
             raise CheckpointError(
                 f"{self.setting}: no tensor of the checkpoint fits the model (it holds "
                 f"{shapes[0] if shapes else repr(example)}); name a checkpoint of this detector"
@@ -154,6 +156,9 @@ class PluginCheckpointer(DetectionCheckpointer):
                 f"{self.setting}: the checkpoint is of another model, as with another number of "
                 f"classes; these weights do not fit: {few(shapes)}"
             )
+        unread = {name: given[name] for name in result.unexpected_keys if name in given}
+        if told := find_unread(self.model, result.missing_keys, unread):
+            raise CheckpointError(f"{self.setting}: {told}")
         return result
 
 

@@ -21,7 +21,6 @@ from detectron2.modeling.proposal_generator import RPN_HEAD_REGISTRY
 from torch import nn
 
 from plugin_core import BlockPlugin
-from plugin_core.block_plugins import registered_block_plugins
 from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.checkpoints.resnet_names import check_resnet_names, names_in
 from plugin_core.errors import ArgumentError, did_you_mean, origin
@@ -98,8 +97,8 @@ def known_classes(resumed: str, weights: str, train: Sequence[str]) -> Sequence[
 def check_spelling(weights: str, setting: str, model: nn.Module) -> None:
     """Check that Detectron2 will find the tensors in a file by their names.
 
-    In a file with matching_heuristics, Detectron2 matches names by their ends. It does so before
-    a block plugin can rename its other spellings.
+    In a file with matching_heuristics, Detectron2 matches names by their ends, and leaves out what
+    has no place, such as the alpha of a warm start.
     """
     command = f"tools/convert_checkpoint.py {weights} converted.pth --to d2"
     check_resnet_names(weights, "res", setting, command)
@@ -114,11 +113,3 @@ def check_spelling(weights: str, setting: str, model: nn.Module) -> None:
                 f"{setting}: {weights!r} has a {child} that was trained with a warm start (its "
                 "alpha); the config's needs WARM_START True"
             )
-    for plugin, kind in registered_block_plugins().items():
-        for published in getattr(kind, "published_names", ()):
-            if any(f".{plugin}.{published}" in name for name in names):
-                raise ValueError(
-                    f"{setting}: {weights!r} spells its {plugin} {published.rstrip('.')}…, which "
-                    "Detectron2 does not find in a file with matching_heuristics; convert it: "
-                    f"{command}"
-                )

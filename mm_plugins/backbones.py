@@ -12,7 +12,7 @@ from mmdet.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from plugin_core.block_plugins import ApplyChildren
+from plugin_core.block_plugins import ApplyChildren, read_published_children
 from plugin_core.errors import ArgumentError
 
 
@@ -55,6 +55,10 @@ class PluginBasicBlock(BasicBlock):
 @MODELS.register_module()
 class PluginResNet(ResNet):
     """``ResNet`` that takes plugins at every depth; for 50 and more layers it is ``ResNet``."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        read_published_children(self)
 
     def make_res_layer(self, block: type[nn.Module], **kwargs: Any) -> nn.Module:
         if block is BasicBlock:

@@ -13,6 +13,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mm_plugins.block_plugins import BlockPlugin
+from plugin_core.block_plugins import find_unread, rename_all_published
 from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.errors import few
 from plugin_core.training.checkpoint_files import check_readable
@@ -96,6 +97,9 @@ def check_weights(
         missing, unexpected, mismatched = _load(model, tensors)
     except Exception:  # of a module that computes with its weights while they are loaded
         return []
+    unread = {name: tensors[name] for name in unexpected}
+    if told := find_unread(model, missing, unread):
+        raise ValueError(f"{setting}: {path!r}: {told}")
     if len(unexpected) + len(mismatched) >= len(tensors):
         example = next(iter(mismatched.values()), f"{next(iter(state), 'nothing')!r}")
         raise ValueError(
@@ -108,6 +112,13 @@ def check_weights(
             f"{setting}: {path!r} is of another model, as with another number of classes; "
             f"random weights would be evaluated in the place of {shapes}"
         )
+    starting = tuple(
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, BlockPlugin) and module.alpha is not None
+    )  # they are the identity without weights
+    missing = [n for n in missing if not n.endswith("num_batches_tracked")]
+    missing = [n for n in missing if not n.startswith(starting)]
     if whole and missing:
         raise ValueError(
             f"{setting}: {path!r} lacks weights of the model, which would be evaluated with random "
@@ -135,16 +146,7 @@ def _load(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], list
                 mismatched[name] = f"{name} ({old} in the file, {new} in the model)"
             rest = {name: value for name, value in tensors.items() if name not in mismatched}
             result = model.load_state_dict(OrderedDict(rest), strict=False)
-    starting = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, BlockPlugin)
-    )  # they are the identity without weights, if they begin so
-    missing = [
-        name
-        for name in result.missing_keys
-        if not name.endswith("num_batches_tracked")
-        and name not in mismatched
-        and not name.startswith(starting)
-    ]
+    missing = [name for name in result.missing_keys if name not in mismatched]
     return missing, list(result.unexpected_keys), mismatched
 
 
@@ -164,3 +166,4 @@ def fit_names(checkpoint: dict[str, Any], model: nn.Module, setting: str = "load
     inner: Any = model.module if is_model_wrapper(model) else model
     state = checkpoint.get("state_dict", checkpoint)
     fit(state, inner.state_dict().keys(), setting)
+    rename_all_published(state)

@@ -12,6 +12,7 @@ A module may offer more than its ``forward``:
 - ``forward(x, warm_start=alpha)``, where the warm start costs it less than :class:`BlockPlugin`;
 - ``maps(x)``: pictures of what it attends to in x, by name, each (B, h, w);
 - ``published_names``: other spellings of its parameters' names, by their beginnings;
+- ``published_children``: other names of the block's child in published files;
 - ``arguments_in(state_dict)``: the constructor's arguments that its state dict tells.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -328,6 +329,91 @@ def build_block_plugin(
     return BlockPlugin(make_module(name, channels, arguments), name, warm_start)
 
 
+def rename_published_children(state_dict: dict[str, Any]) -> None:
+    """Rename the children of blocks that published files call something else, in place.
+
+    Args:
+        state_dict: of a model, or a part of one. Of a name such as ``layer1.0.pcam.cw.conv.weight``
+            the child is renamed if the rest is one of the block plugin's, in any spelling.
+    """
+    for name, kind in registered_block_plugins().items():
+        children = getattr(kind, "published_children", ())
+        spellings = getattr(kind, "published_names", _NO_NAMES)
+        if not children:
+            continue
+        rest = "|".join(map(re.escape, (*spellings, *spellings.values())))
+        known = re.compile(rf"(?<![^.])(?:{'|'.join(children)})\.(?={rest})")
+        for key in [key for key in state_dict if known.search(key)]:
+            state_dict[known.sub(f"{name}.", key, count=1)] = state_dict.pop(key)
+
+
+def rename_all_published(state_dict: dict[str, Any]) -> None:
+    """Give all block plugins in a model's state dict our names, in place.
+
+    For readers that match names before the block plugins load theirs.
+    """
+    rename_published_children(state_dict)
+    for name, kind in registered_block_plugins().items():
+        for published, ours in getattr(kind, "published_names", _NO_NAMES).items():
+            known = re.compile(rf"(?<![^.]){name}\.{re.escape(published)}")
+            for key in [key for key in state_dict if known.search(key)]:
+                renamed = known.sub(f"{name}.{ours}", key, count=1)
+                state_dict[renamed] = state_dict.pop(key)
+
+
+def find_unread(model: nn.Module, missing: Collection[str], unread: Mapping[str, Any]) -> str:
+    """Say which block plugin stays at its start though a checkpoint has tensors that look like its.
+
+    Args:
+        model: that was given a checkpoint.
+        missing: names of the model that the checkpoint lacks.
+        unread: tensors of the checkpoint, by names that the model lacks.
+
+    Returns:
+        A sentence, or an empty text.
+    """
+    missing = set(missing)
+    for path, module in model.named_modules():
+        if not isinstance(module, BlockPlugin):
+            continue
+        *outer, child = path.split(".")
+        own = {
+            name: tuple(tensor.shape)
+            for name, tensor in module.state_dict().items()
+            if name != "alpha" and not name.endswith("num_batches_tracked")
+        }
+        # PyTorch calls a missing tensor what it is called inside.
+        if not own or not all({f"{path}.{n}", f"{path}.module.{n}"} & missing for n in own):
+            continue
+        # A file of a backbone alone has shorter names, but the same for a block in its stage.
+        beside = re.compile(rf"(?:.*\.)?{re.escape('.'.join(outer[-2:]))}\.[^.]+(?=\.)")
+        others: dict[str, list[tuple[int, ...]]] = {}
+        for name, tensor in unread.items():
+            match = beside.match(name)
+            if match and not name.endswith(("num_batches_tracked", "alpha")):
+                others.setdefault(match[0], []).append(tuple(tensor.shape))
+        for other, shapes in others.items():
+            if sorted(shapes) == sorted(own.values()):
+                return (
+                    f"{path} would stay at its random start, and {other} of the checkpoint, which "
+                    "has tensors of the same number and shapes, would not be read; rename its "
+                    f"tensors to {child}"
+                )
+    return ""
+
+
+def read_published_children(parent: nn.Module) -> None:
+    """Let a module that has block plugins below it load files that name these differently.
+
+    A block plugin cannot do so itself: of a state dict it is shown what is below its own name.
+    """
+    parent._register_load_state_dict_pre_hook(_rename_children)
+
+
+def _rename_children(state_dict: dict[str, Any], *_: Any) -> None:
+    rename_published_children(state_dict)
+
+
 class ApplyChildren:
     """Applies the children ``names`` of ``block`` in turn, where a block calls an activation.
 
@@ -338,6 +424,7 @@ class ApplyChildren:
     def __init__(self, block: nn.Module) -> None:
         self.block = block
         self.names: list[str] = []
+        read_published_children(block)
 
     def __call__(self, x: Tensor) -> Tensor:
         for name in self.names:

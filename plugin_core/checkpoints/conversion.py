@@ -15,7 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugin_core.block_plugins import registered_block_plugins, rename_published
+from plugin_core.block_plugins import (
+    registered_block_plugins,
+    rename_published,
+    rename_published_children,
+)
 from plugin_core.checkpoints.resnet_names import RESNET_DEPTHS, resnet_depth
 
 _NAME = re.compile(r"(conv[12]|bn1|fc|layer\d\.\d+)\.")
@@ -178,6 +182,9 @@ def find_backbone(names: Iterable[str]) -> Backbone:
 
 def _ours(common: str) -> str:
     """Replace the name of a block plugin's parameter in a name by ours."""
+    child = {common: None}
+    rename_published_children(child)
+    common = next(iter(child))
     match = _PLUGIN.fullmatch(common)
     kind = registered_block_plugins().get(match[3]) if match else None
     if match is None or kind is None:

@@ -59,6 +59,8 @@ class TripletAttention(nn.Module):
         ValueError: if the input is not 4-D.
     """
 
+    # What the authors' blocks called their child before.
+    published_children: tuple[str, ...] = ("pcam", "triplet")
     # Checkpoints of the paper exist in two spellings. Ours is the first one, so that a checkpoint
     # saved here loads there. The second one, of the published detectors, is renamed on loading.
     published_names: Mapping[str, str] = MappingProxyType(

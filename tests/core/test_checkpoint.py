@@ -256,13 +256,16 @@ def test_names_of_mobilenet_v2_are_translated():
     assert backbone.names == {name: f"backbone.{name}" for name in of_mmdetection}
 
 
-def test_both_published_spellings_of_the_attention_are_one():
+@pytest.mark.parametrize("child", ["triplet_attention", "triplet", "pcam"])
+@pytest.mark.parametrize("old_gates", [False, True])
+def test_all_published_spellings_of_the_attention_are_one(child, old_gates):
     published = {"cw.conv": "ChannelGateH", "hc.conv": "ChannelGateW", "hw.conv": "SpatialGate"}
     ours = resnet(18, attention=True)
-    theirs = dict(ours)
-    for gate, name in published.items():
+    theirs = {k.replace("triplet_attention", child): v for k, v in ours.items()}
+    for gate, name in published.items() if old_gates else ():
         theirs = {k.replace(f".{gate}.", f".{name}.spatial."): v for k, v in theirs.items()}
-    assert "layer1.0.triplet_attention.SpatialGate.spatial.bn.bias" in theirs
+    gate = "SpatialGate.spatial" if old_gates else "hw.conv"
+    assert f"layer1.0.{child}.{gate}.bn.bias" in theirs
     assert find_backbone(theirs).names.keys() == find_backbone(ours).names.keys()
     assert str(find_backbone(theirs)) == (
         "ResNet-18 with triplet attention in 8 blocks, torchvision's names"

@@ -24,6 +24,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone
 
+from d2_plugins.checkpointer import CheckpointError, PluginCheckpointer
+
 # -------------------------------------------------------------------------------------- checkpoints
 
 SECOND_SPELLING = {
@@ -33,9 +35,9 @@ SECOND_SPELLING = {
 }
 
 
-def in_second_spelling(name: str) -> str:
+def in_second_spelling(name: str, child: str = "triplet_attention") -> str:
     for ours, published in SECOND_SPELLING.items():
-        name = name.replace(f".triplet_attention.{ours}", f".triplet_attention.{published}")
+        name = name.replace(f".triplet_attention.{ours}", f".{child}.{published}")
     return name
 
 
@@ -66,14 +68,17 @@ def load_checkpoint(model: nn.Module, path: Path) -> tuple[list[str], list[str]]
 
 @pytest.mark.parametrize("freeze_at", [0, 3])
 @pytest.mark.parametrize("warm_start", [False, True], ids=["cold", "warm"])
-def test_published_detection_checkpoint_loads_whole(resnet_cfg, tmp_path, freeze_at, warm_start):
+@pytest.mark.parametrize("child", ["triplet_attention", "triplet", "pcam"])
+def test_published_detection_checkpoint_loads_whole(
+    resnet_cfg, tmp_path, freeze_at, warm_start, child
+):
     resnet_cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at
     source = fpn_detector(resnet_cfg)
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(0.01)
-    state = {in_second_spelling(k): v for k, v in source.state_dict().items()}
-    assert "backbone.bottom_up.res2.0.triplet_attention.ChannelGateH.spatial.conv.weight" in state
+    state = {in_second_spelling(k, child): v for k, v in source.state_dict().items()}
+    assert f"backbone.bottom_up.res2.0.{child}.ChannelGateH.spatial.conv.weight" in state
     torch.save({"model": state}, tmp_path / "model.pth")
     resnet_cfg.MODEL.RESNETS.PLUGINS[0]["WARM_START"] = warm_start
     target = Detector(resnet_cfg).eval()
@@ -82,6 +87,19 @@ def test_published_detection_checkpoint_loads_whole(resnet_cfg, tmp_path, freeze
     expected = source.double().backbone(x)
     for name, feature in target.double().backbone(x).items():
         torch.testing.assert_close(feature, expected[name])
+
+
+def test_unread_attention_that_looks_like_the_models_is_an_error(resnet_cfg, tmp_path):
+    source = fpn_detector(resnet_cfg)
+    state = {k.replace("triplet_attention", "my_gates"): v for k, v in source.state_dict().items()}
+    torch.save({"model": state}, tmp_path / "model.pth")
+    with pytest.raises(
+        CheckpointError, match=r"MODEL.WEIGHTS: .*\.res2\.0\.triplet_attention would"
+    ):
+        PluginCheckpointer(Detector(resnet_cfg)).load(str(tmp_path / "model.pth"))
+    few = {k: v for k, v in state.items() if ".my_gates.hw" not in k}  # another attention
+    torch.save({"model": few}, tmp_path / "model.pth")
+    PluginCheckpointer(Detector(resnet_cfg)).load(str(tmp_path / "model.pth"))
 
 
 def test_ida_of_an_earlier_version_keeps_its_alpha(resnet_cfg, tmp_path):

@@ -20,9 +20,10 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from torch import Tensor, nn
 
+from d2_plugins.checkpointer import PluginCheckpointer
 from d2_plugins.command_line import parse_args, run
 from d2_plugins.config import load_lazy_config, merge_config
 from d2_plugins.datasets import register_coco
@@ -479,18 +480,16 @@ def test_missing_folder_of_annotations_is_found(good_cfg, tmp_path):
     assert f"no semantic annotations' folder {str(tmp_path / 'none')!r}" in error_of(good_cfg)
 
 
-@pytest.mark.parametrize(
-    "name", ["res2.0.triplet_attention.ChannelGateH.spatial.conv.weight", "res5.0.ida.gamma"]
-)
-def test_spelling_that_heuristics_drop_is_refused_with_the_remedy(good_cfg, tmp_path, name):
-    content = {"model": {name: torch.zeros(1), **FITTING}, "matching_heuristics": True}
+@pytest.mark.parametrize("child", ["triplet_attention", "pcam"])
+def test_published_spelling_is_read_where_heuristics_match_names(good_cfg, tmp_path, child):
+    name = f"res2.0.{child}.ChannelGateH.spatial.conv.weight"
+    content = {"model": {name: torch.ones(1, 2, 7, 7), **FITTING}, "matching_heuristics": True}
     torch.save(content, tmp_path / "weights.pth")
-    good_cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
-    message = error_of(good_cfg)
-    assert "MODEL.WEIGHTS" in message and "tools/convert_checkpoint.py" in message
-    del content["matching_heuristics"]
-    torch.save(content, tmp_path / "weights.pth")
-    check_config(good_cfg, eval_only=False, resume=False)
+    good_cfg.MODEL.RESNETS.PLUGINS = [{"NAME": "triplet_attention", "STAGES": ["res2"]}]
+    good_cfg.MODEL.BACKBONE.NAME = "build_resnet_plugin_backbone"
+    model = build_model(good_cfg)
+    PluginCheckpointer(model).load(str(tmp_path / "weights.pth"))
+    assert model.backbone.res2[0].triplet_attention.cw.conv.conv.weight.eq(1).all()
 
 
 # ------------------------------------------------------------------------------------- LazyConfigs

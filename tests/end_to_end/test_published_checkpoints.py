@@ -25,10 +25,10 @@ from plugin_core import BlockPlugin
 
 ROOT = Path(__file__).resolve().parents[2]
 FASTER_RCNN = "configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml"
-SPELLING = {
-    "triplet_attention.cw.conv.": "triplet_attention.ChannelGateH.spatial.",
-    "triplet_attention.hc.conv.": "triplet_attention.ChannelGateW.spatial.",
-    "triplet_attention.hw.conv.": "triplet_attention.SpatialGate.spatial.",
+GATES = {
+    "cw.conv.": "ChannelGateH.spatial.",
+    "hc.conv.": "ChannelGateW.spatial.",
+    "hw.conv.": "SpatialGate.spatial.",
 }
 
 
@@ -46,14 +46,17 @@ def randomize(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict under the authors' names."""
+def published(
+    state: dict[str, Tensor], child: str = "triplet_attention", own_gates: bool = False
+) -> dict[str, Tensor]:
+    """A state dict under the authors' names, the gates' old ones or those of today."""
     renamed = {}
     for name, value in state.items():
         if name.endswith("triplet_attention.alpha"):
             continue
-        for ours, theirs in SPELLING.items():
-            name = name.replace(ours, theirs)
+        for ours, theirs in GATES.items():
+            new = ours if own_gates else theirs
+            name = name.replace(f"triplet_attention.{ours}", f"{child}.{new}")
         renamed[name] = value
     return renamed
 
@@ -68,12 +71,16 @@ def detectron2_detector(config: str, *changes: str) -> nn.Module:
     return randomize(build_model(cfg))
 
 
-def save_as_in_2020(model: nn.Module, path: Path) -> None:
+def save_as_in_2020(
+    model: nn.Module, path: Path, child: str = "triplet_attention", own_gates: bool = False
+) -> None:
     """Write what the authors' script left, in the format of PyTorch before 1.6."""
     # Buffers that Detectron2 no longer saves: the anchors, and how pixels are normalized.
     extra = {n: b for n, b in model.named_buffers() if ".triplet_attention." not in n}
-    state = published({**extra, **model.state_dict()})
-    gate = "backbone.bottom_up.res2.0.triplet_attention.ChannelGateH.spatial"
+    state = published({**extra, **model.state_dict()}, child, own_gates)
+    gate = f"backbone.bottom_up.res2.0.{child}." + (
+        "cw.conv" if own_gates else "ChannelGateH.spatial"
+    )
     assert {f"{gate}.conv.weight", f"{gate}.bn.running_var"} < state.keys()
     assert state["pixel_mean"].shape == (3, 1, 1)
     assert any(name.endswith("anchor_generator.cell_anchors.0") for name in state)
@@ -88,19 +95,23 @@ def save_as_in_2020(model: nn.Module, path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "config",
+    ("config", "child", "own_gates"),
     [
-        FASTER_RCNN,
-        "configs/d2/COCO-Detection/retinanet_R_50_triplet_FPN_1x.yaml",
-        "configs/d2/COCO-InstanceSegmentation/mask_rcnn_R_50_triplet_FPN_1x.yaml",
-        "configs/d2/COCO-Keypoints/keypoint_rcnn_R_50_triplet_FPN_1x.yaml",
+        (FASTER_RCNN, "triplet_attention", False),
+        (FASTER_RCNN, "triplet", True),
+        ("configs/d2/COCO-Detection/retinanet_R_50_triplet_FPN_1x.yaml", "pcam", False),
+        (
+            "configs/d2/COCO-InstanceSegmentation/mask_rcnn_R_50_triplet_FPN_1x.yaml",
+            "triplet",
+            False,
+        ),
+        ("configs/d2/COCO-Keypoints/keypoint_rcnn_R_50_triplet_FPN_1x.yaml", "pcam", True),
     ],
-    ids=["faster-rcnn", "retinanet", "mask-rcnn", "keypoint-rcnn"],
 )
-def test_every_tensor_of_a_detectron2_checkpoint_is_loaded(config, tmp_path):
+def test_every_tensor_of_a_detectron2_checkpoint_is_loaded(config, child, own_gates, tmp_path):
     # The authors froze res2, whose norms then count no batches.
     source = detectron2_detector(config, "MODEL.BACKBONE.FREEZE_AT", "2")
-    save_as_in_2020(source, tmp_path / "model.pth")
+    save_as_in_2020(source, tmp_path / "model.pth", child, own_gates)
     target = detectron2_detector(config)
     checkpointer = DetectionCheckpointer(target)
     names = checkpointer._load_model(checkpointer._load_file(str(tmp_path / "model.pth")))
@@ -116,7 +127,7 @@ def test_detectron2_evaluates_a_published_checkpoint_as_one_of_ours(
     photographs, run_tool, tmp_path
 ):
     model = detectron2_detector(FASTER_RCNN)
-    save_as_in_2020(model, tmp_path / "published.pth")
+    save_as_in_2020(model, tmp_path / "published.pth", "pcam")
     torch.save({"model": model.state_dict()}, tmp_path / "ours.pth")
     settings = {
         "DATASETS.TEST": "('sample_val',)",
@@ -147,10 +158,11 @@ def test_mmdetection_evaluates_a_published_checkpoint_as_one_of_ours(
     state = randomize(init_detector(ROOT / config, device="cpu")).state_dict()
     assert sum(name.endswith("triplet_attention.alpha") for name in state) == 16
     torch.save({"state_dict": state}, tmp_path / "ours.pth")
-    gate = "backbone.layer1.0.triplet_attention.ChannelGateH.spatial"
-    assert {f"{gate}.conv.weight", f"{gate}.bn.running_var"} < published(state).keys()
+    theirs = published(state, "triplet")
+    gate = "backbone.layer1.0.triplet.ChannelGateH.spatial"
+    assert {f"{gate}.conv.weight", f"{gate}.bn.running_var"} < theirs.keys()
     meta = {"mmdet_version": "2.3.0", "epoch": 12, "iter": 87960, "CLASSES": ("person", "car")}
-    content = {"meta": meta, "state_dict": published(state)}
+    content = {"meta": meta, "state_dict": theirs}
     torch.save(content, tmp_path / "published.pth", _use_new_zipfile_serialization=False)
     tiny = "test_dataloader.dataset.pipeline.1.scale=(160,96)"
     for name in ("published", "ours"):

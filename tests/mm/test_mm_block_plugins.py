@@ -26,6 +26,7 @@ from mmengine.runner.checkpoint import load_checkpoint, load_state_dict
 
 import plugin_core
 from mm_plugins.block_plugins import BlockPlugin
+from mm_plugins.weights import check_weights, fit_names
 from plugin_core.block_plugins import make_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -351,9 +352,9 @@ SECOND_SPELLING = {
 }
 
 
-def in_second_spelling(name: str) -> str:
+def in_second_spelling(name: str, child: str = "triplet_attention") -> str:
     for ours, published in SECOND_SPELLING.items():
-        name = name.replace(f".triplet_attention.{ours}", f".triplet_attention.{published}")
+        name = name.replace(f".triplet_attention.{ours}", f".{child}.{published}")
     return name
 
 
@@ -365,13 +366,19 @@ class Detector(nn.Module):
         self.backbone = evaluating(build(variant, triplet(**arguments)))
 
 
-@pytest.mark.parametrize("variant", ["ResNet-50", "PluginResNet-18"])
+@pytest.mark.parametrize(
+    ("variant", "child"),
+    [
+        ("ResNet-50", "triplet_attention"),  # of MMDetection itself, which reads no other name
+        *(("PluginResNet-18", child) for child in ("triplet_attention", "triplet", "pcam")),
+    ],
+)
 @pytest.mark.parametrize("warm_start", [False, True], ids=["cold", "warm"])
-def test_published_detection_checkpoint_loads_whole(variant, warm_start, tmp_path):
+def test_published_detection_checkpoint_loads_whole(variant, warm_start, child, tmp_path):
     source = evaluating(Detector(variant).double())
     randomize(source)
-    state = {in_second_spelling(k): v for k, v in source.state_dict().items()}
-    assert "backbone.layer1.0.triplet_attention.ChannelGateH.spatial.conv.weight" in state
+    state = {in_second_spelling(k, child): v for k, v in source.state_dict().items()}
+    assert f"backbone.layer1.0.{child}.ChannelGateH.spatial.conv.weight" in state
     path = str(tmp_path / "model.pth")
     torch.save({"state_dict": state, "meta": {"epoch": 12}}, path)
     expected = source.backbone(X.double())
@@ -383,6 +390,38 @@ def test_published_detection_checkpoint_loads_whole(variant, warm_start, tmp_pat
         target.eval()
         for feature, other in zip(target.backbone(X.double()), expected, strict=True):
             torch.testing.assert_close(feature, other)
+
+
+@pytest.mark.parametrize("child", ["triplet", "pcam"])
+def test_whole_detectors_files_are_read_under_all_names(child, tmp_path):
+    source = Detector("ResNet-50")
+    state = {in_second_spelling(k, child): v for k, v in source.state_dict().items()}
+    content = {"state_dict": dict(state)}
+    fit_names(content, source)  # as the launcher's runner does for any backbone
+    assert content["state_dict"].keys() == source.state_dict().keys()
+
+
+def test_unread_attention_that_looks_like_the_models_is_an_error(tmp_path):
+    source, path = Detector("PluginResNet-18"), str(tmp_path / "model.pth")
+    names = {k: k.replace("triplet_attention", "my_gates") for k in source.state_dict()}
+    torch.save({"state_dict": {names[k]: v for k, v in source.state_dict().items()}}, path)
+    for whole in (False, True):
+        with pytest.raises(
+            ValueError, match=r"layer1\.0\.triplet_attention would stay at its random"
+        ):
+            check_weights(Detector("PluginResNet-18"), path, "load_from", whole=whole)
+
+
+def test_attention_that_would_be_random_is_not_evaluated(tmp_path):
+    state = Detector("PluginResNet-18").state_dict()
+    plain = {k: v for k, v in state.items() if "triplet" not in k}
+    path = str(tmp_path / "plain.pth")
+    torch.save({"state_dict": plain}, path)
+    with pytest.raises(ValueError, match="would be evaluated with random ones"):
+        check_weights(Detector("PluginResNet-18"), path, "CHECKPOINT", whole=True)
+    warm = Detector("PluginResNet-18", warm_start=True)
+    assert check_weights(warm, path, "CHECKPOINT", whole=True) == []  # the identity
+    assert check_weights(Detector("PluginResNet-18"), path, "load_from", whole=False) == []
 
 
 @pytest.mark.parametrize("detector", ["faster-rcnn", "retinanet"])
