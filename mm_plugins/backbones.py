@@ -54,10 +54,22 @@ class PluginBasicBlock(BasicBlock):
 
 @MODELS.register_module()
 class PluginResNet(ResNet):
-    """``ResNet`` that takes plugins at every depth; for 50 and more layers it is ``ResNet``."""
+    """``ResNet`` that takes plugins at every depth; for 50 and more layers it is ``ResNet``.
 
-    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+    Args:
+        contract_dilation: halve the dilation of a stage's first block, as torchvision does. The DC5
+            models of DETR's authors need it.
+        *arguments, **keywords: of ``ResNet``.
+    """
+
+    def __init__(self, *arguments: Any, contract_dilation: bool = False, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
+        self.contract_dilation = contract_dilation
+        for name in self.res_layers if contract_dilation else ():
+            for module in getattr(self, name)[0].modules():
+                dilation = getattr(module, "dilation", 1)
+                if isinstance(dilation, tuple) and dilation[0] > 1:
+                    module.dilation = module.padding = tuple(d // 2 for d in dilation)
         read_published_children(self)
 
     def make_res_layer(self, block: type[nn.Module], **kwargs: Any) -> nn.Module:

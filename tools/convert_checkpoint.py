@@ -22,6 +22,7 @@ MMDetection's config. With --to d2 or --backbone, OUT is the backbone alone.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import os
 import pickle
@@ -94,6 +95,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="of a whole DETR of the original repositories take the backbone alone",
     )
     parser.add_argument(
+        "--args",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="arguments of a DETR's original training that SOURCE does not hold: dilation=True for "
+        "DC5, insert_idx=[0,1] for shared BatchFormers, num_queries=300 for two stages",
+    )
+    parser.add_argument(
         "--trust",
         action="store_true",
         help="let SOURCE run what it asks for; only for a file whose origin you know",
@@ -150,8 +159,14 @@ def run_detr(
     training = checkpoint.get("args")
     if isinstance(training, argparse.Namespace):
         training = vars(training)
+    if not isinstance(training, Mapping):
+        training = {}
+        print(
+            "SOURCE does not hold the arguments of its training; is it DC5? Then say --args "
+            "dilation=True"
+        )
     try:
-        conversion = convert_detr(source, training if isinstance(training, Mapping) else {})
+        conversion = convert_detr(source, {**training, **training_arguments(args.args)})
     except ValueError as error:
         raise ValueError(
             f"{args.source}: {error}. With --backbone its backbone alone is converted"
@@ -164,6 +179,20 @@ def run_detr(
     write(args, conversion.tensors, TORCHVISION)
     print(f"wrote {args.out}; use it as load_from='{args.out}' in a config with")
     print(f"model = {as_config(model_settings(conversion))}")
+
+
+def training_arguments(texts: list[str]) -> dict[str, Any]:
+    """Read NAME=VALUE, with values as in Python."""
+    arguments = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            arguments[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(
+                f"--args {text}: must be NAME=VALUE, such as dilation=True or insert_idx=[0,1]"
+            ) from error
+    return arguments
 
 
 def check_out(out: str, source: str, to: str) -> None:

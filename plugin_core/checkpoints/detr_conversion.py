@@ -31,6 +31,14 @@ _BATCHFORMER = re.compile(
 # The original heads have an output for each of COCO's ids. These 80 are categories.
 _COCO_IDS = [i for i in range(91) if i not in (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
 
+# A last stage of stride 1. torchvision dilates all of its blocks but the first.
+_DC5 = {
+    "type": "PluginResNet",
+    "strides": (1, 2, 2, 1),
+    "dilations": (1, 1, 1, 2),
+    "contract_dilation": True,
+}
+
 # Stems, to which "weight" and "bias" are appended: the original's, MMDetection's.
 _BATCHFORMER_LAYER = (
     *("self_attn.in_proj_", "self_attn.out_proj."),
@@ -113,18 +121,13 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
     Args:
         source: state dict of the detector.
         args: the arguments of its training, which the repositories save beside it; may be empty.
-            Read for BatchFormers with shared weights only, as the state dict does not tell their
-            layers: ``insert_idx`` lists them, or else it is the first.
+            Read for what no tensor tells: ``insert_idx``, the layers of BatchFormers with shared
+            weights (default: the first), ``dilation`` (DC5), ``nheads`` and ``num_queries``.
 
     Raises:
         ValueError: if tensors are missing, or MMDetection has no place for a tensor or no such
             detector.
     """
-    if args.get("dilation"):
-        raise ValueError(
-            "args.dilation is set: the last stage is dilated (DC5), all of it but its first "
-            "block; MMDetection's ResNet can only dilate a whole stage"
-        )
     if args.get("nheads", 8) != 8:
         raise ValueError(
             f"args.nheads is {args['nheads']}, which no tensor tells; MMDetection's configs have 8"
@@ -143,8 +146,6 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
     decoder_layers = _count("transformer.decoder.layers.", known) or 1
     num_levels = _count("input_proj.", known) or 1
     batchformer = _find_batchformer(known, args)
-    if detector == "DeformableDETR" and num_levels == 1:
-        raise ValueError("a Deformable DETR with a single level; MMDetection's has several")
 
     names = dict(_layer_names(detector, encoder_layers, decoder_layers))
     if detector == "DeformableDETR":
@@ -188,6 +189,15 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
             # MMDetection's default leaves out the bias of convolutions before a norm.
             "neck": {"bias": True},
         }
+        if num_levels == 1:
+            channels = known["input_proj.0.0.weight"].shape[1]
+            settings["backbone"]["out_indices"] = (3,)
+            settings["neck"] |= {"in_channels": [channels], "num_outs": 1}
+            levels = {"num_levels": 1}
+            settings["encoder"]["layer_cfg"] = {"self_attn_cfg": levels}
+            settings["decoder"]["layer_cfg"] = {"cross_attn_cfg": levels}
+    if args.get("dilation"):
+        settings["backbone"] |= _DC5
     return DetrConversion(detector, tensors, settings, batchformer, from_coco_ids)
 
 

@@ -68,7 +68,10 @@ def check_detr(conversion: DetrConversion, model: nn.Module) -> None:
 
 def _attribute(model: nn.Module, path: str) -> Any:
     """Read a setting off a built model; None if the model does not keep it."""
+    module, _, name = path.rpartition(".")
     try:
+        if name == "type":
+            return type(attrgetter(module)(model)).__name__
         return attrgetter(path)(model)
     except AttributeError:
         return None

@@ -31,11 +31,18 @@ class MLP(nn.Module):
 
 
 class Body(nn.Module):
-    """ResNet-18 with frozen norms; gives the outputs of its last stages."""
+    """ResNet-18, or a ResNet-50 of DC5, with frozen norms; gives the outputs of its last stages."""
 
-    def __init__(self, num_stages: int) -> None:
+    def __init__(self, num_stages: int, dilation: bool = False) -> None:
         super().__init__()
-        self.body = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+        norm = torchvision.ops.FrozenBatchNorm2d
+        if dilation:
+            stages = [False, False, True]
+            self.body = torchvision.models.resnet50(
+                norm_layer=norm, replace_stride_with_dilation=stages
+            )
+        else:
+            self.body = torchvision.models.resnet18(norm_layer=norm)
         del self.body.fc
         self.num_stages = num_stages
         for name, value in self.named_buffers():  # the norms'
@@ -187,6 +194,7 @@ class DETR(nn.Module):
         insert_idx: Sequence[int] = (),
         share: bool = False,
         depth: int = 1,
+        dilation: bool = False,
     ) -> None:
         super().__init__()
         decoder = self.make_decoder(width)
@@ -196,8 +204,8 @@ class DETR(nn.Module):
         self.class_embed = nn.Linear(width, num_outputs)
         self.bbox_embed = MLP(width, width, width, 4)
         self.query_embed = nn.Embedding(5, width)
-        self.input_proj = nn.Conv2d(512, width, 1)
-        self.backbone = nn.Sequential(Body(1))  # and positions, which have no parameters
+        self.input_proj = nn.Conv2d(2048 if dilation else 512, width, 1)
+        self.backbone = nn.Sequential(Body(1, dilation))  # and positions, which have no parameters
         randomize(self)
 
     def make_decoder(self, width: int) -> nn.Module:
@@ -286,11 +294,12 @@ class ConditionalDETR(DETR):
 
 
 class MSDeformAttn(nn.Module):
-    LEVELS, POINTS = 4, 4
+    POINTS = 4
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, levels: int) -> None:
         super().__init__()
-        samples = HEADS * self.LEVELS * self.POINTS
+        self.levels = levels
+        samples = HEADS * levels * self.POINTS
         self.sampling_offsets = nn.Linear(width, 2 * samples)
         self.attention_weights = nn.Linear(width, samples)
         self.value_proj = nn.Linear(width, width)
@@ -301,9 +310,9 @@ class MSDeformAttn(nn.Module):
     ) -> Tensor:
         """``reference`` (B, Q, levels, 2 or 4) in widths and heights of the padded map."""
         value = self.value_proj(x).masked_fill(mask[..., None], 0)
-        offsets = self.sampling_offsets(query).unflatten(2, (HEADS, self.LEVELS, self.POINTS, 2))
+        offsets = self.sampling_offsets(query).unflatten(2, (HEADS, self.levels, self.POINTS, 2))
         weights = self.attention_weights(query).unflatten(2, (HEADS, -1)).softmax(dim=-1)
-        weights = weights.unflatten(3, (self.LEVELS, self.POINTS))
+        weights = weights.unflatten(3, (self.levels, self.POINTS))
         reference = reference[:, :, None, :, None]
         if reference.shape[-1] == 2:
             places = reference + offsets / torch.tensor([(w, h) for h, w in shapes])[:, None]
@@ -320,9 +329,9 @@ class MSDeformAttn(nn.Module):
 
 
 class DeformableEncoderLayer(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, levels: int) -> None:
         super().__init__()
-        self.self_attn = MSDeformAttn(width)
+        self.self_attn = MSDeformAttn(width, levels)
         self.linear1, self.linear2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
 
@@ -332,9 +341,9 @@ class DeformableEncoderLayer(nn.Module):
 
 
 class DeformableDecoderLayer(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, levels: int) -> None:
         super().__init__()
-        self.cross_attn = MSDeformAttn(width)
+        self.cross_attn = MSDeformAttn(width, levels)
         self.norm1 = nn.LayerNorm(width)
         self.self_attn = nn.MultiheadAttention(width, HEADS, batch_first=True)
         self.norm2 = nn.LayerNorm(width)
@@ -360,13 +369,15 @@ class DeformableDETR(nn.Module):
         insert_idx: Sequence[int] = (),
         share: bool = False,
         depth: int = 1,
+        levels: int = 4,
+        dilation: bool = False,
     ) -> None:
         super().__init__()
-        decoder = Decoder(DeformableDecoderLayer(width))
+        decoder = Decoder(DeformableDecoderLayer(width, levels))
         self.transformer = Transformer(
-            DeformableEncoderLayer(width), decoder, width, insert_idx, share, depth
+            DeformableEncoderLayer(width, levels), decoder, width, insert_idx, share, depth
         )
-        self.transformer.level_embed = nn.Parameter(torch.randn(4, width))
+        self.transformer.level_embed = nn.Parameter(torch.randn(levels, width))
         num_branches = 2 + two_stage
         class_embed, bbox_embed = nn.Linear(width, num_outputs), MLP(width, width, width, 4)
         if refine:
@@ -388,13 +399,15 @@ class DeformableDETR(nn.Module):
         else:
             self.query_embed = nn.Embedding(5, 2 * width)
             self.transformer.reference_points = nn.Linear(width, 2)
+        widths = (128, 256, 512) if levels > 1 else (2048 if dilation else 512,)
         self.input_proj = nn.ModuleList(
             nn.Sequential(nn.Conv2d(channels, width, 1), nn.GroupNorm(32, width))
-            for channels in (128, 256, 512)
+            for channels in widths
         )
-        smaller = nn.Conv2d(512, width, 3, stride=2, padding=1)
-        self.input_proj.append(nn.Sequential(smaller, nn.GroupNorm(32, width)))
-        self.backbone = nn.Sequential(Body(3))
+        if levels > 1:
+            smaller = nn.Conv2d(512, width, 3, stride=2, padding=1)
+            self.input_proj.append(nn.Sequential(smaller, nn.GroupNorm(32, width)))
+        self.backbone = nn.Sequential(Body(len(widths), dilation))
         randomize(self)
         if two_stage:  # so that what is no proposal, of which there are many alike, is not the best
             self.transformer.enc_output.bias.data.zero_()
@@ -402,7 +415,8 @@ class DeformableDETR(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         outputs = self.backbone[0](images)
-        maps = [p(x) for p, x in zip(self.input_proj, [*outputs, outputs[-1]], strict=True)]
+        outputs += outputs[-1:] * (len(self.input_proj) - len(outputs))
+        maps = [p(x) for p, x in zip(self.input_proj, outputs, strict=True)]
         masks = [resized(mask, x) for x in maps]
         shapes = [x.shape[-2:] for x in maps]
         ratios = torch.stack([self.valid_ratio(m) for m in masks], dim=1)  # (B, levels, 2)

@@ -134,6 +134,30 @@ def two_stage(**kwargs: Any) -> nn.Module:
     return original.DeformableDETR(width=256, refine=True, two_stage=True, **kwargs)
 
 
+def single_scale(**kwargs: Any) -> nn.Module:
+    return original.DeformableDETR(levels=1, **kwargs)
+
+
+def dc5(**kwargs: Any) -> nn.Module:
+    return original.DETR(dilation=True, **kwargs)
+
+
+def single_scale_dc5(**kwargs: Any) -> nn.Module:
+    return original.DeformableDETR(levels=1, dilation=True, **kwargs)
+
+
+DILATED = {
+    "type": "PluginResNet",
+    "depth": 50,
+    "strides": (1, 2, 2, 1),
+    "dilations": (1, 1, 1, 2),
+    "contract_dilation": True,
+}
+SINGLE_SCALE = {
+    "num_feature_levels": 1,
+    "encoder": {"layer_cfg": {"self_attn_cfg": {"num_levels": 1}}},
+    "decoder": {"layer_cfg": {"cross_attn_cfg": {"num_levels": 1}}},
+}
 VARIANTS: dict[Callable[..., nn.Module], tuple[str, int, dict[str, Any]]] = {
     detr: ("DETR", 32, {}),
     conditional: ("ConditionalDETR", 256, {}),
@@ -144,7 +168,27 @@ VARIANTS: dict[Callable[..., nn.Module], tuple[str, int, dict[str, Any]]] = {
         256,
         {"neck": {"bias": True}, "with_box_refine": True, "as_two_stage": True},
     ),
+    single_scale: (
+        "DeformableDETR",
+        64,
+        {
+            "backbone": {"out_indices": (3,)},
+            "neck": {"bias": True, "in_channels": [512], "num_outs": 1},
+            **SINGLE_SCALE,
+        },
+    ),
+    dc5: ("DETR", 32, {"backbone": DILATED, "neck": {"in_channels": [2048]}}),
+    single_scale_dc5: (
+        "DeformableDETR",
+        64,
+        {
+            "backbone": {**DILATED, "out_indices": (3,)},
+            "neck": {"bias": True, "in_channels": [2048], "num_outs": 1},
+            **SINGLE_SCALE,
+        },
+    ),
 }
+DC5 = (dc5, single_scale_dc5)
 ALL = pytest.mark.parametrize("make", VARIANTS)
 
 
@@ -154,12 +198,13 @@ def test_detections_are_the_same(tmp_path, capsys, make):
     net = make()
     out = tmp_path / "out.pth"
     config = config_of(tmp_path, kind, width, **settings)
-    source = save(net, tmp_path / "source.pth", num_queries=5)
+    source = save(net, tmp_path / "source.pth", num_queries=5, dilation=make in DC5)
     assert convert(source, out, "--config", str(config)) == 0
-    rows = [*COCO_IDS, 91] if make is detr else COCO_IDS
+    rows = [*COCO_IDS, 91] if kind == "DETR" else COCO_IDS
     assert_same_outputs(net, build(config, out), rows)
     printed = capsys.readouterr()
-    assert f"{kind} with ResNet-18, the original repository's names" in printed.out
+    depth = 50 if make in DC5 else 18
+    assert f"{kind} with ResNet-{depth}, the original repository's names" in printed.out
     assert "classes: the 80 categories of COCO, of its 91 ids" in printed.out
     assert "fresh, as SOURCE has none: none\nunused of SOURCE: none" in printed.out
     assert not printed.err
@@ -170,9 +215,10 @@ def test_other_classes_than_cocos_are_kept_as_they_are(tmp_path, capsys, make):
     kind, width, settings = VARIANTS[make]
     net = make(num_outputs=4)
     out = tmp_path / "out.pth"
-    num_classes = 3 if make is detr else 4  # its last is "no object" in both
+    num_classes = 3 if kind == "DETR" else 4  # its last is "no object" in both
     head = {"bbox_head": {"num_classes": num_classes}}
-    assert convert(save(net, tmp_path / "source.pth", num_queries=5), out) == 0
+    source = save(net, tmp_path / "source.pth", num_queries=5, dilation=make in DC5)
+    assert convert(source, out) == 0
     assert_same_outputs(net, build(config_of(tmp_path, kind, width, **settings, **head), out))
     said = capsys.readouterr().out
     assert f"bbox_head=dict(num_classes={num_classes})" in said
@@ -188,6 +234,7 @@ def test_other_classes_than_cocos_are_kept_as_they_are(tmp_path, capsys, make):
         (deformable, (0, 1), False, 1),
         (refining, (0, 1), False, 2),
         (two_stage, (1,), True, 2),
+        (single_scale, (0,), False, 1),
     ],
 )
 def test_batchformer_gives_the_same_second_stream(tmp_path, capsys, make, insert_idx, share, depth):
@@ -199,12 +246,12 @@ def test_batchformer_gives_the_same_second_stream(tmp_path, capsys, make, insert
     with_batchformer = {"type": f"Plugin{kind}", "batchformer": {**batchformer, "eval": True}}
     config = config_of(tmp_path, kind, width, **settings, **with_batchformer)
     assert convert(source, out, "--config", str(config)) == 0
-    rows = [*COCO_IDS, 91] if make is detr else COCO_IDS
+    rows = [*COCO_IDS, 91] if kind == "DETR" else COCO_IDS
     assert_same_outputs(net, build(config, out), rows)
     said = capsys.readouterr().out
     assert f"{'shared ' if share else ''}BatchFormer after encoder layer" in said
     assert "fresh, as SOURCE has none: none\nunused of SOURCE: none" in said
-    assert f"model = dict(type='Plugin{kind}', backbone=dict(depth=18)" in said
+    assert f"model = dict(type='Plugin{kind}', backbone=dict(depth=18" in said
     arguments = f"insert_after={insert_idx}, share={share}, num_layers={depth}"
     assert f"batchformer=dict({arguments}))" in said
 
@@ -317,10 +364,17 @@ def test_layout_that_is_nearly_right_is_an_error(tmp_path, capsys, spoil, messag
     assert not (tmp_path / "out.pth").exists()
 
 
-def test_detr_with_a_dilated_stage_is_an_error(tmp_path, capsys):
-    source = save(original.DETR(), tmp_path / "source.pth", dilation=True)
-    assert convert(source, tmp_path / "out.pth") == 1
-    assert "args.dilation is set: the last stage is dilated (DC5)" in capsys.readouterr().err
+def test_dilation_of_a_file_without_arguments_is_asked_for(tmp_path, capsys):
+    """The original DETR's own files hold the state dict alone."""
+    source, out = tmp_path / "source.pth", tmp_path / "out.pth"
+    torch.save({"model": original.DETR().state_dict()}, source)
+    assert convert(source, out) == 0
+    printed = capsys.readouterr().out
+    assert "is it DC5? Then say --args dilation=True" in printed and "dilations" not in printed
+    assert convert(source, out, "--args", "dilation=True") == 0
+    assert "dilations=(1, 1, 1, 2), contract_dilation=True" in capsys.readouterr().out
+    assert convert(source, out, "--args", "dilation") == 1
+    assert "--args dilation: must be NAME=VALUE" in capsys.readouterr().err
 
 
 def test_other_number_of_heads_is_an_error(tmp_path, capsys):
