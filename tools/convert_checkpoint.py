@@ -38,6 +38,7 @@ from torch import Tensor
 from plugin_core.checkpoints.conversion import (
     Backbone,
     FoundPlugin,
+    branch_of,
     convert,
     find_backbone,
     plugins_in,
@@ -95,6 +96,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         help="of a whole DETR of the original repositories take the backbone alone",
     )
     parser.add_argument(
+        "--branch",
+        help="of a self-supervised training take the network whose names begin so, such as "
+        "encoder_k (default: MoCo v2's encoder_q and v3's base_encoder, which they evaluate)",
+    )
+    parser.add_argument(
         "--args",
         nargs="+",
         default=[],
@@ -131,6 +137,7 @@ def run(args: argparse.Namespace) -> None:
             "MODEL.META_ARCHITECTURE MMDetDetector convert it with --to mm"
         )
     try:
+        source = branch_of(source, args.branch)
         backbone = find_backbone(source)
     except ValueError as error:
         raise ValueError(f"{args.source}: {error}") from error

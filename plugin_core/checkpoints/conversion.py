@@ -38,6 +38,8 @@ _CAFFE2_PARTS = {
     **{"bn": "norm", "gn": "norm", "fc1000": "linear"},
     **{"w": "weight", "b": "bias", "s": "weight", "rm": "running_mean", "riv": "running_var"},
 }
+# The encoders that MoCo v2 and v3 train and evaluate. The others are moving averages of them.
+MOCO_ENCODERS = ("encoder_q", "base_encoder")
 # torchvision numbers MobileNetV2's blocks and a block's parts. The first block has no expansion.
 _INVERTED_RESIDUALS = [
     f"layer{stage}.{block}"
@@ -178,6 +180,29 @@ def find_backbone(names: Iterable[str]) -> Backbone:
     is_mobilenet = "conv1.conv.weight" in common_names
     depth = None if is_mobilenet else _resnet_depth(common_names)
     return Backbone(depth, spelling.owner, prefix, common_names)
+
+
+def branch_of(state_dict: Mapping[str, Tensor], branch: str | None = None) -> dict[str, Tensor]:
+    """Take one of the networks that a self-supervised training holds.
+
+    Args:
+        state_dict: may be of any origin.
+        branch: beginning of the network's names, such as "encoder_k" or "momentum_encoder"; None
+            for the one that MoCo v2 and v3 evaluate, and for everything of other origins.
+
+    Raises:
+        ValueError: if no name begins with the branch.
+    """
+    if branch is None:
+        begins = {name.partition(".")[0] for name in state_dict}
+        branch = next((encoder for encoder in MOCO_ENCODERS if encoder in begins), None)
+        if branch is None:
+            return dict(state_dict)
+    taken = {n: tensor for n, tensor in state_dict.items() if n.startswith(f"{branch}.")}
+    if not taken:
+        known = sorted({name.partition(".")[0] for name in state_dict if "." in name})
+        raise ValueError(f"no name begins with {branch!r}; they begin with {', '.join(known)}")
+    return taken
 
 
 def _ours(common: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from plugin_core.checkpoints.conversion import find_backbone
+from plugin_core.checkpoints.conversion import MOCO_ENCODERS, branch_of, find_backbone
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 
 # In units of 0 … 255. Means that differ by less come from other images of the same data set.
@@ -79,7 +79,7 @@ def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
     for holder in (checkpoint, meta if isinstance(meta, Mapping) else {}):
         if isinstance(holder.get("pixel_format"), Mapping):
             return _from_record(holder["pixel_format"])
-    state_dict = find_state_dict(checkpoint)
+    state_dict = branch_of(find_state_dict(checkpoint))
     if "pixel_mean" in state_dict and "pixel_std" in state_dict:
         return _of_detector(state_dict["pixel_mean"], state_dict["pixel_std"])
     try:
@@ -96,7 +96,8 @@ def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
     elif backbone.spelling == "torchvision":
         classifier = names.get("fc.weight")
         of_imagenet = classifier is not None and len(state_dict[classifier]) == 1000
-        if of_imagenet and any(n.endswith(".running_mean") for n in names):
+        of_moco = backbone.prefix.removesuffix(".") in MOCO_ENCODERS
+        if (of_imagenet or of_moco) and any(n.endswith(".running_mean") for n in names):
             wanted = TORCHVISION
     elif checkpoint.get("__author__") == "torchvision":
         wanted = TORCHVISION

@@ -261,6 +261,35 @@ def test_authors_classifier_computes_the_same_features(tmp_path, capsys, to, lay
     assert "unused of SOURCE: fc.weight, fc.bias" in said
 
 
+@BOTH
+@pytest.mark.parametrize(
+    ("used", "other"), [("encoder_q", "encoder_k"), ("base_encoder", "momentum_encoder")]
+)
+def test_moco_gives_the_encoder_that_it_evaluates(tmp_path, capsys, to, used, other):
+    """The second of the two is a moving average, for ``--branch``."""
+    nets = {branch: authors_resnet.__wrapped__(18, attention=False) for branch in (used, other)}
+    state = {"module.queue": torch.zeros(8, 16)}
+    for branch, net in nets.items():
+        state |= {f"module.{branch}.{n}": t for n, t in net.state_dict().items()}
+        del state[f"module.{branch}.fc.weight"], state[f"module.{branch}.fc.bias"]
+        state[f"module.{branch}.fc.0.weight"] = torch.zeros(512, 512)
+    source, out, x = tmp_path / "moco.pth.tar", tmp_path / "out.pth", torch.randn(1, 3, 64, 64)
+    torch.save({"arch": "resnet18", "epoch": 100, "state_dict": state}, source)
+    for options, branch in (((), used), (("--branch", other), other)):
+        assert run(source, out, to, *options) == 0
+        said = capsys.readouterr().out
+        assert f"below '{branch}.'" in said and "[123.675, 116.28, 103.53]" in said
+        if to == "d2":
+            config = detectron2_config(tmp_path, 18, attention=False)
+            found = detectron2_features(config, str(out), x)
+        else:
+            backbone = mmdetection_backbone(18, attention=False)
+            found = mmdetection_features(backbone, str(out), x)
+        assert_same(found, resnet_features(nets[branch], x))
+    assert run(source, out, to, "--branch", "teacher") == 1
+    assert "begins with 'teacher'; they begin with" in capsys.readouterr().err
+
+
 @needs("detectron2")
 @needs("mmdet")
 @pytest.mark.parametrize(("depth", "blocks", "legs"), [(18, 8, 4), (50, 16, 2)])
