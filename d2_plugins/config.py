@@ -49,8 +49,16 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.MODEL.ROI_BOX_HEAD.IDA = CN()
     # Number of heads; it divides the channels of the regions' features
     cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS = 4
+    # Added to the norm of a class's weights, > 0
+    cfg.MODEL.ROI_BOX_HEAD.IDA.BETA = 1 / 32
     # Whether to attend over the heads with two transformer layers and a projection
     cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = False
+    # What the second attention takes as a sample: "heads" as in the paper, or "interleaved" as in
+    # the public reproduction
+    cfg.MODEL.ROI_BOX_HEAD.IDA.SAMPLE_ORDER = "heads"
+    # Whether the last head's norm divides the logits of all heads, as in the reproduction's first
+    # version
+    cfg.MODEL.ROI_BOX_HEAD.IDA.LAST_HEAD_NORM = False
 
     # ---------------------------------------------------------------------------- #
     # BatchFormer over the regions of a batch, in training only. Read where MODEL.ROI_HEADS.NAME is

@@ -95,12 +95,16 @@ class IDAOutputLayers(FastRCNNOutputLayers):
     Args:
         input_shape: shape of the regression's input.
         map_channels: channels of the map to classify.
-        num_heads: of IDA; it divides ``map_channels``.
-        heavy: whether IDA is of the heavy form.
+        num_heads: as :class:`plugin_core.IDAClassifier` takes it; it divides ``map_channels``.
+        beta: as there.
+        heavy: as there.
+        sample_order: as there.
+        last_head_norm: as there.
         output_layers: arguments of ``FastRCNNOutputLayers``.
 
     Raises:
-        ValueError: if ``num_heads`` does not divide ``map_channels``.
+        ValueError: if ``num_heads`` does not divide ``map_channels``, or an argument of IDA is out
+            of its range.
     """
 
     cls_score: nn.Module
@@ -112,17 +116,23 @@ class IDAOutputLayers(FastRCNNOutputLayers):
         *,
         map_channels: int,
         num_heads: int = 4,
+        beta: float = 1 / 32,
         heavy: bool = False,
+        sample_order: str = "heads",
+        last_head_norm: bool = False,
         **output_layers: Any,
     ) -> None:
         super().__init__(input_shape, **output_layers)
-        self.cls_score = IDAClassifier(map_channels, self.num_classes + 1, num_heads, heavy=heavy)
+        num_scores = self.num_classes + 1
+        self.cls_score = IDAClassifier(
+            map_channels, num_scores, num_heads, beta, heavy, sample_order, last_head_norm
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         arguments = super().from_config(cfg, input_shape)
         ida: Any = cfg.MODEL.ROI_BOX_HEAD.IDA
-        return {**arguments, "num_heads": ida.NUM_HEADS, "heavy": ida.HEAVY}
+        return {**arguments, **{key.lower(): value for key, value in ida.items()}}
 
     def forward(self, x: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Predict scores (R, K + 1) and deltas from the output of :class:`IDABoxHead`."""

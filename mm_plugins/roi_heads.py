@@ -50,13 +50,17 @@ class IDABBoxHead(ConvFCBBoxHead):
     Args:
         num_shared_fcs: as in ``ConvFCBBoxHead``, where the default is 0.
         num_cls_convs: as in ``ConvFCBBoxHead``, but also allowed with shared fcs.
-        num_heads: of the classifier; it divides the channels of the map.
-        heavy: the classifier attends with two transformer layers and a projection.
+        num_heads: as :class:`plugin_core.IDAClassifier` takes it; it divides the channels of the
+            map.
+        beta: as there.
+        heavy: as there.
+        sample_order: as there.
+        last_head_norm: as there.
         **kwargs: of ``ConvFCBBoxHead``.
 
     Raises:
-        ArgumentError: if ``num_heads`` does not divide the channels, or an argument contradicts the
-            classification of a map.
+        ArgumentError: if ``num_heads`` does not divide the channels, an argument of the classifier
+            is out of its range, or another one contradicts the classification of a map.
     """
 
     def __init__(
@@ -65,7 +69,10 @@ class IDABBoxHead(ConvFCBBoxHead):
         num_shared_fcs: int = 2,
         num_cls_convs: int = 0,
         num_heads: int = 4,
+        beta: float = 1 / 32,
         heavy: bool = False,
+        sample_order: str = "heads",
+        last_head_norm: bool = False,
         **kwargs: Any,
     ) -> None:
         for name, value in _FIXED.items():
@@ -91,7 +98,9 @@ class IDABBoxHead(ConvFCBBoxHead):
             num_scores = self.loss_cls.get_cls_channels(self.num_classes)
         else:
             num_scores = self.num_classes + 1  # the background
-        self.fc_cls = IDAClassifier(channels, num_scores, num_heads, heavy=heavy)
+        self.fc_cls = IDAClassifier(
+            channels, num_scores, num_heads, beta, heavy, sample_order, last_head_norm
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Predict scores (M, K + 1) and deltas of boxes for the maps (M, C, H, W) of M regions."""

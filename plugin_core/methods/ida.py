@@ -12,13 +12,21 @@ The heads of a class are samples of it, and attending over them averages over th
 class was seen in, instead of trusting one that occurs often. The light form attends once; the heavy
 one has two transformer layers and a projection of all samples.
 
+The authors' code is not public. A public reproduction
+(https://github.com/yu-gi-oh-leilei/IDA_2023ICLR) departs from these formulas in up to two places.
+It reads the (D, N) values of a class as N rows of D, so that each row of the second attention is
+made of pieces of all heads, and Ê comes back in this order. Its earlier version
+(``lib_new_attention``) also divides every head's part of l_k by |w_Nk| + beta, the norm of the last
+head. Its checkpoints load here under the same names and need the same places:
+``sample_order="interleaved"``, and for the earlier version ``last_head_norm=True``.
+
 In the middle of a network nothing is decided. There the classes are K learned queries, and what
 they gathered is handed back to the positions that asked for it:
 
     y_n(p) = sum_k softmax_k(s_nk(p)) Ê_nk,   out = x + conv1x1(y)
 
 With the warm start of :class:`plugin_core.BlockPlugin` the sum is x + alpha * conv1x1(y), alpha = 0
-at first. The authors' detection code is not public: this second form is ours.
+at first. This second form is ours, so it has the order of the formulas alone.
 """
 
 from __future__ import annotations
@@ -36,12 +44,16 @@ from plugin_core.errors import ArgumentError
 from plugin_core.kernels import has_hooks
 from plugin_core.kernels.precision import in_float32
 
+SAMPLE_ORDERS = ("heads", "interleaved")
+
 
 class _DualAttention(nn.Module):
     """Both attentions, which the classifier and the block share.
 
     Parameters are named as in the public reproduction.
     """
+
+    sample_order = "heads"  # the block's
 
     def __init__(
         self, in_channels: int, num_classes: int, num_heads: int, beta: float, heavy: bool
@@ -51,8 +63,7 @@ class _DualAttention(nn.Module):
             _check_positive(name, value)
         if not isinstance(beta, (int, float)) or not beta > 0:
             raise ArgumentError("beta", f"must be positive, got {beta!r}")
-        if not isinstance(heavy, bool):
-            raise ArgumentError("heavy", f"must be True or False, got {heavy!r}")
+        _check_bool("heavy", heavy)
         if in_channels % num_heads:
             raise ArgumentError(
                 "num_heads", f"must divide the {in_channels} channels, got {num_heads}"
@@ -68,12 +79,13 @@ class _DualAttention(nn.Module):
         self.att_layers = _SampleAttention(channels, heavy)
         self.out_proj = nn.Linear(in_channels, in_channels) if heavy else None
 
-    def _class_weights(self) -> Tensor:
-        """w_nk / (|w_nk| + beta), of shape (N, K, D)."""
+    def _class_weights(self, last_head_norm: bool = False) -> Tensor:
+        """w_nk / (|w_nk| + beta), or w_nk / (|w_Nk| + beta), of shape (N, K, D)."""
         weights = in_float32(
             torch.stack([conv.get_parameter("weight").flatten(1) for conv in self.head])
         )
-        return weights / (torch.linalg.vector_norm(weights, dim=2, keepdim=True) + self.beta)
+        norms = torch.linalg.vector_norm(weights, dim=2, keepdim=True)
+        return weights / ((norms[-1:] if last_head_norm else norms) + self.beta)
 
     def _attend(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores and spatial attention (B, N, K, H·W), and the samples Ê (B, N, K, D)."""
@@ -88,6 +100,8 @@ class _DualAttention(nn.Module):
         # In this order gradients arrive as the features lie in memory.
         samples = (heads @ attention.to(x.dtype).transpose(2, 3)).permute(0, 3, 1, 2)
         batch, classes, samples_of_class, channels = samples.shape
+        if self.sample_order == "interleaved":
+            samples = samples.transpose(2, 3)
         attended = self.att_layers(samples.reshape(batch * classes, samples_of_class, channels))
         if self.out_proj is not None:
             attended = self.out_proj(attended.flatten(1))
@@ -110,12 +124,18 @@ class IDAClassifier(_DualAttention):
         num_heads: N, by which C can be divided.
         beta: added to the norm of a class's weights, > 0.
         heavy: attend over the samples with two transformer layers and a projection.
+        sample_order: "heads" takes a head as a sample, as in the paper; "interleaved" reads (D, N)
+            as (N, D), as the public reproduction does.
+        last_head_norm: divide all heads' parts of a logit by the last head's norm, as an earlier
+            version of the reproduction does.
+
+    Checkpoints of the reproduction load either way, but have their own logits only with its order.
 
     Shape: (B, C, H, W) → (B, K); B may be 0. Memory grows with B·K·(N·H·W + C), and with
     B·K·N·2048 if heavy: with many regions and classes that is what counts.
 
     Raises:
-        ArgumentError: if an argument is not positive, or ``num_heads`` does not divide
+        ArgumentError: if an argument is out of its range, or ``num_heads`` does not divide
             ``in_channels``.
         ValueError: if the input is of another shape.
     """
@@ -127,18 +147,32 @@ class IDAClassifier(_DualAttention):
         num_heads: int = 4,
         beta: float = 1 / 32,
         heavy: bool = False,
+        sample_order: str = "heads",
+        last_head_norm: bool = False,
     ) -> None:
         _check_positive("num_classes", num_classes)
+        if sample_order not in SAMPLE_ORDERS:
+            names = " or ".join(map(repr, SAMPLE_ORDERS))
+            raise ArgumentError("sample_order", f"must be {names}, got {sample_order!r}")
+        _check_bool("last_head_norm", last_head_norm)
         super().__init__(in_channels, num_classes, num_heads, beta, heavy)
+        self.sample_order = sample_order
+        self.last_head_norm = last_head_norm
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, and where it is asked for the spatial attention (B, N, K, H, W)."""
         weights = self._class_weights()
         _, attention, attended = self._attend(x, weights)
+        if self.last_head_norm:
+            weights = self._class_weights(last_head_norm=True)
         logits = torch.einsum("bnkd,nkd->bk", attended, weights.to(attended.dtype))
         if return_attention:
             return logits, attention.unflatten(3, x.shape[2:])
         return logits
+
+    def extra_repr(self) -> str:
+        order = f"sample_order={self.sample_order!r}, last_head_norm={self.last_head_norm}"
+        return f"{super().extra_repr()}, {order}"
 
 
 @register_block_plugin("ida")
@@ -292,3 +326,8 @@ class _SelfAttention(nn.Module):
 def _check_positive(name: str, value: int) -> None:
     if type(value) is not int or value < 1:
         raise ArgumentError(name, f"must be a positive integer, got {value!r}")
+
+
+def _check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise ArgumentError(name, f"must be True or False, got {value!r}")

@@ -1,8 +1,14 @@
-"""Interventional dual attention: the published numbers, cases by hand, and odd input."""
+"""Interventional dual attention: the reproduction's numbers, cases by hand, and odd input.
+
+``ida_light.npz`` and ``ida_heavy.npz`` are of the public reproduction, mended where it departs from
+the paper. ``ida_reproduction.npz`` is of the reproduction as it stands, both of its versions, with
+the same weights and input. Keys are ``FORM/VERSION/…``: ``logits``, ``grad_x``, ``grad/PARAMETER``.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +28,8 @@ def golden(heavy: bool) -> dict[str, Tensor]:
         return {key: torch.from_numpy(file[key]) for key in file.files}
 
 
-def golden_classifier(heavy: bool) -> IDAClassifier:
-    model = IDAClassifier(32, 7, heavy=heavy)
+def golden_classifier(heavy: bool, **arguments: Any) -> IDAClassifier:
+    model = IDAClassifier(32, 7, heavy=heavy, **arguments)
     state = {k.removeprefix("state/"): v for k, v in golden(heavy).items() if k[:6] == "state/"}
     model.load_state_dict(state, strict=True)
     return model
@@ -33,13 +39,36 @@ def golden_classifier(heavy: bool) -> IDAClassifier:
 
 
 @HEAVY
-def test_logits_and_gradient_equal_the_reproductions(heavy):
+def test_logits_and_gradient_equal_those_of_the_reproduction_mended_to_the_paper(heavy):
     numbers, model = golden(heavy), golden_classifier(heavy)
     x = numbers["x"].requires_grad_()
     logits = model(x)
     torch.testing.assert_close(logits, numbers["logits"], rtol=0, atol=1e-5)
     (logits * numbers["r"]).sum().backward()
     torch.testing.assert_close(x.grad, numbers["grad_x"], rtol=0, atol=1e-5)
+
+
+@HEAVY
+@pytest.mark.parametrize(
+    ("version", "last_head_norm"), [("org_backbone", False), ("new_attention", True)]
+)
+def test_interleaved_logits_and_gradients_equal_those_of_the_reproduction_as_it_stands(
+    heavy, version, last_head_norm
+):
+    numbers, at = golden(heavy), f"{'heavy' if heavy else 'light'}/{version}/"
+    with np.load(GOLDEN / "ida_reproduction.npz") as file:
+        of = {k.removeprefix(at): torch.from_numpy(file[k]) for k in file.files if k.startswith(at)}
+    model = golden_classifier(heavy, sample_order="interleaved", last_head_norm=last_head_norm)
+    x = numbers["x"].requires_grad_()
+    logits = model(x)
+    (logits * numbers["r"]).sum().backward()
+    found = {f"grad/{name}": parameter.grad for name, parameter in model.named_parameters()}
+    found.update(logits=logits, grad_x=x.grad)
+    assert len(of) == 7  # 5 parameters among them
+    for name, value in of.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    # With the paper's order the same weights give other logits.
+    assert (logits - numbers["logits"]).abs().max() > 0.01
 
 
 # ----------------------------------------------------------------------------------- by hand
@@ -65,6 +94,23 @@ def test_logit_worked_out_by_hand():
     torch.testing.assert_close(attention.flatten(), torch.stack([share, 1 - share]))
     # E = (5 share, 5 (1 - share)), and the logit its score
     torch.testing.assert_close(logits, (1.5 * share + 2 * (1 - share)).view(1, 1))
+
+
+def test_interleaved_sample_has_a_piece_of_each_head():
+    # Two heads of two channels and one position, where the first attention leaves x as it is
+    model = IDAClassifier(4, 1, num_heads=2, beta=1.0, sample_order="interleaved")
+    seen = []
+    model.att_layers.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    silence_second_attention(model)
+    with torch.no_grad():
+        model.head[0].weight.copy_(torch.tensor([3.0, 4.0]).view(1, 2, 1, 1))
+        model.head[1].weight.copy_(torch.tensor([0.0, 1.0]).view(1, 2, 1, 1))
+    x = torch.tensor([1.0, 2.0, 10.0, 20.0]).view(1, 4, 1, 1)
+    # (1, 10) meets the first head's weights (3, 4), and (2, 20) the second one's (0, 1).
+    torch.testing.assert_close(model(x), torch.tensor([[43 / 6 + 20 / 2]]))
+    torch.testing.assert_close(seen[0], torch.tensor([[[1.0, 10.0], [2.0, 20.0]]]))
+    model.last_head_norm = True
+    torch.testing.assert_close(model(x), torch.tensor([[43 / 2 + 20 / 2]]))
 
 
 def test_constant_input_attends_everywhere_alike():
@@ -200,6 +246,18 @@ def test_wrong_argument_is_named(kind, arguments, message):
         kind(channels, **{count: 3, **others})
     with pytest.raises(ValueError, match=f"{count} must be a positive integer, got -1"):
         kind(8, -1)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ({"sample_order": "head"}, "sample_order must be 'heads' or 'interleaved', got 'head'"),
+        ({"last_head_norm": 1}, "last_head_norm must be True or False, got 1"),
+    ],
+)
+def test_wrong_choice_of_the_reproductions_is_named(argument, message):
+    with pytest.raises(ValueError, match=message):
+        IDAClassifier(8, 3, **argument)
 
 
 @BOTH

@@ -39,7 +39,13 @@ def test_plugins_are_off_by_default():
     add_plugin_config(cfg)
     assert cfg.MODEL.RESNETS.PLUGINS == []
     del cfg.MODEL.RESNETS["PLUGINS"]
-    assert dict(cfg.MODEL.ROI_BOX_HEAD.IDA) == {"NUM_HEADS": 4, "HEAVY": False}
+    assert dict(cfg.MODEL.ROI_BOX_HEAD.IDA) == {
+        "NUM_HEADS": 4,
+        "BETA": 1 / 32,
+        "HEAVY": False,
+        "SAMPLE_ORDER": "heads",
+        "LAST_HEAD_NORM": False,
+    }
     assert dict(cfg.MODEL.AMC) == {
         "ACTIVATION": "",
         "LEVELS": (),

@@ -102,8 +102,14 @@ def test_box_transforms_of_a_cascade_are_kept(head_cfg):
 def test_settings_reach_the_classifiers(head_cfg):
     head_cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS = 2
     head_cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = True
+    head_cfg.MODEL.ROI_BOX_HEAD.IDA.BETA = 0.5
+    head_cfg.MODEL.ROI_BOX_HEAD.IDA.SAMPLE_ORDER = "interleaved"
+    head_cfg.MODEL.ROI_BOX_HEAD.IDA.LAST_HEAD_NORM = True
     for predictor in predictors(build_model(head_cfg)):
-        assert predictor.cls_score.num_heads == 2 and predictor.cls_score.out_proj is not None
+        classifier = predictor.cls_score
+        assert classifier.num_heads == 2 and classifier.out_proj is not None
+        assert classifier.beta == 0.5
+        assert classifier.sample_order == "interleaved" and classifier.last_head_norm
 
 
 def test_no_proposal_and_no_object_give_no_detection_and_a_finite_loss(head_cfg):
@@ -184,6 +190,14 @@ class _Transform:
         (
             {"MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS": 3},
             "MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS: must divide the 16 channels, got 3",
+        ),
+        (
+            {"MODEL.ROI_BOX_HEAD.IDA.BETA": 0.0},
+            "MODEL.ROI_BOX_HEAD.IDA.BETA: must be positive, got 0.0",
+        ),
+        (
+            {"MODEL.ROI_BOX_HEAD.IDA.SAMPLE_ORDER": "rows"},
+            "MODEL.ROI_BOX_HEAD.IDA.SAMPLE_ORDER: must be 'heads' or 'interleaved', got 'rows'",
         ),
         (
             {"MODEL.ROI_BOX_HEAD.NUM_CONV": 1, "MODEL.ROI_BOX_HEAD.CONV_DIM": 10},

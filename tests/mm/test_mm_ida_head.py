@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from mmengine.structures import InstanceData
 
 from mm_plugins import IDABBoxHead
 from mm_plugins.analysis import load_config
+from plugin_core import IDAClassifier
 
 HEAVY = pytest.mark.parametrize("heavy", [False, True], ids=["light", "heavy"])
 
@@ -104,6 +106,18 @@ def test_initialization_leaves_the_classifier_as_it_is_and_the_rest_as_in_the_pl
     assert not any(layer.bias.any() for layer in model.shared_fcs)
 
 
+def test_settings_reach_the_classifier():
+    settings = {"num_heads": 2, "beta": 0.5, "sample_order": "interleaved", "last_head_norm": True}
+    classifier = head(**settings).fc_cls
+    assert settings == {name: getattr(classifier, name) for name in settings}
+
+
+def test_defaults_of_the_settings_are_the_classifiers_own():
+    own, of_head = (inspect.signature(k).parameters for k in (IDAClassifier, IDABBoxHead))
+    for name in [*own][2:]:
+        assert of_head[name].default == own[name].default
+
+
 @HEAVY
 @pytest.mark.parametrize(
     "arguments",
@@ -162,6 +176,9 @@ def test_loss_with_channels_of_its_own_gets_them():
         ({"num_reg_convs": 1}, "num_shared_fcs must be 0 where num_reg_convs is not, .* got 2"),
         ({"num_heads": 3}, "num_heads must divide the 16 channels, got 3"),
         ({"num_heads": 0}, "num_heads must be a positive integer, got 0"),
+        ({"beta": -1.0}, "beta must be positive, got -1.0"),
+        ({"sample_order": "rows"}, "sample_order must be 'heads' or 'interleaved', got 'rows'"),
+        ({"last_head_norm": 1}, "last_head_norm must be True or False, got 1"),
     ],
 )
 def test_argument_that_cannot_work_is_named(argument, message):

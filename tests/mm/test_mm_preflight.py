@@ -379,6 +379,8 @@ HEAD = {"in_channels": 16, "roi_feat_size": 3, "num_classes": 4, "fc_out_channel
             {"num_shared_convs": 1, "conv_out_channels": 18},
             "num_heads: must divide the 18 channels, got 4",
         ),
+        ("IDABBoxHead", {"beta": 0.0}, "beta: must be positive, got 0.0"),
+        ("IDABBoxHead", {"sample_order": "row"}, "sample_order: must be 'heads' or 'interleaved'"),
         ("IDABBoxHead", {"num_head": 3}, "num_head: is no argument; .*did you mean 'num_heads'"),
         ("IDABBoxHead", {"fc_out_channel": 3}, "fc_out_channel: .*did you mean 'fc_out_channels'"),
         ("IDABBoxHead", {"with_avg_pool": True}, "with_avg_pool: must be False, as IDABBoxHead"),
