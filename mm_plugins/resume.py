@@ -15,6 +15,8 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.torch_version import TorchVersion
 
+from plugin_core.checkpoints.reading import numpy_globals
+
 
 def allow_mmengine_checkpoints() -> None:
     """Let ``torch.load`` read mmengine's checkpoints, and no other objects.
@@ -26,15 +28,8 @@ def allow_mmengine_checkpoints() -> None:
     """
     if TorchVersion(torch.__version__) < "2.6":
         return  # an older PyTorch refuses nothing
-    array = np.zeros(1)
-    make_array, make_number = array.__reduce__()[0], array[0].__reduce__()[0]
-    harmless: list[Any] = [HistoryBuffer, np.ndarray, np.dtype]
-    harmless += {type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}
-    harmless.append((_statistic_of_history_buffer, "builtins.getattr"))
-    for core in ("core", "_core"):  # numpy 2 renamed the module that these functions are in
-        harmless.append((make_array, f"numpy.{core}.multiarray._reconstruct"))
-        harmless.append((make_number, f"numpy.{core}.multiarray.scalar"))
-    torch.serialization.add_safe_globals(harmless)
+    statistic = (_statistic_of_history_buffer, "builtins.getattr")
+    torch.serialization.add_safe_globals([HistoryBuffer, statistic, *numpy_globals()])
 
 
 def _statistic_of_history_buffer(owner: Any, name: str) -> Any:

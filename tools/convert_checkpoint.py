@@ -5,8 +5,8 @@
     tools/convert_checkpoint.py SOURCE OUT.pth --to mm --config your_config.py
 
 SOURCE is a ResNet-18, 34, 50, 101 or 152 or a MobileNetV2, with triplet attention or without it:
-the authors' classifiers, torchvision's and timm's, Detectron2's .pkl, a checkpoint of a detector of
-either framework. Use OUT as
+the authors' classifiers, torchvision's and timm's, those of IDA's public reproduction, Detectron2's
+.pkl, a checkpoint of a detector of either framework. Use OUT as
 
     MODEL.WEIGHTS OUT.pth                                                       in Detectron2
     model.backbone.init_cfg = dict(type="Pretrained", checkpoint="OUT.pth")     in MMDetection

@@ -40,6 +40,8 @@ _CAFFE2_PARTS = {
 }
 # The encoders that MoCo v2 and v3 train and evaluate. The others are moving averages of them.
 MOCO_ENCODERS = ("encoder_q", "base_encoder")
+# Children of a torchvision ResNet in an nn.Sequential, as IDA's public reproduction has them
+_SEQUENTIAL = {"0": "conv1", "1": "bn1", **{f"{i + 3}": f"layer{i}" for i in (1, 2, 3, 4)}}
 # torchvision numbers MobileNetV2's blocks and a block's parts. The first block has no expansion.
 _INVERTED_RESIDUALS = [
     f"layer{stage}.{block}"
@@ -425,6 +427,11 @@ def _unchanged(name: str) -> str:
     return name
 
 
+def _from_sequential(name: str) -> str:
+    child, _, rest = name.partition(".")
+    return f"{_SEQUENTIAL.get(child, child)}.{rest}"
+
+
 def _from_detectron2(name: str) -> str:
     name = re.sub(r"^linear\.", "fc.", name.removeprefix("stem."))
     name = re.sub(r"^res([2-5])\.", lambda m: f"layer{int(m[1]) - 1}.", name)
@@ -466,6 +473,7 @@ class _Spelling:
 _SPELLINGS = (
     # MMDetection's ResNets have torchvision's names.
     _Spelling("torchvision", "conv1.weight", "layer1.0.conv1.weight", _unchanged),
+    _Spelling("torchvision", "0.weight", "4.0.conv1.weight", _from_sequential),
     _Spelling("timm", "conv1.0.weight", "layer1.0.conv1.weight", None),
     _Spelling("MMDetection", "stem.0.weight", "layer1.0.conv1.weight", None),
     _Spelling("Detectron2", "stem.conv1.weight", "res2.0.conv1.weight", _from_detectron2),

@@ -96,8 +96,10 @@ def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
     elif backbone.spelling == "torchvision":
         classifier = names.get("fc.weight")
         of_imagenet = classifier is not None and len(state_dict[classifier]) == 1000
-        of_moco = backbone.prefix.removesuffix(".") in MOCO_ENCODERS
-        if (of_imagenet or of_moco) and any(n.endswith(".running_mean") for n in names):
+        of_imagenet |= backbone.prefix.removesuffix(".") in MOCO_ENCODERS
+        # IDA's public reproduction begins with torchvision's weights
+        of_imagenet |= "clf.head.0.weight" in state_dict
+        if of_imagenet and any(n.endswith(".running_mean") for n in names):
             wanted = TORCHVISION
     elif checkpoint.get("__author__") == "torchvision":
         wanted = TORCHVISION

@@ -10,11 +10,13 @@ import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 # Keys of the state dict in a checkpoint: of MMDetection and most ImageNet trainings, of Detectron2,
 # of Caffe2's detectors.
@@ -106,7 +108,27 @@ def _read(path: str, trust: bool) -> Any:
                 return pickle.load(file, encoding="latin1")
             return _WeightsUnpickler(file).load()
     # Mapped into memory, so that a look at a file of some GB does not read all of it.
-    return torch.load(path, map_location="cpu", weights_only=not trust, mmap=is_zip)
+    with _allowing_numpy():
+        return torch.load(path, map_location="cpu", weights_only=not trust, mmap=is_zip)
+
+
+def numpy_globals() -> list[Any]:
+    """List what ``torch.load`` needs for numpy's arrays and numbers; it runs nothing else."""
+    array = np.zeros(1)
+    make_array, make_number = array.__reduce__()[0], array[0].__reduce__()[0]
+    harmless: list[Any] = [np.ndarray, np.dtype]
+    harmless += {type(np.dtype(kind)) for kind in "?bBhHiIlLqQefd"}
+    for core in ("core", "_core"):  # numpy 2 renamed the module that these functions are in
+        harmless.append((make_array, f"numpy.{core}.multiarray._reconstruct"))
+        harmless.append((make_number, f"numpy.{core}.multiarray.scalar"))
+    return harmless
+
+
+def _allowing_numpy() -> AbstractContextManager[None]:
+    """Let ``torch.load`` read a metric that a trainer saved as numpy computed it."""
+    if TorchVersion(torch.__version__) < "2.6":
+        return nullcontext()  # its list takes no names of an earlier numpy
+    return torch.serialization.safe_globals(numpy_globals())
 
 
 class _WeightsUnpickler(pickle.Unpickler):

@@ -13,8 +13,14 @@ from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.files import file_state
 
 _BLOCK_PARAMETER = re.compile(
-    r"(?<![^\W_])(?:res([2-5])|layer([1-4]))[._](\d{1,2})[._](?:conv|branch2)([1-3abc])[._]"
+    r"(?<![^\W_])(?:res([2-5])|layer([1-4])|resnet_layer\.([4-7]))"
+    r"[._](\d{1,2})[._](?:conv|branch2)([1-3abc])[._]"
 )
+# The kinds of names, in the order of the groups above
+_OWNERS = {
+    **{"res": "Detectron2's", "layer": "torchvision's or MMDetection's"},
+    "sequential": "an nn.Sequential's",
+}
 _STAGES = (1, 2, 3, 4)
 # (blocks of the four stages, whether a block has a third convolution) → depth
 _RESNET_DEPTHS: dict[tuple[tuple[int, ...], bool], int] = {
@@ -58,7 +64,7 @@ def check_resnet_checkpoint(path: str, depth: int, setting: str, depth_setting: 
 def check_resnet_names(path: str, spelling: str, setting: str, command: str) -> set[str]:
     """Check that a framework knows the names of the ResNets in a checkpoint, if there are any.
 
-    With names of the other kind, a framework finds no tensor and goes on with random weights.
+    With names of another kind, a framework finds no tensor and goes on with random weights.
 
     Args:
         path: of a non-empty checkpoint.
@@ -71,13 +77,16 @@ def check_resnet_names(path: str, spelling: str, setting: str, command: str) -> 
         The prefixes of the ResNets' names, such as "backbone."; empty if there is no ResNet.
 
     Raises:
-        ValueError: if all ResNets have names of the other kind.
+        ValueError: if all ResNets have names of another kind.
     """
     found = {
-        ("res" if match[1] else "layer", network) for network, match in _block_parameters(path)
+        (kind, network)
+        for network, match in _block_parameters(path)
+        for kind, stage in zip(_OWNERS, match.groups(), strict=False)
+        if stage
     }
     if found and all(kind != spelling for kind, _ in found):
-        theirs = "torchvision's or MMDetection's" if spelling == "res" else "Detectron2's"
+        theirs = " and ".join(sorted({_OWNERS[kind] for kind, _ in found}))
         raise ValueError(
             f"{setting}: {path!r} has {theirs} names, of which none would be loaded; convert it: "
             f"{command}"
@@ -90,14 +99,16 @@ def find_resnet_depths(path: str) -> set[int]:
 
     Args:
         path: of a file with parameters named as in torchvision (``layer1.0.conv1``),
-            Detectron2 (``res2.0.conv1``) or Caffe2 (``res2_0_branch2a``). Several networks, such as
-            teacher and student, differ in their prefixes.
+            Detectron2 (``res2.0.conv1``), Caffe2 (``res2_0_branch2a``) or IDA's reproduction
+            (``resnet_layer.4.0.conv1``). Several networks, such as teacher and student, differ in
+            their prefixes.
     """
     blocks: defaultdict[str, set[tuple[int, int]]] = defaultdict(set)
     deep: set[str] = set()  # networks with a third convolution in their blocks
     for network, match in _block_parameters(path):
-        res, layer, block, convolution = match.groups()
-        blocks[network].add((int(res) - 1 if res else int(layer), int(block)))
+        res, layer, child, block, convolution = match.groups()
+        stage = int(layer) if layer else int(res) - 1 if res else int(child) - 3
+        blocks[network].add((stage, int(block)))
         if convolution in ("3", "c"):
             deep.add(network)
     depths = set()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from plugin_core import TripletAttention, build_block_plugin
 from plugin_core.checkpoints.conversion import (
@@ -111,6 +112,13 @@ def detectron2(state_dict: Iterable[str]) -> list[str]:
     return renamed
 
 
+def sequential(state_dict: Iterable[str]) -> list[str]:
+    """The names of :func:`resnet` as IDA's public reproduction has them, in an nn.Sequential."""
+    children = {"conv1": "0", "bn1": "1", **{f"layer{i}": str(i + 3) for i in range(1, 5)}}
+    split = [name.partition(".") for name in state_dict]
+    return [f"{children[child]}.{rest}" for child, _, rest in split]
+
+
 def caffe2(depth: int) -> list[str]:
     """Names of a ResNet's convolutions in Caffe2's spelling."""
     branches = "ab" if depth < 50 else "abc"
@@ -139,6 +147,13 @@ def test_pytorchs_files_are_read(tmp_path, zipped):
     content = read_checkpoint(str(path))
     assert content["arch"] == "resnet50"
     assert torch.equal(find_state_dict(content)["conv1.weight"], torch.ones(2, 3))
+
+
+@pytest.mark.skipif(TorchVersion(torch.__version__) < "2.6", reason="PyTorch refuses it")
+def test_metric_that_numpy_computed_does_not_keep_a_file_from_being_read(tmp_path):
+    content = CONTENT | {"best_mAP": np.mean([82.0, 85.0]), "aps": np.ones(3)}
+    torch.save(content, tmp_path / "model_best.pth.tar")
+    assert read_checkpoint(str(tmp_path / "model_best.pth.tar"))["best_mAP"] == 83.5
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -233,7 +248,8 @@ def test_safetensors_are_read_by_their_library_if_it_is_there(tmp_path, monkeypa
 
 @pytest.mark.parametrize("depth", BLOCKS)
 def test_depth_is_recognised_in_every_spelling(depth):
-    for names in (resnet(depth), detectron2(resnet(depth)), caffe2(depth)):
+    ours = list(resnet(depth))
+    for names in (ours, sequential(ours), detectron2(ours), caffe2(depth)):
         assert find_backbone(names).architecture == f"ResNet-{depth}"
 
 
@@ -244,6 +260,14 @@ def test_names_of_a_resnet_are_translated(index, spelling):
     backbone = find_backbone([*rest, *names.values()])
     assert (backbone.spelling, backbone.prefix) == (spelling, "")
     assert names.items() <= backbone.names.items()
+
+
+def test_names_of_a_resnet_in_a_sequential_are_translated():
+    prefix = "backbone.resnet_layer."
+    theirs = [prefix + name for name in sequential(resnet(50))]
+    backbone = find_backbone([*theirs, "clf.head.0.weight"])
+    assert str(backbone) == f"ResNet-50, torchvision's names below {prefix!r}"
+    assert backbone.names == dict(zip(resnet(50), theirs, strict=True))
 
 
 def test_names_of_mobilenet_v2_are_translated():
@@ -475,6 +499,7 @@ GREY = PixelFormat("RGB", (127.5, 127.5, 127.5), (127.5, 127.5, 127.5), None)
         (classifier(50, classes=21841), None),
         ({n: t for n, t in classifier(50).items() if "running" not in n}, None),
         (resnet(50), None),
+        ({"state_dict": zeros(["module.clf.head.0.weight"]) | resnet(50)}, TORCHVISION),
         (
             zeros(MOBILENET.values()) | {"classifier.1.weight": torch.zeros(1000, 1)},
             replace(TORCHVISION, stride_in_1x1=None),
@@ -486,7 +511,8 @@ GREY = PixelFormat("RGB", (127.5, 127.5, 127.5), (127.5, 127.5, 127.5), None)
     ids=[
         *("recorded for Detectron2", "recorded for MMDetection", "a broken record"),
         *("nested classifier", "classifier", "without a 1x1", "another data set", "no statistics"),
-        *("no classifier", "MobileNetV2", "torchvision's pickle", "another's pickle", "another"),
+        *("no classifier", "IDA's reproduction", "MobileNetV2"),
+        *("torchvision's pickle", "another's pickle", "another"),
     ],
 )
 def test_pixel_format_of_a_file(tmp_path, content, expected):

@@ -10,13 +10,18 @@ from typing import Any
 import pytest
 import torch
 
-from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, find_resnet_depths
+from plugin_core.checkpoints.resnet_names import (
+    check_resnet_checkpoint,
+    check_resnet_names,
+    find_resnet_depths,
+)
 
 # -------------------------------------------------------------------------------------- checkpoints
 
 BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 BLOCKS[152] = (3, 8, 36, 3)
 PREFIXES = {"torchvision": "", "detectron2": "backbone.bottom_up.", "caffe2": ""}
+PREFIXES["sequential"] = "backbone.resnet_layer."  # of IDA's public reproduction
 
 
 def resnet_names(depth: int, naming: str) -> list[str]:
@@ -29,6 +34,8 @@ def resnet_names(depth: int, naming: str) -> list[str]:
                 if naming == "torchvision":
                     at = f"layer{stage}.{block}"
                     names += [f"{at}.conv{i + 1}.weight", f"{at}.bn{i + 1}.weight"]
+                elif naming == "sequential":
+                    names.append(f"{stage + 3}.{block}.conv{i + 1}.weight")
                 elif naming == "detectron2":
                     at = f"res{stage + 1}.{block}.conv{i + 1}"
                     names += [f"{at}.weight", f"{at}.norm.weight"]
@@ -71,7 +78,7 @@ FORMATS = pytest.mark.parametrize(
 
 
 @FORMATS
-@pytest.mark.parametrize("naming", ["torchvision", "detectron2", "caffe2"])
+@pytest.mark.parametrize("naming", list(PREFIXES))
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
 def test_depth_is_found_in_a_checkpoint(tmp_path, depth, naming, save):
     path = save(checkpoint(depth, naming), tmp_path)
@@ -84,6 +91,25 @@ def test_depth_is_found_in_a_file_of_safetensors(tmp_path):
     names = resnet_names(101, "torchvision")
     safetensors.save_file({name: torch.zeros(1) for name in names}, path)
     assert find_resnet_depths(str(path)) == {101}
+
+
+@pytest.mark.parametrize(
+    ("naming", "kind", "owner"),
+    [
+        ("torchvision", "layer", "torchvision's or MMDetection's"),
+        ("detectron2", "res", "Detectron2's"),
+        ("sequential", None, "an nn.Sequential's"),
+    ],
+)
+def test_names_that_a_framework_does_not_know_are_told(tmp_path, naming, kind, owner):
+    path = str(save_zip(checkpoint(18, naming), tmp_path))
+    for spelling in ("res", "layer"):
+        if spelling == kind:
+            found = check_resnet_names(path, spelling, "WEIGHTS", "convert it")
+            assert found == {PREFIXES[naming]}
+            continue
+        with pytest.raises(ValueError, match=f"^WEIGHTS: .* has {owner} names, .*: convert it$"):
+            check_resnet_names(path, spelling, "WEIGHTS", "convert it")
 
 
 def test_attention_in_the_blocks_does_not_hide_the_depth(tmp_path):

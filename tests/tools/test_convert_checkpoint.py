@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugin_core import IDABlock, TripletAttention, build_block_plugin
+from plugin_core import IDABlock, IDAClassifier, TripletAttention, build_block_plugin
+from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.checkpoints.report import Target, report_pixels
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
@@ -362,6 +363,100 @@ def test_attention_of_another_kernel_and_without_its_spatial_gate_is_kept(tmp_pa
     name = ("res5" if to == "d2" else "layer4") + ".1.triplet_attention."
     assert content[f"{name}cw.conv.conv.weight"].shape[-1] == 3
     assert f"{name}alpha" in content and f"{name}hw.conv.conv.weight" not in content
+
+
+# ---------------------------------------------------------------------- IDA's public reproduction
+
+
+def reproduction_checkpoint(
+    net: nn.Module, classifier: dict[str, Tensor], version: str
+) -> dict[str, Any]:
+    """What its trainer saves: the wrapped model, or the moving average of its first version's."""
+    if version == "org_backbone":
+        children = nn.Sequential(*list(net.children())[:-2])
+        state = {f"backbone.resnet_layer.{n}": t for n, t in children.state_dict().items()}
+    else:  # with frozen norms
+        names = [n for n in net.state_dict() if not n.endswith("tracked") and n[:3] != "fc."]
+        state = {f"backbone.0.body.{n}": net.state_dict()[n] for n in names}
+    state |= {f"clf.{n}": t for n, t in classifier.items()}
+    if version == "org_backbone":
+        state = {f"module.{n}": t for n, t in state.items()}
+    return {
+        "epoch": 12,
+        "arch": "IDA-R101-448",
+        "state_dict": state,
+        "best_mAP": np.mean(np.array([82.0, 85.0])),
+        "optimizer": {"state": {0: {"step": 7, "exp_avg": torch.zeros(2)}}, "param_groups": []},
+    }
+
+
+@torch.no_grad()
+def reproduction_logits(w: dict[str, Tensor], x: Tensor, last_head_norm: bool) -> Tensor:
+    """Its classifier's logits (B, K) of features (B, C, H, W), written for this test."""
+    heads = [w[f"head.{n}.weight"].flatten(1) for n in range(4)]
+    norms = [head.norm(dim=1, keepdim=True) + 1 / 32 for head in heads]
+    found = []
+    for head, norm, part in zip(heads, norms, x.flatten(2).chunk(4, dim=1), strict=True):
+        share = ((head / norm) @ part).softmax(dim=2)  # (B, K, H·W)
+        found.append(share @ part.mT)
+    y = torch.stack(found, dim=3)  # (B, K, D, 4), whose memory is read as 4 rows of D
+    rows = y.reshape(-1, 4, y.shape[2])
+    for i in range(2 if "out_proj.weight" in w else 1):
+        at = {n.removeprefix(f"att_layers.layers.{i}."): t for n, t in w.items()}
+
+        def linear(name: str, x: Tensor, at: dict[str, Tensor] = at) -> Tensor:
+            return x @ at[f"{name}.weight"].T + at[f"{name}.bias"]
+
+        q, k, v = (linear(f"att.{name}_proj", rows) for name in "qkv")
+        attended = (q @ k.mT / q.shape[2] ** 0.5).softmax(dim=2) @ v
+        rows = rows + linear("att.out_proj", attended)
+        if "norm1.weight" in at:
+            size = rows.shape[2:]
+            rows = F.layer_norm(rows, size, at["norm1.weight"], at["norm1.bias"])
+            rows = rows + linear("linear2", linear("linear1", rows).relu())
+            rows = F.layer_norm(rows, size, at["norm2.weight"], at["norm2.bias"])
+    y = rows.reshape(*y.shape[:2], -1)
+    if "out_proj.weight" in w:
+        y = y @ w["out_proj.weight"].T + w["out_proj.bias"]
+    divisors = [norms[-1]] * 4 if last_head_norm else norms
+    of_all = [head / divisor for head, divisor in zip(heads, divisors, strict=True)]
+    return (y * torch.cat(of_all, dim=1)).sum(dim=2)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("version", "heavy"), [("org_backbone", True), ("new_attention", True), ("org_backbone", False)]
+)
+def test_idas_reproduction_gives_its_features_in_the_frameworks_and_its_logits(
+    tmp_path, capsys, to, version, heavy
+):
+    net, x = authors_resnet(18, attention=False), torch.randn(2, 3, 64, 64)
+    last = version == "new_attention"
+    ours = IDAClassifier(512, 5, heavy=heavy, sample_order="interleaved", last_head_norm=last)
+    drawn = {n: torch.randn_like(t) * t.shape[-1] ** -0.5 for n, t in ours.state_dict().items()}
+    source, out = tmp_path / "model_best.pth.tar", tmp_path / "out.pth"
+    torch.save(reproduction_checkpoint(net, drawn, version), source)
+
+    assert run(source, out, to) == 0
+    said = capsys.readouterr().out
+    assert "ResNet-18, torchvision's names below 'backbone." in said
+    assert "unused of SOURCE: clf." in said and "[123.675, 116.28, 103.53]" in said
+    expected = resnet_features(net, x)
+    if to == "d2":
+        config = detectron2_config(tmp_path, 18, attention=False)
+        found = detectron2_features(config, str(out), x)
+    else:
+        found = mmdetection_features(mmdetection_backbone(18, attention=False), str(out), x)
+    assert_same(found, expected)
+
+    state = find_state_dict(read_checkpoint(str(source)))
+    of_classifier = {n.removeprefix("clf."): t for n, t in state.items() if n.startswith("clf.")}
+    ours.load_state_dict(of_classifier, strict=True)
+    logits = reproduction_logits(drawn, expected[-1], last)
+    torch.testing.assert_close(ours(expected[-1]), logits, rtol=1e-4, atol=1e-4)
+    papers = IDAClassifier(512, 5, heavy=heavy)
+    papers.load_state_dict(of_classifier, strict=True)  # without a word
+    assert (papers(expected[-1]) - logits).abs().max() > 0.01
 
 
 # ------------------------------------------------------------------------------ the frameworks' own
