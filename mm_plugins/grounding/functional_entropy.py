@@ -115,6 +115,7 @@ def functional_entropy_loss(
     method: str = "max_ent",
     weight: float = 1e-10,
     every: int = 1,
+    as_published: bool = False,
 ) -> tuple[FunctionalEntropyRegularizer, int]:
     """The regularizer of a detector's token logits, and in every how many steps it is taken.
 
@@ -125,13 +126,22 @@ def functional_entropy_loss(
         method: as there.
         weight: as there.
         every: number of steps in one of which it is taken, at least 1.
+        as_published: as there. The second dimension, whose squares are added up, is that of the
+            positions in Grounding DINO and of texts, and that of the channels in GLIP's pyramid.
 
     Raises:
         ValueError: if an argument is out of range.
     """
     check_every(every)
     regularizer = FunctionalEntropyRegularizer(
-        samples, bound, norm, method, weight, loss=_sum_over_logits, target="sigmoid"
+        samples,
+        bound,
+        norm,
+        method,
+        weight,
+        loss=_sum_over_logits,
+        target="sigmoid",
+        as_published=as_published,
     )
     return regularizer, every
 
@@ -168,7 +178,7 @@ def _regularize_grounding_dino(
     if padding is not None:
         visible = ~padding
     first = slice(len(image))  # the first stream, where BatchFormerV2 makes two
-    with torch.no_grad():
+    with torch.set_grad_enabled(entropy.as_published):  # otherwise no gradient passes through it
         clean = logits(outputs["memory"][first], outputs["memory_text"][first])
     return entropy(
         _copy_by_copy(run, entropy.samples),

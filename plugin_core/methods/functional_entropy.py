@@ -12,10 +12,19 @@ on n noisy copies of each of the B samples (R = B·n rows):
 
 The term is large if any modality informs little. The loss is a mean over all rows, so I_m falls
 with R². A useful weight depends on the batch size.
+
+The authors' code (https://github.com/itaigat/removing-bias-in-multi-modal-classifiers) reads three
+of these lines differently; ``as_published`` follows it:
+
+- the std of x_m is taken over all R rows, n times each sample, and gradients pass through it;
+- gradients pass through the targets, too;
+- for x_m of more than two dimensions, |∂loss/∂x̃_m|² is the sum over the second dimension alone, and
+  the mean is over rows and all other dimensions. So I_m is smaller by their number of elements.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeAlias
@@ -57,6 +66,7 @@ class FunctionalEntropyRegularizer(nn.Module):
             entropy with logits, the authors' choice for answers.
         target: "softmax" over the last dimension of the clean logits, or "sigmoid" where each logit
             is a decision of its own.
+        as_published: compute as the authors' code does, see the top of this module.
 
     Raises:
         ArgumentError: if an argument is out of its range.
@@ -71,6 +81,7 @@ class FunctionalEntropyRegularizer(nn.Module):
         weight: float = 1e-10,
         loss: Loss | None = None,
         target: str = "softmax",
+        as_published: bool = False,
     ) -> None:
         super().__init__()
         _check_samples(samples)
@@ -82,6 +93,8 @@ class FunctionalEntropyRegularizer(nn.Module):
             raise ArgumentError("weight", f"must be a finite number ≥ 0, got {weight!r}")
         if loss is not None and not callable(loss):
             raise ArgumentError("loss", f"must be a function of logits and targets, got {loss!r}")
+        if not isinstance(as_published, bool):
+            raise ArgumentError("as_published", f"must be True or False, got {as_published!r}")
         self.samples = samples
         self.bound = bound
         self.norm = norm
@@ -89,6 +102,7 @@ class FunctionalEntropyRegularizer(nn.Module):
         self.weight = weight
         self.loss: Loss = F.binary_cross_entropy_with_logits if loss is None else loss
         self.target = target
+        self.as_published = as_published
 
     def forward(
         self,
@@ -100,8 +114,8 @@ class FunctionalEntropyRegularizer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Measure the information of each modality and make the term.
 
-        Gradients of the term reach ``model`` and the features, but not ``logits``. Under
-        ``torch.no_grad`` the information is measured all the same.
+        Gradients of the term reach ``model`` and the features, and ``logits`` if ``as_published``.
+        Under ``torch.no_grad`` the information is measured all the same.
 
         Args:
             model: maps perturbed features to logits (B·n, …). It gets the names of ``modalities``
@@ -147,7 +161,9 @@ class FunctionalEntropyRegularizer(nn.Module):
                 name: self._perturb(features, masks.get(name))
                 for name, features in modalities.items()
             }
-            target = expand_target(in_float32(logits), self.samples, self.target)
+            target = expand_target(
+                in_float32(logits), self.samples, self.target, detach=not self.as_published
+            )
             outputs = model(dict(perturbed))
             if not isinstance(outputs, Tensor) or outputs.shape != target.shape:
                 shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs)
@@ -174,7 +190,8 @@ class FunctionalEntropyRegularizer(nn.Module):
         tensors = _as_tuple(features)
         masks = (None,) * len(tensors) if mask is None else _as_tuple(mask)
         perturbed = [
-            perturb(in_float32(x), self.samples, m) for x, m in zip(tensors, masks, strict=True)
+            perturb(in_float32(x), self.samples, m, self.as_published)
+            for x, m in zip(tensors, masks, strict=True)
         ]
         for x in perturbed:
             if not x.requires_grad:
@@ -198,7 +215,8 @@ class FunctionalEntropyRegularizer(nn.Module):
         scores = []
         for levels in tensors:
             of_levels = [gradients.pop(0) for _ in levels]
-            scores.append(functional_information(of_levels, loss, self.bound))
+            score = functional_information(of_levels, loss, self.bound, self.as_published)
+            scores.append(score)
         return torch.stack(scores)
 
     def _selected(self, valid: Tensor, logits: Tensor) -> Tensor:
@@ -215,14 +233,17 @@ class FunctionalEntropyRegularizer(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"samples={self.samples}, bound={self.bound!r}, norm={self.norm:g}, "
-            f"method={self.method!r}, weight={self.weight:g}, target={self.target!r}"
+            f"method={self.method!r}, weight={self.weight:g}, target={self.target!r}, "
+            f"as_published={self.as_published}"
         )
 
 
 # ---------------------------------------------------------------------- from gradients to the term
 
 
-def functional_information(gradient: Features, loss: Tensor, bound: str = "entropy") -> Tensor:
+def functional_information(
+    gradient: Features, loss: Tensor, bound: str = "entropy", as_published: bool = False
+) -> Tensor:
     """Measure how much a model draws from a modality: I_m.
 
     Args:
@@ -230,6 +251,7 @@ def functional_information(gradient: Features, loss: Tensor, bound: str = "entro
         loss: scalar ≥ 0, counted as at least 1e-12.
         bound: "entropy" divides by the loss (log-Sobolev inequality); "variance" does not (Poincaré
             inequality).
+        as_published: of gradients (R, C, …) take the mean over what follows C, not the sum.
 
     Returns:
         A scalar ≥ 0; 0 if there are no rows.
@@ -243,8 +265,10 @@ def functional_information(gradient: Features, loss: Tensor, bound: str = "entro
     rows = {len(g) for g in gradients}
     if len(rows) != 1:
         raise ValueError(f"gradient: all tensors must have equally many rows, got {sorted(rows)}")
-    squares = torch.stack([g.square().sum() for g in gradients]).sum()
-    information = squares / max(rows.pop(), 1)
+    sums = [g.square().sum() for g in gradients]
+    if as_published:
+        sums = [s / max(math.prod(g.shape[2:]), 1) for s, g in zip(sums, gradients, strict=True)]
+    information = torch.stack(sums).sum() / max(rows.pop(), 1)
     return information / loss.clamp(min=FLOOR) if bound == "entropy" else information
 
 
@@ -292,33 +316,40 @@ def repeat_samples(x: Tensor, samples: int) -> Tensor:
     return x.repeat_interleave(samples, dim=0)
 
 
-def expand_target(logits: Tensor, samples: int, target: str = "softmax") -> Tensor:
+def expand_target(
+    logits: Tensor, samples: int, target: str = "softmax", detach: bool = True
+) -> Tensor:
     """Make the targets of noisy copies from the clean logits.
 
     Args:
         logits: (B, …), of the clean samples.
         samples: n ≥ 1.
         target: "softmax" over the last dimension, or "sigmoid".
+        detach: keep gradients from the logits.
 
     Returns:
-        (B·n, …) in [0, 1], without gradient.
+        (B·n, …) in [0, 1].
 
     Raises:
         ArgumentError: if ``samples`` or ``target`` is out of its range.
     """
     _check_one_of("target", target, TARGETS)
-    logits = logits.detach()
+    logits = logits.detach() if detach else logits
     clean = logits.softmax(dim=-1) if target == "softmax" else logits.sigmoid()
     return repeat_samples(clean, samples)
 
 
-def perturb(features: Tensor, samples: int, mask: Tensor | None = None) -> Tensor:
+def perturb(
+    features: Tensor, samples: int, mask: Tensor | None = None, as_published: bool = False
+) -> Tensor:
     """Copy features and add noise of the size of :func:`noise_scale`.
 
     Args:
         features: (B, …), floating point. They get gradients; the size of the noise gets none.
         samples: n ≥ 1.
         mask: True where noise is added, see :func:`noise_scale`; None for everywhere.
+        as_published: take the size of the noise over the B·n copies, and gradients of it. It is 0
+            where one sample alone has an element.
 
     Returns:
         (B·n, …), the copies of a sample one after another.
@@ -327,9 +358,14 @@ def perturb(features: Tensor, samples: int, mask: Tensor | None = None) -> Tenso
         ArgumentError: if ``samples`` is not a positive integer.
         ValueError: if the mask does not fit.
     """
-    scale = noise_scale(features, mask)
     rows = repeat_samples(features, samples)
     noise = torch.randn_like(rows.detach())
+    if as_published:
+        mask = torch.ones_like(features, dtype=torch.bool) if mask is None else mask
+        mask = repeat_samples(_expanded_mask("mask", mask, features), samples)
+        scale, _ = _deviation(rows, mask, [0])
+        return rows + noise * scale.where(mask, torch.zeros_like(scale))
+    scale = noise_scale(features, mask)
     return rows + noise * (repeat_samples(scale, samples) if mask is not None else scale)
 
 
@@ -370,7 +406,10 @@ def _deviation(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor
     count = mask.sum(dims, keepdim=True)
     mean = x.masked_fill(~mask, 0).sum(dims, keepdim=True) / count.clamp(min=1)
     squares = (x - mean).masked_fill(~mask, 0).square().sum(dims, keepdim=True)
-    return (squares / (count - 1).clamp(min=1)).sqrt(), count
+    # The root has no finite gradient at 0.
+    constant = squares == 0
+    variance = squares.masked_fill(constant, 1) / (count - 1).clamp(min=1)
+    return variance.sqrt().masked_fill(constant, 0), count
 
 
 # ---------------------------------------------------------------------- what the information bounds

@@ -89,6 +89,35 @@ def test_entropy_and_variance_of_samples_equal_the_authors(golden):
         torch.testing.assert_close(measure(golden["samples"]), golden[key], rtol=0, atol=1e-5)
 
 
+@BOUND
+@pytest.mark.parametrize("samples", [1, 3])
+def test_as_published_information_term_and_gradients_are_the_authors(
+    bound, key, samples, monkeypatch
+):
+    # Their code in float64: image features (B, C, H, W), text features (B, C), and their noise
+    with np.load(GOLDEN.with_name("functional_entropy_published.npz")) as file:
+        numbers = {name: torch.from_numpy(np.array(file[name])) for name in file.files}
+    names = ("image", "text", "image_weight", "text_weight")
+    image, text, a, b = (numbers[name].requires_grad_() for name in names)
+    noise = iter([numbers[f"noise_{name}_{samples}"] for name in ("image", "text")])
+    monkeypatch.setattr(torch, "randn_like", lambda x: next(noise).view(x.shape))
+
+    def model(x):
+        seen = torch.einsum("bchw,chwk->bk", x["image"], a).tanh()
+        return seen * (x["text"] @ b) + x["text"] @ b
+
+    modalities = {"image": image, "text": text}
+    term, information = FunctionalEntropyRegularizer(samples, bound, weight=1.0, as_published=True)(
+        model, modalities, model(modalities)
+    )
+    term.backward()
+    at = f"{key}/{samples}/"
+    found = {"scores": torch.stack([*information.values()]), "term": term.detach()}
+    found |= {f"grad_{name}": x.grad for name, x in zip(names, (image, text, a, b), strict=True)}
+    for name, value in found.items():
+        torch.testing.assert_close(value, numbers[at + name], rtol=1e-9, atol=1e-9)
+
+
 # ---------------------------------------------------------------------------------------- gradients
 
 
@@ -147,7 +176,28 @@ def test_no_gradient_through_the_clean_logits():
     assert all(p.grad is not None for p in model.parameters())
 
 
+def test_gradient_passes_through_the_clean_logits_only_as_published():
+    model, image, text = Bilinear(), torch.randn(2, 4), torch.randn(2, 3, 3)
+    logits = torch.randn(2, 5, requires_grad=True)
+    regularizer = FunctionalEntropyRegularizer(as_published=True)
+    term, _ = regularizer(model, {"image": image, "text": text}, logits)
+    term.backward()
+    assert logits.grad.any()
+    with torch.no_grad():
+        term, information = regularizer(model, {"image": image, "text": text}, logits)
+    assert not term.requires_grad and all(i > 0 for i in information.values())
+
+
 # ------------------------------------------------------------------------------------------ by hand
+
+
+def test_as_published_gradients_of_positions_are_averaged_and_those_of_channels_added_up():
+    rows, loss = torch.ones(2, 3, 4, 5), torch.tensor(0.5)
+    levels = [rows, 2 * torch.ones(2, 3, 1, 1), torch.ones(2, 7)]
+    assert functional_information(rows, loss, "variance") == 3 * 4 * 5
+    assert functional_information(rows, loss, "variance", as_published=True) == 3
+    assert functional_information(rows, loss, "entropy", as_published=True) == 6
+    assert functional_information(levels, loss, "variance", as_published=True) == 3 + 12 + 7
 
 
 def test_linear_models_information_worked_out_by_hand():
@@ -225,6 +275,32 @@ def test_a_batch_of_one_takes_the_deviation_of_its_own_elements():
     )
     assert not noise_scale(torch.ones(1, 1)).any()  # of one element there is none
     assert not noise_scale(torch.ones(1)).any()
+
+
+def test_as_published_noise_is_that_of_the_copies_and_is_differentiated(monkeypatch):
+    features = torch.tensor([[0.0, 5.0], [2.0, 5.0]], requires_grad=True)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    noisy = perturb(features, 3, as_published=True)
+    # Six copies at a distance of 1 from their mean; the second element is constant.
+    scale = math.sqrt(6 / 5)
+    expected = repeat_samples(features, 3) + torch.tensor([scale, 0.0])
+    torch.testing.assert_close(noisy, expected)
+    noisy.sum().backward()
+    # Of 6·sqrt(0.3·(x_2 - x_1)²) added to the 3 of the copies
+    slope = 6 * math.sqrt(0.3)
+    torch.testing.assert_close(features.grad, torch.tensor([[3 - slope, 3.0], [3 + slope, 3.0]]))
+    assert torch.equal(perturb(features[:1], 3, as_published=True), features[:1].expand(3, 2))
+
+
+def test_as_published_noise_leaves_padding_alone(monkeypatch):
+    text = torch.randn(3, 4, 2)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0]], dtype=torch.bool)
+    monkeypatch.setattr(torch, "randn_like", torch.ones_like)
+    scale = perturb(text, 2, mask, as_published=True) - repeat_samples(text, 2)
+    assert not scale[~repeat_samples(mask, 2)].any()
+    torch.testing.assert_close(scale[0, 0], repeat_samples(text, 2)[:, 0].std(0))
+    torch.testing.assert_close(scale[0, 2], repeat_samples(text[:2], 2)[:, 2].std(0))
+    assert not scale[:, 3].any()  # one text alone is so long
 
 
 def test_padding_is_not_changed_and_enters_no_deviation():
@@ -399,8 +475,10 @@ def test_loss_and_gradients_of_zero_are_finite(bound, key):
 
 
 @METHOD
-def test_batch_of_one_is_finite(method):
-    model, regularizer = Bilinear(), FunctionalEntropyRegularizer(method=method)
+@pytest.mark.parametrize("as_published", [False, True])
+def test_batch_of_one_is_finite(method, as_published):
+    model = Bilinear()
+    regularizer = FunctionalEntropyRegularizer(method=method, as_published=as_published)
     image, text = torch.randn(1, 4, requires_grad=True), torch.randn(1, 3, 3)
     term, information = regularizer(model, {"image": image, "text": text}, torch.zeros(1, 5))
     term.backward()
@@ -431,6 +509,7 @@ def test_without_samples_or_valid_logits_nothing_is_measured(batch):
         ({"weight": -1.0}, "weight must be a finite number ≥ 0, got -1.0"),
         ({"loss": "bce"}, "loss must be a function of logits and targets, got 'bce'"),
         ({"target": "hard"}, "target must be one of 'softmax', 'sigmoid', got 'hard'"),
+        ({"as_published": 1}, "as_published must be True or False, got 1"),
     ],
 )
 def test_wrong_argument_is_named(arguments, message):

@@ -40,7 +40,7 @@ from mmengine.model import MMDistributedDataParallel
 from mm_plugins.activations import Activation, _NotingAttention
 from mm_plugins.scores import Scores
 from mm_plugins.second_derivatives import second_derivatives
-from plugin_core.methods.functional_entropy import repeat_samples
+from plugin_core.methods.functional_entropy import expand_target, repeat_samples
 from plugin_core.stand_ins import acting_as
 
 GROUNDING = ("grounding-dino", "glip")
@@ -552,10 +552,27 @@ def test_information_is_logged_and_the_terms_gradient_reaches_image_and_text(nam
     assert float(logged["information_text"]) == pytest.approx(float(losses["information_text"]))
 
 
+@pytest.mark.parametrize("name", GROUNDING)
+def test_as_published_targets_are_differentiated(name, config, monkeypatch):
+    targets = []
+
+    def watched(*args: Any, **kwargs: Any) -> Tensor:
+        targets.append(expand_target(*args, **kwargs))
+        return targets[-1]
+
+    monkeypatch.setattr("plugin_core.methods.functional_entropy.expand_target", watched)
+    settings = {"samples": 1, "weight": 1e-9, "as_published": True}
+    detector = build(regularized(config(name), functional_entropy=settings))
+    losses = loss(detector, samples(kind_of(name)))
+    assert targets[0].requires_grad
+    detector.parse_losses(losses)[0].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in detector.parameters())
+
+
 class NoNoise:
     """In place of the regularizer: gives the modalities as they are."""
 
-    samples = 2
+    samples, as_published = 2, False
 
     def __call__(self, run, modalities, logits, masks, valid):
         repeated = {

@@ -58,6 +58,10 @@ def test_a_text_in_chunks_is_refused_by_name(config):
             {"functional_entropy": {"method": "max"}},
             "functional_entropy.method must be one of 'max_ent'.* got 'max'",
         ),
+        (
+            {"functional_entropy": {"as_published": 1}},
+            "functional_entropy.as_published must be True or False, got 1",
+        ),
         ({"functional_entropy": {"every": 0}}, "functional_entropy.every must be a number"),
         ({"attention_mask_consistency": 1}, r"attention_mask_consistency must be dict\(…\)"),
         (
