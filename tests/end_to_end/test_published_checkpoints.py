@@ -18,18 +18,15 @@ from detectron2_sample import register
 from detectron2_sample import results as detectron2_results
 from mmdet.apis import init_detector
 from mmdet_sample import FEW_BOXES, options, results
+from published_triplet_attention import published, resnet_features
 from torch import Tensor, nn
 
 from d2_plugins import add_plugin_config, merge_config
+from mm_plugins.weights import fit_names
 from plugin_core import BlockPlugin
 
 ROOT = Path(__file__).resolve().parents[2]
 FASTER_RCNN = "configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml"
-GATES = {
-    "cw.conv.": "ChannelGateH.spatial.",
-    "hc.conv.": "ChannelGateW.spatial.",
-    "hw.conv.": "SpatialGate.spatial.",
-}
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -41,24 +38,9 @@ def randomize(model: nn.Module) -> nn.Module:
                 module.bias.uniform_(-0.5, 0.5)
                 module.running_mean.uniform_(-0.5, 0.5)
                 module.running_var.uniform_(0.5, 1.5)
-            elif isinstance(module, BlockPlugin):
+            elif isinstance(module, BlockPlugin) and module.alpha is not None:
                 module.alpha.fill_(1)
     return model.eval()
-
-
-def published(
-    state: dict[str, Tensor], child: str = "triplet_attention", own_gates: bool = False
-) -> dict[str, Tensor]:
-    """A state dict under the authors' names, the gates' old ones or those of today."""
-    renamed = {}
-    for name, value in state.items():
-        if name.endswith("triplet_attention.alpha"):
-            continue
-        for ours, theirs in GATES.items():
-            new = ours if own_gates else theirs
-            name = name.replace(f"triplet_attention.{ours}", f"{child}.{new}")
-        renamed[name] = value
-    return renamed
 
 
 # --------------------------------------------------------------------------------------- Detectron2
@@ -72,14 +54,14 @@ def detectron2_detector(config: str, *changes: str) -> nn.Module:
 
 
 def save_as_in_2020(
-    model: nn.Module, path: Path, child: str = "triplet_attention", own_gates: bool = False
-) -> None:
+    model: nn.Module, path: Path, child: str = "triplet_attention", old_gates: bool = True
+) -> dict[str, Tensor]:
     """Write what the authors' script left, in the format of PyTorch before 1.6."""
     # Buffers that Detectron2 no longer saves: the anchors, and how pixels are normalized.
     extra = {n: b for n, b in model.named_buffers() if ".triplet_attention." not in n}
-    state = published({**extra, **model.state_dict()}, child, own_gates)
+    state = published({**extra, **model.state_dict()}, child, old_gates)
     gate = f"backbone.bottom_up.res2.0.{child}." + (
-        "cw.conv" if own_gates else "ChannelGateH.spatial"
+        "ChannelGateH.spatial" if old_gates else "cw.conv"
     )
     assert {f"{gate}.conv.weight", f"{gate}.bn.running_var"} < state.keys()
     assert state["pixel_mean"].shape == (3, 1, 1)
@@ -92,26 +74,49 @@ def save_as_in_2020(
         "iteration": 89999,
     }
     torch.save(content, path, _use_new_zipfile_serialization=False)
+    return state
+
+
+@torch.no_grad()
+def outputs_of_blocks(backbone: nn.Module, x: Tensor) -> list[Tensor]:
+    """The outputs of all residual blocks of a ResNet in either framework."""
+    found: list[Tensor] = []
+    stages = [f"res{i}" for i in (2, 3, 4, 5)] if hasattr(backbone, "res2") else backbone.res_layers
+    for stage in stages:
+        for block in getattr(backbone, stage):
+            block.register_forward_hook(lambda *call: found.append(call[-1]))
+    backbone(x)
+    return found
+
+
+def assert_as_published(backbone: nn.Module, state: dict[str, Tensor], prefix: str) -> None:
+    """Compare all blocks with what the authors' network computes of the file's tensors."""
+    x = torch.randn(1, 3, 64, 64)
+    found, expected = outputs_of_blocks(backbone, x), resnet_features(state, x, prefix)
+    assert len(found) == len(expected) == 16
+    for ours, theirs in zip(found, expected, strict=True):
+        assert theirs.std() > 1e-3
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 @pytest.mark.parametrize(
-    ("config", "child", "own_gates"),
+    ("config", "child", "old_gates"),
     [
-        (FASTER_RCNN, "triplet_attention", False),
-        (FASTER_RCNN, "triplet", True),
-        ("configs/d2/COCO-Detection/retinanet_R_50_triplet_FPN_1x.yaml", "pcam", False),
+        (FASTER_RCNN, "triplet_attention", True),
+        (FASTER_RCNN, "triplet", False),
+        ("configs/d2/COCO-Detection/retinanet_R_50_triplet_FPN_1x.yaml", "pcam", True),
         (
             "configs/d2/COCO-InstanceSegmentation/mask_rcnn_R_50_triplet_FPN_1x.yaml",
             "triplet",
-            False,
+            True,
         ),
-        ("configs/d2/COCO-Keypoints/keypoint_rcnn_R_50_triplet_FPN_1x.yaml", "pcam", True),
+        ("configs/d2/COCO-Keypoints/keypoint_rcnn_R_50_triplet_FPN_1x.yaml", "pcam", False),
     ],
 )
-def test_every_tensor_of_a_detectron2_checkpoint_is_loaded(config, child, own_gates, tmp_path):
+def test_every_tensor_of_a_detectron2_checkpoint_is_loaded(config, child, old_gates, tmp_path):
     # The authors froze res2, whose norms then count no batches.
     source = detectron2_detector(config, "MODEL.BACKBONE.FREEZE_AT", "2")
-    save_as_in_2020(source, tmp_path / "model.pth", child, own_gates)
+    state = save_as_in_2020(source, tmp_path / "model.pth", child, old_gates)
     target = detectron2_detector(config)
     checkpointer = DetectionCheckpointer(target)
     names = checkpointer._load_model(checkpointer._load_file(str(tmp_path / "model.pth")))
@@ -121,6 +126,7 @@ def test_every_tensor_of_a_detectron2_checkpoint_is_loaded(config, child, own_ga
     saved = source.state_dict()
     assert sum(name.endswith("triplet_attention.alpha") for name in saved) == 16
     assert [name for name in saved if not torch.equal(saved[name], loaded[name])] == []
+    assert_as_published(target.backbone.bottom_up, state, "backbone.bottom_up.")
 
 
 def test_detectron2_evaluates_a_published_checkpoint_as_one_of_ours(
@@ -149,6 +155,17 @@ def test_detectron2_evaluates_a_published_checkpoint_as_one_of_ours(
 
 
 # -------------------------------------------------------------------------------------- MMDetection
+
+
+@pytest.mark.parametrize(("detector", "child"), [("retinanet", "pcam"), ("faster-rcnn", "triplet")])
+def test_every_tensor_of_an_mmdetection_checkpoint_is_loaded(detector, child):
+    config = ROOT / f"configs/mm/triplet_attention/{detector}_r50-triplet_fpn_published-1x_coco.py"
+    source, target = (randomize(init_detector(config, device="cpu")) for _ in range(2))
+    state = published(source.state_dict(), child)
+    content = {"state_dict": dict(state)}
+    fit_names(content, target)  # as both of MMDetection's tools do
+    target.load_state_dict(content["state_dict"], strict=True)
+    assert_as_published(target.backbone, state, "backbone.")
 
 
 def test_mmdetection_evaluates_a_published_checkpoint_as_one_of_ours(

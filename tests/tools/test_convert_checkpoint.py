@@ -14,6 +14,7 @@ from typing import Any
 
 import convert_checkpoint
 import numpy as np
+import published_triplet_attention as authors
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,6 @@ from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.checkpoints.report import Target, report_pixels
 
 torchvision = pytest.importorskip("torchvision", reason="torchvision is not installed")
-
-GATES = {"cw.conv": "ChannelGateH", "hc.conv": "ChannelGateW", "hw.conv": "SpatialGate"}
 
 
 def needs(framework: str) -> pytest.MarkDecorator:
@@ -49,18 +48,18 @@ BOTH = pytest.mark.parametrize(
 
 
 @functools.cache
-def authors_resnet(depth: int, *, attention: bool = True) -> nn.Module:
+def authors_resnet(depth: int, *, attention: bool = True, kernel_size: int = 7) -> nn.Module:
     """torchvision's classifier with attention in its blocks and values of its own; to be read."""
     net = getattr(torchvision.models, f"resnet{depth}")()
     for block in residual_blocks(net) if attention else ():
-        block.triplet_attention = TripletAttention()
+        block.triplet_attention = TripletAttention(kernel_size=kernel_size)
     return randomized(net)
 
 
-def authors_mobilenet() -> nn.Module:
+def authors_mobilenet(kernel_size: int = 7) -> nn.Module:
     net = torchvision.models.mobilenet_v2()
     for feature in net.features[1:18]:
-        feature.conv.append(TripletAttention())
+        feature.conv.append(TripletAttention(kernel_size=kernel_size))
     return randomized(net)
 
 
@@ -155,14 +154,15 @@ def detectron2_config(
     attention: bool = True,
     mean: str = "[123.675, 116.28, 103.53]",
     stride_in_1x1: bool = False,
+    kernel_size: int = 7,
 ) -> str:
     path = tmp_path / f"r{depth}.yaml"
+    stages = "STAGES: [res2, res3, res4, res5]"
+    plugin = f"{{NAME: triplet_attention, {stages}, KERNEL_SIZE: {kernel_size}}}"
     text = D2_CONFIG.format(
         depth=depth,
         channels=256 if depth >= 50 else 64,
-        plugins="[{NAME: triplet_attention, STAGES: [res2, res3, res4, res5]}]"
-        if attention
-        else "[]",
+        plugins=f"[{plugin}]" if attention else "[]",
         mean=mean,
         stride_in_1x1=stride_in_1x1,
     )
@@ -206,17 +206,24 @@ def mmdetection_features(backbone: dict[str, Any], weights: str, x: Tensor) -> l
     return outputs_of_blocks(built, x, stages)
 
 
-def mmdetection_backbone(depth: int, *, attention: bool = True) -> dict[str, Any]:
+def mmdetection_backbone(
+    depth: int, *, attention: bool = True, kernel_size: int = 7
+) -> dict[str, Any]:
     position = "after_conv3" if depth >= 50 else "after_conv2"
-    plugins = [{"cfg": {"type": "TripletAttention"}, "position": position}]
+    module = {"type": "TripletAttention", "kernel_size": kernel_size}
+    plugins = [{"cfg": module, "position": position}]
     resnet = {"type": "PluginResNet", "depth": depth}
     return resnet | {"plugins": plugins} if attention else resnet
 
 
-def features(to: str, depth: int, tmp_path: Path, weights: Path, x: Tensor) -> list[Tensor]:
+def features(
+    to: str, depth: int, tmp_path: Path, weights: Path, x: Tensor, kernel_size: int = 7
+) -> list[Tensor]:
     if to == "d2":
-        return detectron2_features(detectron2_config(tmp_path, depth), str(weights), x)
-    return mmdetection_features(mmdetection_backbone(depth), str(weights), x)
+        config = detectron2_config(tmp_path, depth, kernel_size=kernel_size)
+        return detectron2_features(config, str(weights), x)
+    backbone = mmdetection_backbone(depth, kernel_size=kernel_size)
+    return mmdetection_features(backbone, str(weights), x)
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -241,23 +248,29 @@ def nested(state_dict: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def other_spelling(state_dict: dict[str, Tensor]) -> dict[str, Any]:
-    for gate, name in GATES.items():
-        state_dict = {n.replace(f".{gate}.", f".{name}.spatial."): t for n, t in state_dict.items()}
-    assert any("SpatialGate.spatial.bn.running_var" in name for name in state_dict)
-    return {"model": state_dict}
-
-
 @BOTH
-@pytest.mark.parametrize("layout", [nested, other_spelling])
-def test_authors_classifier_computes_the_same_features(tmp_path, capsys, to, layout):
-    net, x = authors_resnet(18), torch.randn(1, 3, 64, 64)
+@pytest.mark.parametrize(
+    ("depth", "kernel_size", "child", "old_gates"),
+    [
+        (18, 3, "triplet_attention", False),
+        (18, 7, "triplet_attention", True),
+        (50, 7, "pcam", True),
+        (50, 3, "triplet", False),
+    ],
+)
+def test_authors_classifier_computes_the_same_features(
+    tmp_path, capsys, to, depth, kernel_size, child, old_gates
+):
+    net, x = authors_resnet(depth, kernel_size=kernel_size), torch.randn(1, 3, 64, 64)
+    state = authors.published(net.state_dict(), child, old_gates)
     source, out = tmp_path / "source.pth", tmp_path / "out.pth"
-    torch.save(layout(dict(net.state_dict())), source)
+    torch.save(nested(state), source)
     assert run(source, out, to) == 0
-    assert_same(features(to, 18, tmp_path, out, x), resnet_features(net, x))
+    found = features(to, depth, tmp_path, out, x, kernel_size)
+    assert_same(found, authors.resnet_features(state, x))
     said = capsys.readouterr().out
-    assert "ResNet-18 with triplet attention in 8 blocks, torchvision's" in said
+    blocks = {18: 8, 50: 16}[depth]
+    assert f"ResNet-{depth} with triplet attention in {blocks} blocks, torchvision's" in said
     assert "fresh, as SOURCE has none: none" in said
     assert "unused of SOURCE: fc.weight, fc.bias" in said
 
@@ -327,13 +340,15 @@ def test_plain_classifier_leaves_the_attention_fresh(tmp_path, capsys, to):
 
 
 @needs("mmdet")
-def test_mobilenet_v2_computes_the_same_features(tmp_path, capsys):
-    net, x = authors_mobilenet(), torch.randn(1, 3, 64, 64)
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_mobilenet_v2_computes_the_same_features(tmp_path, capsys, kernel_size):
+    net, x = authors_mobilenet(kernel_size), torch.randn(1, 3, 64, 64)
     torch.save(nested(dict(net.state_dict())), tmp_path / "source.pth")
     # The attention stands before the shortcut's sum, as the last element of a block's `conv`.
     expected = mobilenet_features(net, x)
     assert run(tmp_path / "source.pth", tmp_path / "out.pth", "mm") == 0
-    plugins = [{"cfg": {"type": "TripletAttention"}, "position": "after_linear_conv"}]
+    module = {"type": "TripletAttention", "kernel_size": kernel_size}
+    plugins = [{"cfg": module, "position": "after_linear_conv"}]
     backbone = {"type": "PluginMobileNetV2", "out_indices": (1, 2, 4, 7), "plugins": plugins}
     assert_same(mmdetection_features(backbone, str(tmp_path / "out.pth"), x), expected)
     said = capsys.readouterr().out
