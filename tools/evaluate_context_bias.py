@@ -16,69 +16,86 @@ companion (in company), and over its images without the companion (alone). It pr
 the last two, and the same gap between images with equally many objects. It prints the share of the
 images without the class in which the class is detected (false positives): with the companion only,
 and with neither. A last row has the means over the classes. --out DIR writes context_bias.json,
-context_bias.md and context_bias.png there.
+context_bias.md and context_bias.png there; --pairs takes the JSON, too.
+
+    tools/evaluate_context_bias.py --protocol singh2020 \\
+        --annotations annotations/instances_val2017.json \\
+        --results output/inference/coco_instances_results.json \\
+        --train-annotations train_80.json --held-out train_20.json plain_on_train_20.json --out bias
+
+measures as image classifiers are measured (Singh et al., CVPR 2020). The score of a class in an
+image is that of its best detection. The 20 pairs are those of the highest bias: the mean score of a
+class in images with its context over that in images without it. The context is in at least 20% of
+the class's images in --train-annotations. The scores are those of a plain detector on --held-out
+training images, or else the evaluated ones. It prints the class's AP over the co-occurring images
+and over the exclusive ones, each with all images without the class as negatives. To compare
+detectors, give them the same --pairs, such as the context_bias.json of the plain one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from plugin_core.evaluation.biased_pairs import choose_pairs, image_scores, measure_pairs
 from plugin_core.evaluation.coco_files import Source, read_annotations, read_results
 from plugin_core.evaluation.companions import choose_companions
 from plugin_core.evaluation.context_bias import load_detections, load_ground_truth, measure
-from plugin_core.evaluation.context_bias_report import GEOMETRY, Report
+from plugin_core.evaluation.context_bias_report import GEOMETRY, PairReport, Report
 
-SETTINGS = (
-    "annotations",
-    "results",
-    "pairs",
-    "train_annotations",
-    "iou_type",
-    "score_threshold",
-)
+SETTINGS = ("annotations", "results", "pairs", "train_annotations")
+SETTINGS_OF = {"detection": ("iou_type", "score_threshold"), "singh2020": ("held_out",)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    annotations = Source("--annotations", args.annotations)
     try:
-        if not 0 <= args.score_threshold <= 1:
-            raise ValueError(f"--score-threshold {args.score_threshold}: expected 0 to 1")
-        content = read_annotations(annotations, args.iou_type)
-        detected = Source("--results", args.results)
-        results = read_results(detected, args.iou_type, content, annotations)
-        companions, source = choose_companions(
-            content, annotations, pairs=args.pairs, train=args.train_annotations
-        )
+        measure_report = prepare(args)
         if args.out:
             make_folder(args.out)  # before the work, as it may fail
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    truth = load_ground_truth(content)
-    report = Report(
-        measure(
-            truth,
-            load_detections(truth, results),
-            companions,
-            args.iou_type,
-            args.score_threshold,
-        ),
-        args.iou_type,
-        args.score_threshold,
-        source,
-        title=f"{args.results} on {args.annotations}",
-        note="" if results else f"There is no detection in {args.results}.",
-    )
+    report = measure_report()
     print(report.text())
     if args.out:
+        names = (*SETTINGS, "protocol", *SETTINGS_OF[args.protocol])
         try:
-            report.write(args.out, {name: getattr(args, name) for name in SETTINGS})
+            report.write(args.out, {name: getattr(args, name) for name in names})
         except OSError as error:
             sys.exit(f"error: --out {args.out}: {error}")
         print(f"\nwrote context_bias.json, .md and .png to {args.out}")
+
+
+def prepare(args: argparse.Namespace) -> Callable[[], Report | PairReport]:
+    """Read and check everything; returns a function that measures."""
+    if not 0 <= args.score_threshold <= 1:
+        raise ValueError(f"--score-threshold {args.score_threshold}: expected 0 to 1")
+    if args.held_out and args.protocol != "singh2020":
+        raise ValueError("--held-out: of --protocol singh2020")
+    annotations = Source("--annotations", args.annotations)
+    content = read_annotations(annotations, args.iou_type)
+    detected = Source("--results", args.results)
+    results = read_results(detected, args.iou_type, content, annotations)
+    title = f"{args.results} on {args.annotations}"
+    note = "" if results else f"There is no detection in {args.results}."
+    files = {"pairs": args.pairs, "train": args.train_annotations}
+    if args.protocol == "singh2020":
+        scores = image_scores(results)
+        pairs, source = choose_pairs(
+            content, annotations, scores, args.iou_type, **files, held_out=args.held_out
+        )
+        return lambda: PairReport(measure_pairs(content, scores, pairs), source, title, note)
+    companions, source = choose_companions(content, annotations, **files)
+
+    def measure_report() -> Report:
+        truth = load_ground_truth(content)
+        detections = load_detections(truth, results)
+        classes = measure(truth, detections, companions, args.iou_type, args.score_threshold)
+        return Report(classes, args.iou_type, args.score_threshold, source, title, note)
+
+    return measure_report
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -91,6 +108,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--results", required=True, metavar="FILE", help="COCO-format detections of its images"
     )
+    parser.add_argument(
+        "--protocol",
+        choices=list(SETTINGS_OF),
+        default="detection",
+        help="COCO's AP of each class (default), or that of 20 pairs by Singh et al.",
+    )
     companions = parser.add_mutually_exclusive_group()
     companions.add_argument(
         "--pairs", metavar="FILE", help="the companions of the classes to report"
@@ -98,13 +121,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     companions.add_argument(
         "--train-annotations", metavar="FILE", help="where companions are counted"
     )
+    parser.add_argument(
+        "--held-out",
+        nargs=2,
+        metavar=("FILE", "RESULTS"),
+        help="singh2020: training images and a plain detector's detections, which choose the pairs",
+    )
     parser.add_argument("--iou-type", choices=list(GEOMETRY), default="bbox")
     parser.add_argument(
         "--score-threshold",
         type=float,
         default=0.5,
         metavar="S",
-        help="of a false positive, 0 to 1 (default: 0.5); AP takes all detections",
+        help="detection: of a false positive, 0 to 1 (default: 0.5); AP takes all detections",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write table, numbers and figure")
     return parser.parse_args(argv)

@@ -59,7 +59,7 @@ def choose_companions(
     Args:
         content: content of the annotation file for the evaluation.
         annotations: this annotation file.
-        pairs: path of a file of companions, as tools/make_synthetic_coco.py writes it.
+        pairs: path of a file of companions, as :func:`read_pairs` reads it.
         train: without ``pairs``, path of the annotations in which companions are counted; None for
             the evaluated annotations.
 
@@ -85,10 +85,22 @@ def choose_companions(
 def _train_images(content: Record, annotations: Source, source: Source) -> list[set[int]]:
     """List the classes of each training image, by the evaluated file's category ids."""
     train = read_annotations(source)
+    ids = ids_by_name(content, annotations, train, source)
+    return [{ids[i] for i in classes} for classes in classes_by_image(train).values()]
+
+
+def ids_by_name(
+    content: Record, annotations: Source, other: Record, source: Source
+) -> dict[int, int]:
+    """Find the evaluated file's category id for each one of another annotation file, by name.
+
+    Raises:
+        ValueError: if the names differ or are not unique.
+    """
     check_unique(content["categories"], "name", f"{annotations}: categories")
-    check_unique(train["categories"], "name", f"{source}: categories")
+    check_unique(other["categories"], "name", f"{source}: categories")
     ids = {category["name"]: category["id"] for category in content["categories"]}
-    names = {category["id"]: category["name"] for category in train["categories"]}
+    names = {category["id"]: category["name"] for category in other["categories"]}
     different = ids.keys() ^ set(names.values())
     if different:
         first = min(different)
@@ -97,21 +109,34 @@ def _train_images(content: Record, annotations: Source, source: Source) -> list[
             f"{source}: other categories than {annotations}; "
             f"{len(different)} are in one of the two only, such as {first!r} in {side}"
         )
-    return [{ids[names[i]] for i in classes} for classes in classes_by_image(train).values()]
+    return {i: ids[name] for i, name in names.items()}
 
 
 def read_pairs(source: Source, content: Record) -> Companions:
-    """Read a file of companions of a dataset's classes; raises ValueError if it cannot be used."""
-    pairs = read_json(source)
-    if not isinstance(pairs, dict) or not isinstance(pairs.get("companions"), list):
-        raise ValueError(f"{source}: no list of companions; expected make_synthetic_coco.py's file")
-    if not pairs["companions"]:
+    """Read a file of companions of a dataset's classes; raises ValueError if it cannot be used.
+
+    It is make_synthetic_coco.py's, or the context_bias.json of an earlier evaluation.
+    """
+    content_of_file = read_json(source)
+    pairs = content_of_file.get("companions") if isinstance(content_of_file, dict) else None
+    if isinstance(pairs, str) and isinstance(content_of_file.get("classes"), list):
+        pairs = [  # of an evaluation, which lists classes without a companion, too
+            pair
+            for pair in content_of_file["classes"]
+            if not isinstance(pair, dict) or pair.get("companion_id", pair) is not None
+        ]
+    if not isinstance(pairs, list):
+        raise ValueError(
+            f"{source}: no list of companions; expected make_synthetic_coco.py's file, or the "
+            "context_bias.json of an evaluation"
+        )
+    if not pairs:
         raise ValueError(f"{source}: the list of companions is empty; expected at least one")
     checks: Checks = {"category_id": is_id, "companion_id": is_id}
-    check_records(pairs["companions"], f"{source}: pair", checks)
+    check_records(pairs, f"{source}: pair", checks)
     known = [category["id"] for category in content["categories"]]
     companions: Companions = {}
-    for pair in pairs["companions"]:
+    for pair in pairs:
         category_id, companion_id = pair["category_id"], pair["companion_id"]
         for key in checks:
             if pair[key] not in known:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -226,10 +226,12 @@ def measure(
     ]
 
 
-def means(classes: Sequence[ClassBias]) -> dict[str, tuple[float | None, int]]:
-    """Average each of ``NUMBERS`` over the classes that have it, and count these classes."""
+def means(
+    classes: Sequence[Any], numbers: Iterable[str] = NUMBERS
+) -> dict[str, tuple[float | None, int]]:
+    """Average each of ``numbers`` over the classes that have it, and count these classes."""
     result: dict[str, tuple[float | None, int]] = {}
-    for number in NUMBERS:
+    for number in numbers:
         values = [value for c in classes if (value := getattr(c, number)) is not None]
         result[number] = (sum(values) / len(values) if values else None, len(values))
     return result
