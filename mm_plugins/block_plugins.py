@@ -39,8 +39,9 @@ class BlockPlugin(plugin_core.BlockPlugin):
     def __init__(
         self, in_channels: int, name: str, warm_start: bool = False, **arguments: Any
     ) -> None:
-        super().__init__(make_module(name, in_channels, arguments), name, warm_start)
-        self._made_of = name, in_channels, arguments
+        made_of = name, in_channels, arguments, warm_start
+        super().__init__(make_module(*made_of), name, warm_start)
+        self._made_of = made_of
 
     def init_weights(self) -> None:
         """Draw the module's initial weights as its constructor does.

@@ -10,6 +10,7 @@ keyword arguments of its own. It maps (B, C, H, W) to the same shape. Its name i
 A module may offer more than its ``forward``:
 
 - ``forward(x, warm_start=alpha)``, where the warm start costs it less than :class:`BlockPlugin`;
+- ``warm_start_arguments``: defaults of its constructor that are others with a warm start;
 - ``maps(x)``: pictures of what it attends to in x, by name, each (B, h, w);
 - ``published_names``: other spellings of its parameters' names, by their beginnings;
 - ``published_children``: other names of the block's child in published files;
@@ -271,13 +272,16 @@ def rename_published(
             state_dict[prefix + ours + key.removeprefix(prefix + published)] = state_dict.pop(key)
 
 
-def make_module(name: str, channels: int, arguments: Mapping[str, Any]) -> nn.Module:
+def make_module(
+    name: str, channels: int, arguments: Mapping[str, Any], warm_start: bool = False
+) -> nn.Module:
     """Build the bare module of a block plugin.
 
     Args:
         name: of the block plugin.
         channels: C of the block's output.
         arguments: the module's own.
+        warm_start: whether it is to start as the identity.
 
     Raises:
         ArgumentError: names the argument that is unknown or wrong; "name" where that is unclear.
@@ -298,6 +302,8 @@ def make_module(name: str, channels: int, arguments: Mapping[str, Any]) -> nn.Mo
         # timm's modules drop arguments that they do not know.
         if key not in named and (not takes_any or name.startswith("timm:")):
             raise unknown_argument(key, [*named, "warm_start"])
+    if warm_start:
+        arguments = {**getattr(kind, "warm_start_arguments", {}), **arguments}
     try:
         return kind(channels, **arguments)
     except ArgumentError:
@@ -326,7 +332,7 @@ def build_block_plugin(
     Raises:
         ArgumentError: names the argument that is unknown or wrong.
     """
-    return BlockPlugin(make_module(name, channels, arguments), name, warm_start)
+    return BlockPlugin(make_module(name, channels, arguments, warm_start), name, warm_start)
 
 
 def rename_published_children(state_dict: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ from plugin_core.errors import ArgumentError
 from plugin_core.kernels import has_hooks, triplet
 
 _NORMS = ("BN", "SyncBN", "FrozenBN")
+_INITS = ("kaiming_zero_spatial", "kaiming", "pytorch")
 
 
 @register_block_plugin("triplet_attention")
@@ -39,7 +40,7 @@ class TripletAttention(nn.Module):
     It belongs after the last norm of a residual branch, before the shortcut is added. It has
     ``3 * (2 * kernel_size**2 + 2)`` parameters, whatever the number of channels.
 
-    A fresh gate is about 1/2 everywhere, so it halves the features of a network that was trained
+    A fresh gate is 1/2 in the mean, so it halves the features of a network that was trained
     without it. A pretrained one needs the warm start of :class:`plugin_core.BlockPlugin`, which
     makes the output x * (1 + alpha * (g - 1)).
 
@@ -51,14 +52,24 @@ class TripletAttention(nn.Module):
             of all processes of a distributed training, on CPUs too; or "FrozenBN", which always
             uses the running statistics and learns no scale and shift. State dicts are the same.
             PyTorch's ``convert_sync_batchnorm`` makes any of them a plain SyncBatchNorm.
+        init: of the gates. "kaiming_zero_spatial" is that of the published ResNet classifiers: the
+            convolutions' weights are normal of mean 0 and standard deviation sqrt(2) /
+            ``kernel_size`` (Kaiming, fan-out), the norms' scales 1, but 0 in ``g_hw``, which so
+            starts as 1/2 everywhere (with "FrozenBN", which would keep it there, 1). "kaiming", of
+            the published MobileNetV2 and Detectron2 backbones, has scales of 1 in all. "pytorch"
+            leaves what PyTorch draws: weights uniform in ±1 / (sqrt(2) * ``kernel_size``), scales
+            1. A warm start takes this one unless another is given.
 
     Shape: (B, C, H, W) → (B, C, H, W), same dtype and memory format; B may be 0.
 
     Raises:
-        ArgumentError: if ``kernel_size`` is not a positive odd number, or ``norm`` is unknown.
+        ArgumentError: if ``kernel_size`` is not a positive odd number, or ``norm`` or ``init`` is
+            unknown.
         ValueError: if the input is not 4-D.
     """
 
+    # Trainings with a warm start, which nothing published has, keep the weights of their seed.
+    warm_start_arguments: Mapping[str, Any] = MappingProxyType({"init": "pytorch"})
     # What the authors' blocks called their child before.
     published_children: tuple[str, ...] = ("pcam", "triplet")
     # Checkpoints of the paper exist in two spellings. Ours is the first one, so that a checkpoint
@@ -77,6 +88,7 @@ class TripletAttention(nn.Module):
         kernel_size: int = 7,
         no_spatial: bool = False,
         norm: str = "BN",
+        init: str = "kaiming_zero_spatial",
     ) -> None:
         super().__init__()
         if type(kernel_size) is not int or kernel_size < 1 or kernel_size % 2 == 0:
@@ -88,11 +100,19 @@ class TripletAttention(nn.Module):
             raise ArgumentError("no_spatial", f"must be True or False, got {no_spatial!r}")
         if norm not in _NORMS:
             raise ArgumentError("norm", f"must be one of {', '.join(_NORMS)}, got {norm!r}")
+        if init not in _INITS:
+            raise ArgumentError("init", f"must be one of {', '.join(_INITS)}, got {init!r}")
         self.kernel_size = kernel_size
         self.norm = norm
         self.cw = _Gate(kernel_size, norm)
         self.hc = _Gate(kernel_size, norm)
         self.hw = None if no_spatial else _Gate(kernel_size, norm)
+        if init != "pytorch":
+            for gate in (self.cw, self.hc, self.hw):
+                if gate is not None:
+                    nn.init.kaiming_normal_(gate.get_parameter("conv.conv.weight"), mode="fan_out")
+        if init == "kaiming_zero_spatial" and self.hw is not None and norm != "FrozenBN":
+            nn.init.zeros_(self.hw.get_parameter("conv.bn.weight"))
 
     def forward(self, x: Tensor, warm_start: Tensor | None = None) -> Tensor:
         """Scale x by the gates' mean g, or with a scalar alpha by 1 + alpha * (g - 1)."""

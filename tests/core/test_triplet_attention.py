@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from plugin_core import BlockPlugin, TripletAttention
+from plugin_core import BlockPlugin, TripletAttention, build_block_plugin
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 BOTH_VARIANTS = pytest.mark.parametrize("no_spatial", [False, True], ids=["spatial", "no_spatial"])
@@ -46,7 +46,7 @@ def golden_module(no_spatial: bool) -> tuple[TripletAttention, dict[str, Tensor]
 
 def warm(**kwargs: Any) -> BlockPlugin:
     """The module with a warm start."""
-    return BlockPlugin(TripletAttention(**kwargs), "triplet_attention", warm_start=True)
+    return build_block_plugin("triplet_attention", 1, True, **kwargs)
 
 
 def trained(warm_start: bool = False, **kwargs: Any) -> nn.Module:
@@ -126,7 +126,7 @@ def test_evaluation_leaves_batch_norm_buffers_alone(no_spatial):
 
 def hand_made(no_spatial: bool) -> TripletAttention:
     """1×1 kernels: cw takes maximum - mean, hc mean / 2, hw 2·maximum, and no normalization."""
-    module = TripletAttention(kernel_size=1, no_spatial=no_spatial).eval()
+    module = TripletAttention(kernel_size=1, no_spatial=no_spatial, init="kaiming").eval()
     weights = {"cw": (1.0, -1.0), "hc": (0.0, 0.5), "hw": (2.0, 0.0)}
     for name, (maximum, mean) in weights.items():
         gate = getattr(module, name)
@@ -183,10 +183,75 @@ def test_images_of_a_batch_do_not_mix_in_evaluation():
     torch.testing.assert_close(module(x)[1:2], module(x[1:2]))
 
 
-def test_fresh_gates_halve_the_input_roughly():
-    x = torch.rand(2, 8, 6, 6) + 1
-    ratio = TripletAttention().eval()(x) / x
-    assert ratio.min() > 0.2 and ratio.max() < 0.8
+@pytest.mark.parametrize("init", ["kaiming_zero_spatial", "kaiming", "pytorch"])
+def test_fresh_gates_halve_the_input_roughly(init):
+    x = torch.rand(4, 8, 6, 6) + 1
+    ratio = TripletAttention(init=init).train()(x) / x
+    assert 0.4 < ratio.mean() < 0.6
+
+
+def fresh_weights(**kwargs: Any) -> Tensor:
+    """The convolutions' weights of 40 modules."""
+    modules = [TripletAttention(**kwargs) for _ in range(40)]
+    weights = [p for m in modules for p in m.parameters() if p.dim() == 4]
+    return torch.cat([weight.detach().flatten() for weight in weights])
+
+
+@pytest.mark.parametrize("init", ["kaiming_zero_spatial", "kaiming"])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_published_weights_are_normal_with_the_variance_of_kaimings_fan_out(init, kernel_size):
+    weights = fresh_weights(init=init, kernel_size=kernel_size)
+    std = math.sqrt(2) / kernel_size  # one output channel: fan-out is kernel_size**2
+    assert weights.std() == pytest.approx(std, rel=0.08)
+    # Beyond 2 standard deviations is 4.6% of a normal distribution, and nothing of a uniform one.
+    assert (weights.abs() > 2 * std).float().mean() == pytest.approx(0.0455, abs=0.015)
+
+
+def test_pytorchs_weights_are_uniform_and_what_its_convolutions_draw():
+    torch.manual_seed(3)
+    module, rest = TripletAttention(init="pytorch"), torch.rand(3)
+    torch.manual_seed(3)
+    convs = [nn.Conv2d(2, 1, 7, bias=False) for _ in range(3)]
+    for gate, conv in zip((module.cw, module.hc, module.hw), convs, strict=True):
+        assert torch.equal(gate.conv.conv.weight, conv.weight)
+    assert torch.equal(rest, torch.rand(3))  # no further random number was drawn
+    bound = 1 / math.sqrt(2 * 7**2)
+    assert 0.98 * bound < fresh_weights(init="pytorch").abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("arguments", "spatial_scale"),
+    [
+        ({}, 0.0),
+        ({"init": "kaiming_zero_spatial", "norm": "SyncBN"}, 0.0),
+        ({"norm": "FrozenBN"}, 1.0),  # which would stay 0
+        ({"init": "kaiming"}, 1.0),
+        ({"init": "pytorch"}, 1.0),
+    ],
+)
+def test_scale_of_the_spatial_gates_norm_alone_starts_as_0(arguments, spatial_scale):
+    module = TripletAttention(**arguments)
+    scales = {n: p.item() for n, p in module.named_parameters() if n.endswith("bn.weight")}
+    assert scales == {
+        "cw.conv.bn.weight": 1.0,
+        "hc.conv.bn.weight": 1.0,
+        "hw.conv.bn.weight": spatial_scale,
+    }
+    assert not any(p.any() for n, p in module.named_parameters() if n.endswith("bias"))
+    is_half = bool((module.eval().gates(torch.randn(2, 4, 5, 6))[2] == 0.5).all())
+    assert is_half == (spatial_scale == 0)
+
+
+def test_spatial_gate_that_starts_as_a_half_learns():
+    module = TripletAttention(kernel_size=3).train()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    start = module.hw.conv.conv.weight.detach().clone()
+    for _ in range(2):  # the scale first, and through it the convolution
+        optimizer.zero_grad()
+        module(torch.randn(2, 4, 5, 6)).square().mean().backward()
+        optimizer.step()
+    assert module.hw.conv.bn.weight.item() != 0
+    assert not torch.equal(module.hw.conv.conv.weight, start)
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 7])

@@ -230,6 +230,47 @@ def _first_half(block: nn.Module, x: Tensor) -> Tensor:
     return block.norm1(out) if hasattr(block, "norm1") else out
 
 
+def built(build: Build, **plugin: Any) -> nn.Module:
+    """A backbone with triplet attention in its 16 blocks, as a training from scratch starts it."""
+    torch.manual_seed(5)
+    net = build(50, [{"name": "triplet_attention", "stages": (1, 2, 3, 4), **plugin}])
+    if hasattr(net, "init_weights"):  # MMDetection draws all weights again
+        net.init_weights()
+    return net
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("arguments", "std", "spatial_scale"),
+    [
+        ({}, 2**0.5 / 7, 0),
+        ({"init": "kaiming"}, 2**0.5 / 7, 1),
+        ({"init": "pytorch"}, 1 / 7 / 6**0.5, 1),
+        ({"warm_start": True}, 1 / 7 / 6**0.5, 1),
+        ({"warm_start": True, "init": "kaiming_zero_spatial"}, 2**0.5 / 7, 0),
+    ],
+)
+def test_gates_start_as_their_setting_says(build, arguments, std, spatial_scale):
+    plugins = plugins_of(built(build, **arguments))
+    gates = [gate.conv for p in plugins for gate in (p.module.cw, p.module.hc, p.module.hw)]
+    assert len(gates) == 3 * 16
+    weights = torch.cat([gate.conv.weight.detach().flatten() for gate in gates])
+    assert weights.std().item() == pytest.approx(std, rel=0.05)
+    scales = [gate.bn.weight.item() for gate in gates]
+    assert scales == [1, 1, spatial_scale] * 16
+    assert not any(gate.bn.bias.any() for gate in gates)
+
+
+@BOTH
+def test_a_seed_gives_a_warm_start_the_weights_that_pytorch_draws(build):
+    warm = built(build, warm_start=True).state_dict()
+    state = torch.get_rng_state()
+    plain = built(build, init="pytorch").state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {n for n in warm if not n.endswith("alpha")} == plain.keys()
+    assert all(torch.equal(warm[name], tensor) for name, tensor in plain.items())
+
+
 @BOTH
 @pytest.mark.parametrize(
     "duplicate",
@@ -403,6 +444,10 @@ def test_module_that_changes_the_shape_is_named_with_both_shapes(build):
         ({"name": "blocks_of_a_user:MyAtention"}, r"name.*did you mean 'MyAttention'"),
         ({"name": "ida", "num_head": 2}, r"num_head.* no argument.*did you mean 'num_heads'"),
         ({"name": "ida", "num_heads": 3}, r"num_heads.* must divide the \d+ channels, got 3"),
+        (
+            {"name": "triplet_attention", "init": "zero"},
+            r"init.* must be one of kaiming_zero_spatial, kaiming, pytorch, got 'zero'",
+        ),
         ({"name": "simam", "e_lambda": -1}, r"e_lambda.* must be positive, got -1"),
         ({"name": "ida", "warm_start": "yes"}, r"warm_start.* must be True or False, got 'yes'"),
     ],

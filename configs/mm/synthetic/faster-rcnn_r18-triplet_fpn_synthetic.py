@@ -10,7 +10,8 @@ model = dict(
         frozen_stages=-1,
         norm_eval=False,
         init_cfg=None,
-        plugins=[dict(cfg=dict(type="TripletAttention"), position="after_conv2")],
+        # "pytorch": as in the results that are written down
+        plugins=[dict(cfg=dict(type="TripletAttention", init="pytorch"), position="after_conv2")],
     ),
     neck=dict(in_channels=[64, 128, 256, 512], out_channels=128, norm_cfg=dict(type="BN")),
     rpn_head=dict(

@@ -3,7 +3,10 @@ custom_imports = dict(imports=["mm_plugins"])
 model = dict(
     backbone=dict(
         type="PluginMobileNetV2",
-        plugins=[dict(cfg=dict(type="TripletAttention"), position="after_linear_conv")],
+        # Initial gates as in the published MobileNetV2
+        plugins=[
+            dict(cfg=dict(type="TripletAttention", init="kaiming"), position="after_linear_conv")
+        ],
     ),
     bbox_head=dict(type="PredictingSSDHead"),  # MMDetection 3.3's SSDHead fails in evaluation
 )
