@@ -7,6 +7,8 @@
         --class dog --baseline mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py plain.pth
     tools/visualize_attention.py my_grounding_config.py --weights iter_1500.pth a.jpg \\
         --out pictures --phrase "the red disk" --text "the red disk, the small square."
+    tools/visualize_attention.py classifier --weights resnet50_triplet.pth.tar a.jpg \\
+        --out pictures --class goldfish --baseline classifier resnet50.pth
 
 A config is one of Detectron2 (.yaml, or .py in LazyConfig's style) or of MMDetection (.py). A
 training leaves its config with all settings in its output folder; a LazyConfig works as .py only.
@@ -26,6 +28,11 @@ in a row of the sheet:
                         last fusion layer's attention, or over the module in the config's
                         model.heatmap or in --layer. A cross marks the maximum; the box is the
                         phrase's best detection
+
+The word "classifier" in place of a config stands for an ImageNet classifier: a ResNet whose
+checkpoint has its fc, plain or with block plugins, in torchvision's names or those of triplet
+attention's authors. Its class's logit is explained, by default that of the highest, over the middle
+of the image, which is cropped as in ImageNet's evaluation.
 
 Colours go from a map's least value to its greatest.
 """
@@ -49,7 +56,12 @@ from plugin_core.inspection.phrases import choose_grounder, phrase_rows
 from plugin_core.inspection.pictures import explain
 from plugin_core.inspection.sheets import Row, write
 
-DETECTORS = {"d2_plugins": "Detectron2Detector", "mm_plugins": "MMDetDetector"}
+CLASSIFIER = "classifier"
+DETECTORS = {
+    "d2_plugins": ("d2_plugins.visualization", "Detectron2Detector"),
+    "mm_plugins": ("mm_plugins.visualization", "MMDetDetector"),
+    CLASSIFIER: ("plugin_core.inspection.classifier", "Classifier"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,7 +90,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a path, model_zoo://… of Detectron2, or mmdet::…")
+    parser.add_argument(
+        "config", help="a path, model_zoo://… of Detectron2, mmdet::…, or classifier"
+    )
     parser.add_argument("images", nargs="+", metavar="IMAGE")
     parser.add_argument("--weights", required=True, help="checkpoint of the trained detector")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="for the pictures")
@@ -140,7 +154,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def prepare(args: argparse.Namespace) -> Callable[[str], list[Row]]:
     """Load and check everything; returns a function that makes the rows of an image's sheet."""
-    side = common_side(args.config, args.baseline and args.baseline[0])
+    baseline_config = args.baseline and args.baseline[0]
+    side = CLASSIFIER
+    if args.config != CLASSIFIER or baseline_config not in (None, CLASSIFIER):
+        side = common_side(args.config, baseline_config)
     check_images(args.images)
     caption = choose_caption(args, side)
     register(args.register_coco, side)
@@ -173,8 +190,8 @@ def choose_caption(args: argparse.Namespace, side: str) -> Caption | None:
         return None
     if side != "mm_plugins":
         raise ValueError(
-            f"--phrase: {args.config} is a config of {FRAMEWORKS[side]}, whose detectors read no "
-            "text; choose by --class"
+            f"--phrase: {args.config} is no config of {FRAMEWORKS['mm_plugins']}, whose detectors "
+            "alone read a text; choose by --class"
         )
     others = {"--class": args.class_, "--methods": args.methods, "--baseline": args.baseline}
     for option, value in others.items():
@@ -217,8 +234,8 @@ def register(datasets: Sequence[Sequence[str]], side: str) -> None:
 
 def load(side: str, config: str, weights: str, trust: bool) -> Detector:
     try:
-        module = importlib.import_module(f"{side}.visualization")
-        return getattr(module, DETECTORS[side])(config, weights, trust=trust)
+        module, name = DETECTORS[side]
+        return getattr(importlib.import_module(module), name)(config, weights, trust=trust)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{config}: {error}") from error
     except Exception as error:  # of a config's own code

@@ -71,7 +71,7 @@ class Detections:
             wanted = self.classes == class_id
         if not wanted.any():
             return None
-        return int(self.scores.detach().masked_fill(~wanted, -1).argmax())
+        return int(self.scores.detach().masked_fill(~wanted, -torch.inf).argmax())
 
 
 @dataclass(frozen=True)
@@ -136,8 +136,10 @@ class Detector(ABC):
         class_names: names of the classes, or "0", "1", … where they have none; empty if the
             detector reads a text.
         reads_text: whether it looks for the phrases of a text.
+        what: it is, in a word.
     """
 
+    what: str = "detector"
     model: nn.Module
     class_names: tuple[str, ...]
     reads_text: bool = False

@@ -56,7 +56,7 @@ def explain(
         raise ValueError(no_detection(detector, done, class_id))
     class_id = int(done.detections.classes[index])
     cams = [method for method in layers if method in CAMS]
-    rows = [detection_row("detector", detector, done, index)]
+    rows = [detection_row(detector.what, detector, done, index)]
     if cams:
         rows[0].panels += attempt(cam_panels, detector, done, index, layers[cams[0]], cams)
     if baseline is not None and baseline_layer is not None:

@@ -57,7 +57,7 @@ INPUT: {{MIN_SIZE_TEST: 72, MAX_SIZE_TEST: 72}}
 """
 MM_CONFIG = """
 _base_ = "{root}/configs/mm/synthetic/faster-rcnn_r18-triplet_fpn_synthetic.py"
-triplet = dict(cfg=dict(type="TripletAttention"), position="after_conv2")
+triplet = dict(cfg=dict(type="TripletAttention", init="pytorch"), position="after_conv2")
 ida = dict(
     cfg=dict(type="IDABlock", num_queries=6, warm_start=True),
     stages=(False, False, False, True),

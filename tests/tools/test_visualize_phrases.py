@@ -281,7 +281,9 @@ def test_wrong_arguments_are_errors_before_anything_is_loaded(argv, text, image,
 def test_detectors_of_detectron2_read_no_text(image, tmp_path):
     (tmp_path / "some.yaml").touch()
     argv = argv_of(tmp_path / "some.yaml", image, tmp_path / "out", "--phrase", "red")
-    assert "some.yaml is a config of Detectron2, whose detectors read no text" in error_of(argv)
+    assert "some.yaml is no config of MMDetection, whose detectors alone read a text" in error_of(
+        argv
+    )
 
 
 def test_detector_that_reads_a_text_asks_for_a_phrase(trained, image, tmp_path):
