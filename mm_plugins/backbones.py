@@ -9,9 +9,11 @@ from mmdet.models.backbones import MobileNetV2
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.models.layers import InvertedResidual
 from mmdet.registry import MODELS
+from mmengine.model import PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mm_plugins.block_plugins import BlockPlugin
 from plugin_core.block_plugins import ApplyChildren, read_published_children
 from plugin_core.errors import ArgumentError
 
@@ -112,6 +114,17 @@ class PluginMobileNetV2(MobileNetV2):
         # Freeze at once, as ResNet does. MobileNetV2 freezes when the training starts. By then a
         # distributed training waits for these parameters' gradients.
         self._freeze_stages()
+
+    def init_weights(self) -> None:
+        is_first = not self.is_init
+        super().init_weights()
+        cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
+        if is_first and all(cfg["type"] not in ("Pretrained", PretrainedInit) for cfg in cfgs):
+            # These drew the plugins' weights, too. mmengine does not ask modules below a plain
+            # nn.Sequential for theirs, which MobileNetV2's layers are.
+            for module in self.modules():
+                if isinstance(module, BlockPlugin):
+                    module.init_weights()
 
 
 def _insert_after_linear_conv(block: InvertedResidual, cfg: dict) -> None:

@@ -297,6 +297,38 @@ def test_weights_are_initialized_as_in_mmdetections_resnet(variant, zero_init_re
                 assert (block.bn1.weight == 1).all() and (block.bn1.bias == 0).all()
 
 
+def weights_of_gates(model: nn.Module) -> Tensor:
+    weights = [p for plugin in plugins_of(model) for p in plugin.module.parameters() if p.dim() > 1]
+    return torch.cat([weight.detach().flatten() for weight in weights])
+
+
+@pytest.mark.parametrize(
+    "init_cfg", [None, {"type": "TruncNormal", "layer": "Conv2d", "std": 0.03}]
+)
+def test_gates_of_a_mobilenet_start_as_their_setting_says_whatever_the_other_weights(init_cfg):
+    for init, std in (("kaiming", 2**0.5 / 7), ("pytorch", 1 / 7 / 6**0.5)):
+        layer = {"type": "TripletAttention", "init": init}
+        model = build("PluginMobileNetV2", layer, init_cfg=copy.deepcopy(init_cfg))
+        model.init_weights()
+        weights = weights_of_gates(model)
+        assert weights.std().item() == pytest.approx(std, rel=0.05)
+        model.init_weights()  # which mmengine does only once
+        assert torch.equal(weights_of_gates(model), weights)
+
+
+def test_gates_of_a_mobilenet_with_weights_of_a_file_are_the_files_or_the_constructors(tmp_path):
+    torch.save(build("PluginMobileNetV2", triplet()).state_dict(), tmp_path / "whole.pth")
+    torch.save(plain("PluginMobileNetV2").state_dict(), tmp_path / "plain.pth")
+    for name in ("whole.pth", "plain.pth"):
+        init_cfg = {"type": "Pretrained", "checkpoint": str(tmp_path / name)}
+        model = build("PluginMobileNetV2", triplet(warm_start=True), init_cfg=init_cfg)
+        constructed = weights_of_gates(model)
+        model.init_weights()
+        file = torch.load(tmp_path / name)
+        expected = [t.flatten() for n, t in file.items() if is_plugins(n) and t.dim() > 1]
+        assert torch.equal(weights_of_gates(model), torch.cat(expected or [constructed]))
+
+
 @pytest.mark.parametrize("variant", ["ResNet-50", "PluginResNet-18", "PluginMobileNetV2"])
 def test_warm_start_is_the_identity_after_the_weights_are_initialized(variant):
     layers = [triplet(warm_start=True), {"type": "IDABlock", "warm_start": True}]
