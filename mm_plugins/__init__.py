@@ -11,13 +11,15 @@ except ImportError as error:
         "`pip install -e .[mmdet]` in a checkout of this project"
     ) from error
 
-from mm_plugins import dense_heads, detectors, resume  # noqa: F401  # only for registration
+# Only for registration
+from mm_plugins import dense_heads, detectors, panoptic_quality, resume  # noqa: F401
 from mm_plugins.attention_mask_consistency import AMCMixin
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.batchformer import BatchFormerMixin, PixelDecoderBatchFormerMixin
 from mm_plugins.block_plugins import BlockPlugin
 from mm_plugins.grounding import pointing_game, transforms  # noqa: F401
 from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
+from mm_plugins.panoptic_detr import PanopticDETR
 from mm_plugins.roi_heads import BatchFormerBBoxHead, IDABBoxHead
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "FunctionalEntropyMixin",
     "IDABBoxHead",
     "BlockPlugin",
+    "PanopticDETR",
     "PixelDecoderBatchFormerMixin",
     "PluginMobileNetV2",
     "PluginResNet",

@@ -67,13 +67,14 @@ class BatchFormerMixin(DetectorMixin):
         encoder = self._detr_encoder()
         if not isinstance(encoder, DetrTransformerEncoder):
             raise not_for(self, "batchformer")
+        is_trained = any(parameter.requires_grad for parameter in encoder.parameters())
         encoder.batchformer = build_from(
             "batchformer",
             BatchFormers,
             batchformer,
             embed_dims=encoder.embed_dims,
             depth=len(encoder.layers),
-        )
+        ).requires_grad_(is_trained)
 
     def _detr_encoder(self) -> Any:
         return getattr(self, "encoder", None)

@@ -33,11 +33,17 @@ from mmdet.registry import MODELS
 from mm_plugins.attention_mask_consistency import AMCMixin
 from mm_plugins.batchformer import BatchFormerMixin, PixelDecoderBatchFormerMixin
 from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
+from mm_plugins.panoptic_detr import PanopticDETR
 
 
 @MODELS.register_module()
 class PluginDETR(AMCMixin, BatchFormerMixin, DETR):
     """DETR with attention mask consistency and BatchFormerV2."""
+
+
+@MODELS.register_module()
+class PluginPanopticDETR(AMCMixin, BatchFormerMixin, PanopticDETR):
+    """DETR with its mask head, with attention mask consistency and BatchFormerV2."""
 
 
 @MODELS.register_module()

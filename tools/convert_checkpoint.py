@@ -15,8 +15,9 @@ Without --config, OUT is for a backbone with SOURCE's block plugins. If SOURCE h
 a backbone with triplet attention in every block.
 
 SOURCE may also be a whole DETR, Conditional DETR or Deformable DETR of the original repositories,
-with BatchFormerV2 or without it. With --to mm, OUT is then a whole detector, for `load_from` in
-MMDetection's config. With --to d2 or --backbone, OUT is the backbone alone.
+with BatchFormerV2 or without it, the first also with its mask head. With --to mm, OUT is then a
+whole detector, for `load_from` in MMDetection's config. With --to d2 or --backbone, OUT is the
+backbone alone.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Conversion of the original repositories' DETRs, as whole detectors, for MMDetection.
 
-DETR (facebookresearch/detr), Conditional DETR (Atten4Vis/ConditionalDETR), Deformable DETR
-(fundamentalvision/Deformable-DETR) and BatchFormerV2's versions of them (zhihou7/BatchFormer).
+DETR, also with its mask head (facebookresearch/detr), Conditional DETR
+(Atten4Vis/ConditionalDETR), Deformable DETR (fundamentalvision/Deformable-DETR) and
+BatchFormerV2's versions of them (zhihou7/BatchFormer).
 
 All names follow from a detector's few sizes. So missing and superfluous tensors are both noticed.
 """
@@ -30,6 +31,13 @@ _BATCHFORMER = re.compile(
 )
 # The original heads have an output for each of COCO's ids. These 80 are categories.
 _COCO_IDS = [i for i in range(91) if i not in (0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
+# Of COCO's panoptic ids, of which DETR has 250, these 133 are.
+_COCO_STUFF_IDS = [
+    *(92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147),
+    *(148, 149, 151, 154, 155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181),
+    *range(184, 201),
+]
+_PANOPTIC_OUTPUTS = 251
 
 # A last stage of stride 1. torchvision dilates all of its blocks but the first.
 _DC5 = {
@@ -84,17 +92,30 @@ _DECODER_LAYERS = {
 }
 
 
+_MASK_HEAD = {
+    "bbox_attention.q_linear.": "query_proj.",
+    "bbox_attention.k_linear.": "key_proj.",
+    **{f"mask_head.lay{i}.": f"convs.{i - 1}." for i in range(1, 6)},
+    **{f"mask_head.gn{i}.": f"norms.{i - 1}." for i in range(1, 6)},
+    **{f"mask_head.adapter{i}.": f"laterals.{i - 1}." for i in range(1, 4)},
+    "mask_head.out_lay.": "output.",
+}
+
+
 @dataclass(frozen=True)
 class DetrConversion:
     """A whole detector for MMDetection.
 
     Attributes:
-        detector: MMDetection's class: "DETR", "ConditionalDETR" or "DeformableDETR".
+        detector: MMDetection's class: "DETR", "ConditionalDETR" or "DeformableDETR"; or
+            "PanopticDETR" of :mod:`mm_plugins.panoptic_detr`.
         tensors: by MMDetection's names, BatchFormer's as
             :class:`mm_plugins.batchformer.TwoStreams` names them.
         settings: needed in MMDetection's config of the model, with the config's nesting.
         batchformer: arguments of :class:`mm_plugins.batchformer.TwoStreams`; empty without it.
-        from_coco_ids: whether the classifier's 91 ids of COCO became MMDetection's 80 classes.
+        from_coco_ids: whether the classifier's ids of COCO became MMDetection's classes: 91 became
+            80, or of a panoptic detector 250 became 133.
+        lacks_masks: whether it was trained for panoptic segmentation, but has no mask head yet.
     """
 
     detector: str
@@ -102,6 +123,7 @@ class DetrConversion:
     settings: dict[str, Any]
     batchformer: dict[str, Any]
     from_coco_ids: bool
+    lacks_masks: bool = False
 
 
 def is_original_detr(names: Iterable[str]) -> bool:
@@ -152,6 +174,9 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
         names.update(_deformable_names(known, num_levels, decoder_layers, two_stage))
     else:
         names.update(_single_level_names(detector))
+    has_masks = detector == "DETR" and any(n.startswith("mask_head.") for n in known)
+    if has_masks:
+        names.update(_mask_head_names())
     names.update(_batchformer_names(known, batchformer))
     _check_names(detector, names, known)
     backbone = find_backbone(source)
@@ -162,10 +187,13 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
     classifiers = [new for old, new in names.items() if old.startswith("class_embed.")]
     num_outputs = len(tensors[classifiers[0]])
     no_object = detector == "DETR"  # an output of its own, the last in both
-    from_coco_ids = num_outputs == 91 + no_object
+    is_panoptic = no_object and num_outputs == _PANOPTIC_OUTPUTS
+    from_coco_ids = is_panoptic or num_outputs == 91 + no_object
     if from_coco_ids:
         for name in classifiers:
-            rows = [*_COCO_IDS, 91] if no_object else _COCO_IDS
+            rows = [*_COCO_IDS, num_outputs - 1] if no_object else _COCO_IDS
+            if is_panoptic:
+                rows[-1:-1] = _COCO_STUFF_IDS
             if two_stage and name.startswith(f"bbox_head.cls_branches.{decoder_layers}."):
                 # For the encoder's proposals only the first output counts: is there any object?
                 rows = [0, *_COCO_IDS[1:]]
@@ -198,7 +226,16 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
             settings["decoder"]["layer_cfg"] = {"cross_attn_cfg": levels}
     if args.get("dilation"):
         settings["backbone"] |= _DC5
-    return DetrConversion(detector, tensors, settings, batchformer, from_coco_ids)
+    if has_masks or is_panoptic:
+        detector = "PanopticDETR"
+        settings["backbone"]["out_indices"] = (0, 1, 2, 3)
+        settings["panoptic_head"] = {}
+        if from_coco_ids:
+            num_stuff = len(_COCO_STUFF_IDS) if is_panoptic else 0
+            settings["panoptic_head"] = {"num_things_classes": 80, "num_stuff_classes": num_stuff}
+    return DetrConversion(
+        detector, tensors, settings, batchformer, from_coco_ids, is_panoptic and not has_masks
+    )
 
 
 def _detector(names: Collection[str]) -> str:
@@ -283,6 +320,12 @@ def _deformable_names(
             yield from _parameters(f"bbox_embed.{i}.layers.{j}.", target)
 
 
+def _mask_head_names() -> Iterator[tuple[str, str]]:
+    """Pair the names of DETR's mask head with those of :mod:`mm_plugins.panoptic_detr`."""
+    for source, target in _MASK_HEAD.items():
+        yield from _parameters(source, f"panoptic_head.masks.{target}")
+
+
 def _find_batchformer(names: Iterable[str], args: Mapping[str, Any]) -> dict[str, Any]:
     matches = [match for match in map(_BATCHFORMER.match, names) if match]
     if not matches:
@@ -320,9 +363,9 @@ def _check_names(detector: str, expected: Collection[str], found: Iterable[str])
     unknown = [name for name in found if name not in expected]
     if unknown:
         raise ValueError(
-            f"MMDetection's {detector} has no place for {_in_short(unknown)}; it has no mask head, "
-            "no learned positions, no norms before the attention, and those of the original's "
-            "descendants are detectors of their own"
+            f"MMDetection's {detector} has no place for {_in_short(unknown)}; it has no learned "
+            "positions, no norms before the attention, a mask head only in the plain DETR, and "
+            "those of the original's descendants are detectors of their own"
         )
 
 

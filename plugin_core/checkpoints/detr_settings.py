@@ -22,12 +22,16 @@ def describe(conversion: DetrConversion) -> str:
         text += (
             f" after encoder layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
         )
+    if conversion.lacks_masks:
+        text += " for panoptic segmentation, boxes alone (it has no mask head: train it next)"
     return f"{text}, the original repository's names"
 
 
 def model_settings(conversion: DetrConversion) -> dict[str, Any]:
     """List the settings to add to MMDetection's own config of the detector."""
     settings = {"type": conversion.detector, **conversion.settings}
+    if "panoptic_head" in settings:
+        settings["panoptic_head"] = {"type": "DETRPanopticHead", **settings["panoptic_head"]}
     if conversion.batchformer:
         settings |= {
             "type": f"Plugin{conversion.detector}",
@@ -67,14 +71,15 @@ def check_detr(conversion: DetrConversion, model: nn.Module) -> None:
 
 
 def _attribute(model: nn.Module, path: str) -> Any:
-    """Read a setting off a built model; None if the model does not keep it."""
+    """Read a setting off a built model, a list as a tuple; None if the model does not keep it."""
     module, _, name = path.rpartition(".")
     try:
         if name == "type":
             return type(attrgetter(module)(model)).__name__
-        return attrgetter(path)(model)
+        value = attrgetter(path)(model)
     except AttributeError:
         return None
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

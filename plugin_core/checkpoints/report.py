@@ -47,7 +47,13 @@ def report_detr(conversion: DetrConversion, target: Target) -> str:
     """Say what became of a whole detector's tensors."""
     lines = []
     if conversion.from_coco_ids:
-        lines.append("classes: the 80 categories of COCO, of its 91 ids")
+        is_panoptic = conversion.settings["bbox_head"]["num_classes"] > 80
+        known = (
+            "133 panoptic categories of COCO, of its 250"
+            if is_panoptic
+            else ("80 categories of COCO, of its 91")
+        )
+        lines.append(f"classes: the {known} ids")
     places = [n for n in target.state_dict if not n.endswith("num_batches_tracked")]
     fresh = [n for n in places if n not in conversion.tensors]
     unused = [n for n in conversion.tensors if n not in target.state_dict]

@@ -349,8 +349,8 @@ def no_backbone(state: dict[str, Tensor]) -> None:
         (no_classifier, "no whole DETR: it has no class_embed.weight, class_embed.bias. With"),
         (no_decoder, "it has no transformer.decoder.layers.0.self_attn.in_proj_weight, "),
         (half_a_batchformer, "it has no transformer.bf.0.self_attn.in_proj_weight, "),
-        (norms_before, "DETR has no place for transformer.encoder.norm.weight; it has no mask"),
-        (mask_head, "DETR has no place for mask_head.lay1.weight; it has no mask head"),
+        (norms_before, "DETR has no place for transformer.encoder.norm.weight; it has no learned"),
+        (mask_head, "no whole DETR: it has no bbox_attention.q_linear.weight, "),
         (no_backbone, "no ResNet and no MobileNetV2"),
     ],
 )

@@ -1,0 +1,17 @@
+_base_ = "./panoptic-detr-boxes_r50-batchformer_8xb2-250e_coco-panoptic.py"
+# The mask head alone, on the detector that the other config trains
+model = dict(trains="masks")
+load_from = "work_dirs/panoptic-detr-boxes_r50-batchformer_8xb2-250e_coco-panoptic/epoch_250.pth"
+
+val_evaluator = [
+    dict(
+        type="PanopticQualityMetric",
+        ann_file="data/coco/annotations/panoptic_val2017.json",
+        seg_prefix="data/coco/annotations/panoptic_val2017/",
+    ),
+    _base_.val_evaluator,
+]
+test_evaluator = val_evaluator
+
+train_cfg = dict(max_epochs=25)
+param_scheduler = [dict(type="MultiStepLR", begin=0, end=25, by_epoch=True, milestones=[15])]
