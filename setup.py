@@ -42,6 +42,10 @@ EXTRAS = {
     "cityscapes": [
         "cityscapesscripts>=2.2",
     ],
+    # Panoptic quality
+    "panoptic": [
+        "hotcoco>=1.3,<2",
+    ],
     # Grounding DINO and GLIP read their prompts with it; mmdet 3.3's layers that fuse GLIP's image
     # and text do not work with 4.53 and later.
     "grounding": [

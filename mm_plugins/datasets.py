@@ -10,14 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 from mmdet.datasets import CocoPanopticDataset
-from mmdet.evaluation import CocoMetric
+from mmdet.evaluation import CocoMetric, CocoPanopticMetric
 from mmdet.registry import METRICS
 from mmengine.config import Config
 from torch import nn
 
 from mm_plugins.dataset_nodes import DatasetNode, classes_of, find_datasets
 from mm_plugins.launch import is_main
-from mm_plugins.panoptic_datasets import check_panoptic_dataset
+from mm_plugins.panoptic_datasets import check_panoptic_dataset, check_panoptic_evaluators
+from mm_plugins.panoptic_quality import PanopticQualityMetric
 from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.datasets.check import Reads, Use
 from plugin_core.datasets.classes import check_classes, check_number_of_classes
@@ -56,11 +57,14 @@ def prepare(
         node = cfg.get(loader)
         if not isinstance(node, dict):
             continue
-        evaluators = list(_evaluators(cfg, loader.replace("dataloader", "evaluator")))
+        evaluator = loader.replace("dataloader", "evaluator")
+        evaluators = list(_evaluators(cfg, evaluator, CocoMetric))
         copies: dict[str, str] = {}
         for dataset in find_datasets(node.get("dataset"), f"{loader}.dataset"):
             if issubclass(dataset.kind, CocoPanopticDataset):
                 wrong += check_panoptic_dataset(dataset, model, train=loader == "train_dataloader")
+                panoptic = _evaluators(cfg, evaluator, CocoPanopticMetric, PanopticQualityMetric)
+                wrong += check_panoptic_evaluators(dataset, panoptic)
                 continue
             classes, setting = classes_of(dataset)
             if not reads_texts:
@@ -77,8 +81,8 @@ def prepare(
             copies[os.path.realpath(dataset.ann_file)] = read
             if read != dataset.ann_file:
                 changes[f"{dataset.setting}.ann_file"] = read
-        for setting, evaluator in evaluators:
-            if copies and isinstance(ann_file := evaluator.get("ann_file"), str):
+        for setting, metric in evaluators:
+            if copies and isinstance(ann_file := metric.get("ann_file"), str):
                 read = copies.get(os.path.realpath(ann_file), "")
                 if not read:
                     wrong.append(
@@ -170,8 +174,8 @@ def _check(dataset: DatasetNode, classes: Sequence[str], setting: str, use: Use)
     return found.ann_file
 
 
-def _evaluators(cfg: Config, setting: str) -> Iterator[tuple[str, Any]]:
-    """Find the evaluators that compare with a file in COCO's format."""
+def _evaluators(cfg: Config, setting: str, *kinds: type) -> Iterator[tuple[str, Any]]:
+    """Find the evaluators of some classes that compare with a file on this machine."""
     node = cfg.get(setting)
     nodes = [(setting, node)]
     if isinstance(node, (list, tuple)):
@@ -179,7 +183,7 @@ def _evaluators(cfg: Config, setting: str) -> Iterator[tuple[str, Any]]:
     for place, part in nodes:
         kind = part.get("type") if isinstance(part, dict) else None
         kind = METRICS.get(kind) if isinstance(kind, str) else kind
-        if inspect.isclass(kind) and issubclass(kind, CocoMetric) and not part.get("backend_args"):
+        if inspect.isclass(kind) and issubclass(kind, kinds) and not part.get("backend_args"):
             yield place, part
 
 

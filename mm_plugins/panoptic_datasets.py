@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mm_plugins.dataset_nodes import DatasetNode, classes_of, names_in
@@ -45,6 +45,20 @@ def check_panoptic_dataset(dataset: DatasetNode, model: Any, *, train: bool) -> 
     elif is_main() and (warnings := report.text("mmdetection", (WARNING,))):
         print(f"{where}:\n{warnings}", file=sys.stderr, flush=True)
     return [text for text in texts if text]
+
+
+def check_panoptic_evaluators(
+    dataset: DatasetNode, evaluators: Iterable[tuple[str, Any]]
+) -> list[str]:
+    """List the evaluators' files and folders that are not the panoptic dataset's."""
+    return [
+        f"{setting}.{key}: {value!r} is not what {dataset.setting} reads, {own!r}; name the same"
+        for setting, evaluator in evaluators
+        for key, own in (("ann_file", dataset.ann_file), ("seg_prefix", dataset.segments))
+        if isinstance(value := evaluator.get(key), str)
+        and own is not None
+        and os.path.realpath(value) != os.path.realpath(own)
+    ]
 
 
 def _check_panoptic_classes(

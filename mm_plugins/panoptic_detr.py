@@ -168,7 +168,7 @@ class PanopticDETR(DETR):
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Give scores and boxes of all layers, and the logits (B, Q, h, w) of all queries' masks."""
+        """Give scores and boxes of all layers, and all queries' masks, logits (B, Q, h, w)."""
         img_feats = self.extract_feat(batch_inputs)
         outputs = self.forward_transformer(img_feats, batch_data_samples)
         scores, boxes = self.bbox_head(outputs["hidden_states"])

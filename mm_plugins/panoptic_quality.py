@@ -23,12 +23,10 @@ from terminaltables import AsciiTable
 
 from plugin_core.errors import ArgumentError
 from plugin_core.evaluation.panoptic_quality import (
-    INSTALL,
-    PACKAGE,
     PanopticPrediction,
+    check_installed,
     encode_png,
     id_of_color,
-    is_installed,
     panoptic_quality,
 )
 
@@ -94,8 +92,7 @@ class PanopticQualityMetric(BaseMetric):
         prefix: str | None = None,
     ) -> None:
         super().__init__(collect_device, prefix)
-        if not is_installed():
-            raise ImportError(f"PanopticQualityMetric needs {PACKAGE}: {INSTALL}")
+        check_installed()
         if not backend_args and not os.path.isfile(ann_file):
             raise ArgumentError("ann_file", f"must be a file, there is none at {ann_file!r}")
         if not os.path.isdir(seg_prefix):

@@ -69,6 +69,11 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> nn.Module | None
             _check_names(checkpoint, where, backbone, setting)
             _check_layout(checkpoint, where)
     built = _check_model(model, cfg.get("default_scope") or "mmdet") if model else None
+    if train and not load_from and not resumes and getattr(built, "trains", "") == "masks":
+        raise ValueError(
+            "load_from: names no checkpoint, and model.trains='masks' trains nothing but the mask "
+            "head; name a checkpoint of a detector that was trained with model.trains='boxes'"
+        )
     if load_from and not resumes:
         setting = "load_from" if train else "CHECKPOINT"
         check_weights(model, load_from, setting)

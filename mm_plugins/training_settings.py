@@ -8,6 +8,7 @@ is cheap is built.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from mmdet.evaluation import CocoMetric
+from mmdet.datasets.transforms import LoadPanopticAnnotations
+from mmdet.evaluation import CocoMetric, CocoPanopticMetric
 from mmdet.registry import (
     DATA_SAMPLERS,
     DATASETS,
@@ -38,6 +40,7 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, Tes
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mm_plugins.panoptic_quality import PanopticQualityMetric, check_installed
 from plugin_core.errors import ArgumentError, check_arguments, did_you_mean
 
 # Keys that no constructor is given
@@ -49,6 +52,10 @@ _PARTS_OF_LOADER = (
 )
 _GIVEN_TO_FUNCTIONS = ("data_batch", "worker_id")
 _ENVIRONMENT = ("cudnn_benchmark", "mp_cfg", "dist_cfg", "resource_limit")
+_IN_PLACE_OF = {
+    LoadPanopticAnnotations: "LoadPanopticSegments",
+    CocoPanopticMetric: "PanopticQualityMetric",
+}
 _COUNTS = ("max_epochs", "max_iters", "val_interval")
 
 
@@ -180,6 +187,11 @@ def _check_typed(
         yield f"{setting}.{error.argument}: {error.reason}"
     except (TypeError, ValueError):  # a class without a signature
         return
+    if kind in _IN_PLACE_OF and importlib.util.find_spec("panopticapi") is None:
+        yield (
+            f"{setting}.type: {kind.__name__} needs panopticapi, which is on no package index; use "
+            f"type={_IN_PLACE_OF[kind]!r} in its place, with custom_imports of mm_plugins"
+        )
 
 
 def _checkpoint_hook_takes() -> Callable[..., None]:
@@ -274,6 +286,8 @@ def _check_metric(node: Any, setting: str) -> Iterator[str]:
     if not found and kind is CocoMetric:
         rest = {k: v for k, v in node.items() if k not in (*_REGISTRY_KEYS, "ann_file")}
         yield from _tried(setting, partial(kind, **rest))
+    if kind is PanopticQualityMetric:
+        yield from _tried(f"{setting}.type", check_installed)
 
 
 def _check_hook(node: Any, setting: str) -> Iterator[str]:

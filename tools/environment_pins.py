@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
-EXTRAS = ("detectron2", "mmdet", "timm", "grounding", "visualization", "dev")
+EXTRAS = ("detectron2", "mmdet", "timm", "grounding", "panoptic", "visualization", "dev")
 
 
 class SetupError(Exception):

@@ -21,8 +21,6 @@ from typing import Any
 
 import numpy as np
 
-PACKAGE = "hotcoco"
-INSTALL = "pip install 'hotcoco>=1.3,<2'"
 _GROUPS = {"All": "", "Things": "_th", "Stuff": "_st"}
 
 
@@ -64,9 +62,10 @@ class PanopticQuality:
         return rows
 
 
-def is_installed() -> bool:
-    """Tell whether hotcoco is there."""
-    return importlib.util.find_spec(PACKAGE) is not None
+def check_installed() -> None:
+    """Raise an ImportError that says what to install, if hotcoco is missing."""
+    if importlib.util.find_spec("hotcoco") is None:
+        raise ImportError("panoptic quality needs the package hotcoco: pip install 'hotcoco<2'")
 
 
 def id_of_color(pixels: np.ndarray) -> np.ndarray:
@@ -98,8 +97,7 @@ def panoptic_quality(
         ImportError: if hotcoco is not installed, with what to install.
         ValueError: if an image that was predicted has no annotation.
     """
-    if not is_installed():
-        raise ImportError(f"panoptic quality needs {PACKAGE}: {INSTALL}")
+    check_installed()
     from hotcoco.panoptic import PanopticEval
 
     found = {prediction.image_id: prediction for prediction in predictions}

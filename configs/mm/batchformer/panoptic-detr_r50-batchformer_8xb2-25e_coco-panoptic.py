@@ -1,6 +1,6 @@
 _base_ = "./panoptic-detr-boxes_r50-batchformer_8xb2-250e_coco-panoptic.py"
 # The mask head alone, on the detector that the other config trains
-model = dict(trains="masks")
+model = dict(trains="masks", test_cfg=dict(instance_on=True))
 load_from = "work_dirs/panoptic-detr-boxes_r50-batchformer_8xb2-250e_coco-panoptic/epoch_250.pth"
 
 val_evaluator = [
@@ -9,7 +9,11 @@ val_evaluator = [
         ann_file="data/coco/annotations/panoptic_val2017.json",
         seg_prefix="data/coco/annotations/panoptic_val2017/",
     ),
-    _base_.val_evaluator,
+    dict(
+        type="CocoMetric",
+        ann_file="data/coco/annotations/instances_val2017.json",
+        metric=["bbox", "segm"],
+    ),
 ]
 test_evaluator = val_evaluator
 
