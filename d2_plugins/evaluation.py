@@ -14,7 +14,6 @@ from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
     COCOEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluator,
     DatasetEvaluators,
     LVISEvaluator,
@@ -23,6 +22,7 @@ from detectron2.evaluation import (
 )
 
 from d2_plugins.mmdet_bridge import is_bridge
+from d2_plugins.panoptic_quality import PanopticQualityEvaluator
 
 
 def build_evaluator(
@@ -84,7 +84,7 @@ class _NumpyLVISEvaluator(LVISEvaluator):
 
 _WITH_OUTPUT: dict[str, tuple[Callable[..., DatasetEvaluator], ...]] = {
     "coco": (COCOEvaluator,),
-    "coco_panoptic_seg": (SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator),
+    "coco_panoptic_seg": (SemSegEvaluator, COCOEvaluator, PanopticQualityEvaluator),
     "sem_seg": (SemSegEvaluator,),
     "lvis": (_NumpyLVISEvaluator,),
 }

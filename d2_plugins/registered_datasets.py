@@ -28,10 +28,7 @@ _PACKAGES = {
     "lvis": ("lvis", "pip install lvis"),
     "cityscapes_instance": ("cityscapesscripts", "pip install cityscapesscripts"),
     "cityscapes_sem_seg": ("cityscapesscripts", "pip install cityscapesscripts"),
-    "coco_panoptic_seg": (
-        "panopticapi",
-        "pip install git+https://github.com/cocodataset/panopticapi.git",
-    ),
+    "coco_panoptic_seg": ("hotcoco", "pip install 'hotcoco<2'"),
 }
 
 

@@ -15,7 +15,6 @@ from detectron2.evaluation import (
     CityscapesInstanceEvaluator,
     CityscapesSemSegEvaluator,
     COCOEvaluator,
-    COCOPanopticEvaluator,
     DatasetEvaluators,
     PascalVOCDetectionEvaluator,
     SemSegEvaluator,
@@ -24,6 +23,7 @@ from detectron2.structures import Boxes, Instances
 
 from d2_plugins.datasets import register_coco
 from d2_plugins.evaluation import build_evaluator
+from d2_plugins.panoptic_quality import PanopticQualityEvaluator
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -72,7 +72,7 @@ def test_panoptic_segmentation_is_evaluated_in_three_ways(cfg, tiny_coco, tmp_pa
     evaluator = build_evaluator(cfg, "evaluation_panoptic")
     assert type(evaluator) is DatasetEvaluators
     kinds = [type(e) for e in evaluator._evaluators]
-    assert kinds == [SemSegEvaluator, COCOEvaluator, COCOPanopticEvaluator]
+    assert kinds == [SemSegEvaluator, COCOEvaluator, PanopticQualityEvaluator]
     assert {e._output_dir for e in evaluator._evaluators} == {str(tmp_path / "inference")}
 
 

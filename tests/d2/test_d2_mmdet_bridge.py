@@ -46,6 +46,7 @@ from d2_plugins.analysis import analyze
 from d2_plugins.datasets import register_coco
 from d2_plugins.evaluation import build_evaluator
 from d2_plugins.mmdet_bridge import MMDetDetector, build_detector, is_bridge, load_config
+from d2_plugins.panoptic_quality import PanopticQualityEvaluator
 from d2_plugins.pixels import find_mismatches
 from d2_plugins.preflight import check_config
 from d2_plugins.trainer import PluginCheckpointer, PluginTrainer
@@ -447,7 +448,7 @@ def test_panoptic_detector_is_not_asked_for_semantic_scores(cfg, registered, dra
     evaluator = build_evaluator(cfg, "drawn_separated")
     assert isinstance(evaluator, DatasetEvaluators)
     kinds = [type(part) for part in evaluator._evaluators]
-    assert kinds == [COCOEvaluator, COCOPanopticEvaluator]
+    assert kinds == [COCOEvaluator, PanopticQualityEvaluator]
 
 
 # -------------------------------------------------------------------------------------- checkpoints

@@ -451,7 +451,7 @@ def test_depth_of_a_builder_of_the_users_own_is_not_judged(good_cfg):
     ("kind", "package"),
     [
         ("lvis", "lvis"),
-        ("coco_panoptic_seg", "panopticapi"),
+        ("coco_panoptic_seg", "hotcoco"),
         ("cityscapes_instance", "cityscapesscripts"),
     ],
 )

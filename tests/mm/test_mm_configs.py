@@ -17,7 +17,6 @@ pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
 import mmengine.device.utils
 from mmdet.registry import MODELS
-from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.runner import Runner
 
