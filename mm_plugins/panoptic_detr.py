@@ -167,11 +167,13 @@ class PanopticDETR(DETR):
 
     def _forward(
         self, batch_inputs: Tensor, batch_data_samples: list[DetDataSample] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Give scores and boxes of all layers, and all queries' masks, logits (B, Q, h, w)."""
         img_feats = self.extract_feat(batch_inputs)
         outputs = self.forward_transformer(img_feats, batch_data_samples)
         scores, boxes = self.bbox_head(outputs["hidden_states"])
+        if self.trains == "boxes":
+            return scores, boxes
         every = torch.ones_like(scores[-1, :, :, 0], dtype=torch.bool)
         masks = self.panoptic_head(img_feats, outputs, *every.nonzero(as_tuple=True))
         return scores, boxes, masks.unflatten(0, every.shape)

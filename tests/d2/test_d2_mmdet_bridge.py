@@ -403,6 +403,42 @@ def test_panoptic_segments_are_those_of_mmdetection(cfg, packed):
     assert kinds == {True, False}
 
 
+def test_panoptic_detr_is_that_of_mmdetection(cfg, packed):
+    use(
+        cfg,
+        "detr",
+        "model.type=PanopticDETR",
+        "model.backbone.out_indices=(0,1,2,3)",
+        *(f"{o}.embed_dims=128" for o in ("model.bbox_head", "model.panoptic_head")),
+        *(f"model.encoder.layer_cfg.{part}.embed_dims=128" for part in (SELF, "ffn_cfg")),
+        *(f"model.decoder.layer_cfg.{part}.embed_dims=128" for part in (SELF, CROSS, "ffn_cfg")),
+        "model.neck.out_channels=128",
+        "model.positional_encoding.num_feats=64",
+        f"model.bbox_head.num_classes={7 + STUFF}",
+        "model.panoptic_head.type=DETRPanopticHead",
+        "model.panoptic_head.num_things_classes=7",
+        f"model.panoptic_head.num_stuff_classes={STUFF}",
+        "model.panoptic_head.in_channels=(8,16,32)",
+        "model.test_cfg.score_thr=0.0",
+        *(f"model.data_preprocessor.pad_{kind}=True" for kind in ("mask", "seg")),
+        "model.data_preprocessor.seg_pad_value=255",
+    )
+    packed, inputs = with_semantic(packed, [as_detectron2(sample) for sample in packed])
+    model = build_model(cfg).train()
+    expected = run_in_mmdetection(copy.deepcopy(model.detector), packed, training=True)
+    losses = losses_of(model, inputs)
+    assert losses["loss_mask"] == expected["loss_mask"] > 0
+    assert losses["loss_dice"] == expected["loss_dice"] > 0
+    with torch.no_grad():
+        expected = run_in_mmdetection(model.detector.eval(), packed, training=False)
+        outputs = model.eval()(inputs)
+    for output, sample in zip(outputs, expected, strict=True):
+        segments, infos = output["panoptic_seg"]
+        theirs = sample.pred_panoptic_seg.sem_seg[0]
+        assert segments.shape == theirs.shape == sample.ori_shape
+        assert len(infos) == len(theirs.unique()) > 0
+
+
 def test_panoptic_segments_of_a_map_made_by_hand():
     detector = nn.Conv2d(1, 1, 1)
     detector.num_things_classes, detector.num_stuff_classes = 7, 6

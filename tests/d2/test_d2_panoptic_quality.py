@@ -45,9 +45,7 @@ def annotations(drawn_coco: Path) -> dict[str, Any]:
 def truth(annotations: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Inputs and outputs of a model that finds every segment, in the form of PanopticFPN."""
     meta = MetadataCatalog.get("drawn_quality")
-    things, stuff = (
-        meta.get(f"{kind}_dataset_id_to_contiguous_id") for kind in ("thing", "stuff")
-    )
+    things, stuff = (meta.get(f"{kind}_dataset_id_to_contiguous_id") for kind in ("thing", "stuff"))
     pairs = []
     for record in annotations["annotations"]:
         pixels = Image.open(Path(meta.panoptic_root) / record["file_name"])
@@ -93,9 +91,7 @@ def test_segments_of_no_pixel_are_not_needed_and_missing_ones_cost_quality(annot
 def test_map_of_categories_and_instances_without_infos_is_read(annotations):
     """As Panoptic-DeepLab gives it: ids of the dataset, and -1 for none."""
     meta = MetadataCatalog.get("drawn_quality")
-    ids = sorted(
-        [*meta.thing_dataset_id_to_contiguous_id, *meta.stuff_dataset_id_to_contiguous_id]
-    )
+    ids = sorted([*meta.thing_dataset_id_to_contiguous_id, *meta.stuff_dataset_id_to_contiguous_id])
     meta = meta.as_dict()
     MetadataCatalog.pop("drawn_quality")
     contiguous = {category: n for n, category in enumerate(ids)}

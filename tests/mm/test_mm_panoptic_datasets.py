@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
@@ -150,3 +151,18 @@ def test_things_and_stuff_of_the_detector_are_counted(dataset, head):
     )
     model.num_things_classes, model.num_stuff_classes = 7, 6
     check(dataset, model)
+
+
+def test_classes_of_a_checkpoint_are_those_of_the_dataset(dataset, tmp_path):
+    classes = dataset["metainfo"]["classes"]
+    model = nn.Module()
+    model.panoptic_head = nn.Module()
+    model.num_things_classes, model.num_stuff_classes = 7, 6
+    cfg, path = Config({"test_dataloader": {"dataset": dataset}}), tmp_path / "trained.pth"
+    for known in (classes, classes[::-1]):
+        torch.save({"state_dict": {}, "meta": {"dataset_meta": {"classes": known}}}, path)
+        if known == classes:
+            assert prepare(cfg, model, train=False, checkpoint=str(path)) == {}
+            continue
+        with pytest.raises(ValueError, match="in another order than the checkpoint's"):
+            prepare(cfg, model, train=False, checkpoint=str(path))
