@@ -107,10 +107,12 @@ class PanopticDETR(DETR):
         outputs = self.forward_transformer(img_feats, batch_data_samples)
         samples = [self._with_stuff(sample) for sample in batch_data_samples[: len(batch_inputs)]]
         samples *= len(batch_data_samples) // len(batch_inputs)
-        hidden_states = outputs["hidden_states"]
-        losses: dict[str, Tensor] = self.bbox_head.loss(hidden_states, samples)
+        scores, boxes = self.bbox_head(outputs["hidden_states"])
+        losses: dict[str, Tensor] = self.bbox_head.loss_by_feat(
+            scores, boxes, [s.gt_instances for s in samples], [s.metainfo for s in samples]
+        )
         if self.trains != "boxes":
-            matches = self._match(hidden_states, samples)
+            matches = self._match(scores[-1], boxes[-1], samples)
             losses |= self.panoptic_head.loss(img_feats, outputs, samples, matches)
         return losses
 
@@ -132,10 +134,9 @@ class PanopticDETR(DETR):
 
     @torch.no_grad()
     def _match(
-        self, hidden_states: Tensor, samples: Sequence[DetDataSample]
+        self, scores: Tensor, boxes: Tensor, samples: Sequence[DetDataSample]
     ) -> list[tuple[Tensor, Tensor]]:
-        """For each image the queries that have a segment, and which, by the last layer's boxes."""
-        scores, boxes = (outputs[-1] for outputs in self.bbox_head(hidden_states[-1:]))
+        """For each image the queries that have a segment, and which, by scores and boxes."""
         matches = []
         for sample, of_image, box in zip(samples, scores, boxes, strict=True):
             height, width = sample.img_shape

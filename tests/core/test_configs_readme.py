@@ -41,9 +41,13 @@ def test_published_numbers_are_the_authors(method, backbone):
     file = ROOT.parent / "shared" / "published_results.json"
     if not file.is_file():
         pytest.skip(f"no published results in {file}")
+    rows = [r for r in json.loads(file.read_text())["detection"] if r["method"] == method]
     published = {
         (row["detector"], row["task"].removesuffix("s"), row["AP"])
-        for row in json.loads(file.read_text())["detection"]
-        if row["method"] == method and row["task"] != "panoptic"
+        for row in rows
+        if row["task"] != "panoptic"
     }
     assert cited(backbone) == published
+    for row in rows:
+        if row["task"] == "panoptic":
+            assert re.search(rf"\| PQ {row['PQ']} \| .*/panoptic-detr_r50-batchformer_", TEXT)

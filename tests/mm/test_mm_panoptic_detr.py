@@ -243,6 +243,15 @@ def test_only_the_part_that_is_trained_has_gradients(trains, learns):
     assert any("batchformer" in name for name in moved) != learns
 
 
+def test_attention_mask_consistency_joins_in():
+    model = build(trains="all", attention_mask_consistency={}).train()
+    images, _, samples = batch()
+    losses = model.loss(images, list(samples))
+    assert losses["loss_amc_mean"] + losses["loss_amc_max"] > 0 < losses["loss_mask"]
+    model.parse_losses(losses)[0].backward()
+    assert all(p.grad is not None for p in model.panoptic_head.parameters())
+
+
 def test_detector_without_trained_masks_predicts_boxes_of_things_alone():
     images, mask, samples = batch()
     net = decided(original.DETRsegm().eval(), images, mask)
