@@ -401,3 +401,14 @@ def test_part_of_a_mask_head_is_an_error(tmp_path, capsys):
     del state["mask_head.gn3.weight"]
     assert convert(tmp_path, state)[0] == 1
     assert "no whole DETR: it has no mask_head.gn3.weight" in capsys.readouterr().err
+
+
+def test_masks_of_instances_are_converted_without_stuff(tmp_path, capsys):
+    code, out = convert(tmp_path, original.DETRsegm(num_outputs=92).state_dict())
+    assert code == 0
+    settings = {"bbox_head": {"num_classes": 80}, "panoptic_head": {"num_stuff_classes": 0}}
+    model = MODELS.build(small(batchformer=None, **settings))
+    model.load_state_dict(torch.load(out)["state_dict"], strict=True)
+    said = capsys.readouterr().out
+    assert "classes: the 80 categories of COCO, of its 91 ids" in said
+    assert "num_things_classes=80, num_stuff_classes=0" in said
