@@ -33,10 +33,21 @@ RESULTS = Path("benchmarks/results")
 CONFIGS = "configs/mm/synthetic"
 DATA = {"--train": 800, "--val": 200, "--size": 128, "--seed": 0}
 STEPS = 500
-# Name of the detector → its config
-DETECTORS: Mapping[str, str] = {
-    "Grounding DINO": "grounding-dino_r50_synthetic.py",
-    "Grounding DINO, AMC": "grounding-dino_r50-amc_synthetic.py",
+CONFIG = "grounding-dino_r50_synthetic.py"
+AMC_CONFIG = "grounding-dino_r50-amc_synthetic.py"
+_AMC = "model.attention_mask_consistency"
+_FIRST_LAYER = {"model.heatmap.activation": "encoder.fusion_layers.0"}
+# Name of the detector → its config, and options
+DETECTORS: Mapping[str, tuple[str, Mapping[str, object]]] = {
+    "Grounding DINO": (CONFIG, {}),
+    "AMC": (AMC_CONFIG, {}),
+    "AMC, ten times the weights": (
+        AMC_CONFIG,
+        {f"{_AMC}.mean_weight": 2.0, f"{_AMC}.max_weight": 8.0},
+    ),
+    "AMC, one random box": (AMC_CONFIG, {f"{_AMC}.boxes": "random"}),
+    "AMC, in the activation": (AMC_CONFIG, {f"{_AMC}.resolution": "activation"}),
+    "AMC, first fusion layer": (AMC_CONFIG, _FIRST_LAYER),
 }
 
 TEMPLATE = """# Attention mask consistency and where a grounding detector looks
@@ -117,8 +128,9 @@ def steps(name: str, seed: int, work_dir: Path) -> list[tuple[study.Command, Pat
         "default_hooks.checkpoint.max_keep_ckpts": 1,
         "randomness.seed": seed,
     }
-    pairs = [f"{key}={value}" for key, value in options.items()]
-    config = f"{CONFIGS}/{DETECTORS[name]}"
+    config, own = DETECTORS[name]
+    pairs = [f"{key}={value}" for key, value in (options | own).items()]
+    config = f"{CONFIGS}/{config}"
     command = ["tools/train_mmdet.py", config, "--work-dir", out, "--cfg-options", *pairs]
     return [([str(word) for word in command], out / "pointing_game.json")]
 

@@ -88,9 +88,9 @@ def add_plugin_config(cfg: CN) -> None:
     # module with several feature maps, such as "backbone" with an FPN
     cfg.MODEL.AMC.LEVELS = ()
     # Weight of the loss of means
-    cfg.MODEL.AMC.MEAN_WEIGHT = 1.0
+    cfg.MODEL.AMC.MEAN_WEIGHT = 0.2
     # Weight of the loss of maxima
-    cfg.MODEL.AMC.MAX_WEIGHT = 1.0
+    cfg.MODEL.AMC.MAX_WEIGHT = 0.8
     # The mean heat inside shall exceed the mean outside by this margin in [0, 1]
     cfg.MODEL.AMC.MEAN_MARGIN = 0.1
     # The maximum inside shall exceed the maximum outside by this margin in [0, 1]
@@ -99,6 +99,10 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.MODEL.AMC.EVERY = 1
     # Number of an image's classes to take, at random; each costs a differentiation. 0 for all
     cfg.MODEL.AMC.CLASSES = 1
+    # Region of a class: "all" for the union of its boxes, "random" for one of them in each step
+    cfg.MODEL.AMC.BOXES = "all"
+    # Resize heatmaps to the input before the losses: "image"; leave them as they are: "activation"
+    cfg.MODEL.AMC.RESOLUTION = "image"
 
     # ---------------------------------------------------------------------------- #
     # The optimizer of DETRs

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import inspect
 import json
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
+
+from plugin_core import AttentionMaskConsistency
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,28 +45,36 @@ def test_table_has_mean_and_spread_and_findings_stay(benchmark, tmp_path, capsys
 
     text = path.read_text()
     assert text.endswith(f"{benchmark.study.FINDINGS}\nWritten by hand.\n")
-    row = next(line for line in text.splitlines() if line.startswith("| Grounding DINO, AMC"))
+    row = next(line for line in text.splitlines() if line.startswith("| AMC "))
     cells = [cell.strip() for cell in row.split("|")[2:-1]]
     assert cells == ["55.0 ± 7.1", "20.0 ± 0.0", "25.0 ± 0.0", "75.0 ± 0.0", "100.0 ± 0.0"]
 
 
-def test_both_detectors_train_on_the_same_with_the_same_schedule(benchmark):
-    work_dir = Path("work")
-    commands = {}
-    for name in benchmark.DETECTORS:
-        ((command, written_last),) = benchmark.steps(name, 1, work_dir)
-        out = str(benchmark.folder(work_dir, name, 1))
+def test_detectors_train_on_the_same_with_the_same_schedule(benchmark):
+    commands = []
+    for name, (config, own) in benchmark.DETECTORS.items():
+        ((command, written_last),) = benchmark.steps(name, 1, Path("work"))
+        out = str(benchmark.folder(Path("work"), name, 1))
         assert str(written_last.parent) == out and "randomness.seed=1" in command
-        assert (ROOT / command[0]).is_file() and (ROOT / command[1]).is_file()
-        commands[name] = [word.replace(out, "OUT") for word in command[2:]]
-    plain, amc = commands.values()
-    assert plain == amc
+        assert (ROOT / command[0]).is_file() and command[1] == f"{benchmark.CONFIGS}/{config}"
+        added = {f"{key}={value}" for key, value in own.items()}
+        assert added <= set(command)
+        commands.append([word.replace(out, "OUT") for word in command[2:] if word not in added])
+    assert all(command == commands[0] for command in commands)
 
 
 def test_with_amc_nothing_else_changes(benchmark):
-    plain, amc = (
-        Config.fromfile(ROOT / benchmark.CONFIGS / name).to_dict()
-        for name in benchmark.DETECTORS.values()
-    )
-    assert amc["model"].pop("attention_mask_consistency")
+    configs = ROOT / benchmark.CONFIGS
+    plain = Config.fromfile(configs / benchmark.CONFIG).to_dict()
+    amc = Config.fromfile(configs / benchmark.AMC_CONFIG).to_dict()
+    assert amc["model"].pop("attention_mask_consistency") == {}
     assert amc == plain
+
+
+def test_options_are_settings_of_the_detector(benchmark):
+    for config, own in benchmark.DETECTORS.values():
+        cfg = Config.fromfile(ROOT / benchmark.CONFIGS / config)
+        cfg.merge_from_dict(dict(own))
+        inspect.signature(AttentionMaskConsistency).bind(
+            **cfg.model.get("attention_mask_consistency", {})
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,45 @@ def test_differentiated_heatmap_is_the_authors(golden):
     score = (activations * golden["gradients"]).sum((1, 2, 3, 4))
     heat = GradientHeatmap()(score, activations, golden["token_mask"], (16, 16))
     torch.testing.assert_close(heat, golden["heatmap"], atol=1e-5, rtol=0)
+
+
+def test_losses_at_the_published_setting_are_those_of_the_authors():
+    """Box to weighted losses, and gradients through the score's second derivatives.
+
+    The golden numbers are what the authors' lines compute of the attention, scores and boxes below:
+    16x16 positions behind a [CLS] position, 48x48 pixels, weights 0.2 and 0.8.
+    """
+    expected = np.load(GOLDEN.with_stem("attention_mask_consistency_published"))
+    images, heads, tokens = 2, 12, 3
+    factors = (1 + 0.3 * wave(heads * tokens, 1.7)).view(heads, tokens, 1).requires_grad_()
+    weights = (2 * wave(heads * tokens, 2.3)).view(heads, tokens, 1).requires_grad_()
+    attention = wave(images * heads * tokens * 257, 0.37).abs().view(images, heads, tokens, 257)
+    attention = attention * factors
+    scores = (attention * weights).sin().sum((1, 2, 3))
+    boxes = ([[5.0, 9, 30, 33]], [[20.0, 2, 48, 17]])
+    heatmap = GradientHeatmap()
+    losses = AttentionMaskConsistency()(
+        [[ScoredRegion(scores[i], torch.tensor(box))] for i, box in enumerate(boxes)],
+        lambda score: heatmap(
+            score,
+            attention,
+            token_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]),
+            layout=lambda x: x[..., 1:].unflatten(3, (16, 16)),
+        ),
+        (48, 48),
+    )
+    gradients = torch.autograd.grad(sum(losses.values()), (factors, weights))
+    for value, name in zip(
+        (*losses.values(), *gradients),
+        ("loss_mean", "loss_max", "grad_factors", "grad_weights"),
+        strict=True,
+    ):
+        golden = torch.from_numpy(expected[name])
+        torch.testing.assert_close(value.view_as(golden), golden, atol=1e-6, rtol=0, msg=name)
+
+
+def wave(count: int, frequency: float) -> torch.Tensor:
+    return (torch.arange(1, count + 1).double() * frequency).sin().float()
 
 
 # --- by hand --------------------------------------------------------------------------------- #
@@ -205,9 +245,10 @@ def batch(phrases: list[int]):
 def test_a_batchs_losses_are_those_of_its_phrases_and_weighted():
     features, images = batch([2, 0, 1])
     heatmap = GradientHeatmap()
-    losses = AttentionMaskConsistency(mean_weight=2.0, max_weight=3.0, phrases=None)(
-        images, lambda score: heatmap(score, features), (16, 16)
+    amc = AttentionMaskConsistency(
+        mean_weight=2.0, max_weight=3.0, phrases=None, resolution="activation"
     )
+    losses = amc(images, lambda score: heatmap(score, features), (16, 16))
     heats = [
         heatmap(phrase.score, features)[i : i + 1]
         for i, phrase in ((0, images[0][0]), (2, images[2][0]), (0, images[0][1]))
@@ -233,6 +274,39 @@ def test_a_subset_of_phrases_takes_as_many_differentiations():
     assert len(calls) == 1 + 3
 
 
+@pytest.mark.parametrize(("resolution", "size"), [("image", (8, 12)), ("activation", (2, 3))])
+def test_losses_are_taken_at_the_resolution_of_the_image_or_of_the_activation(resolution, size):
+    """Half of a box's pixels are in a cell whose centre is not in the box."""
+    heat = torch.tensor([[[[0.0, 0, 0], [0, 1, 0]]]])
+    region = ScoredRegion(torch.zeros(()), torch.tensor([[2.0, 4, 8, 8]]))
+    amc = AttentionMaskConsistency(1.0, 1.0, resolution=resolution)
+    losses = amc([[region]], lambda score: heat, (8, 12))
+    if resolution == "image":
+        heat = nn.functional.interpolate(heat, size, mode="bilinear")
+    mask = torch.zeros(1, 1, *size)
+    mask[0, 0, size[0] // 2 :, size[1] // 6 if resolution == "image" else 0 : size[1] * 2 // 3] = 1
+    expected = attention_mask_consistency_loss(heat, mask)
+    assert [loss.item() for loss in losses.values()] == [loss.item() for loss in expected]
+
+
+def test_a_region_is_all_boxes_of_a_phrase_or_a_random_one():
+    heat = torch.zeros(1, 1, 4, 4)
+    heat[..., :2, :2] = 1.0
+    boxes = torch.tensor([[0.0, 0, 2, 2], [2, 2, 4, 4]])
+    region = ScoredRegion(torch.zeros(()), boxes)
+
+    def mean_loss(boxes: str) -> float:
+        amc = AttentionMaskConsistency(mean_weight=1.0, mean_margin=1.0, boxes=boxes)
+        return amc([[region]], lambda score: heat, (4, 4))["loss_amc_mean"].item()
+
+    torch.manual_seed(0)
+    assert mean_loss("all") == pytest.approx(0.0 - 0.5 + 1)
+    drawn = Counter(round(mean_loss("random"), 4) for _ in range(40))
+    # The first box holds all heat; outside of the second one is 4 of 12 pixels' heat.
+    assert set(drawn) == {0.0, round(4 / 12 + 1, 4)}
+    assert min(drawn.values()) > 8
+
+
 def test_images_without_phrases_only_have_losses_of_zero():
     losses = AttentionMaskConsistency()([[], []], lambda score: pytest.fail("no score"), (8, 8))
     assert [loss.item() for loss in losses.values()] == [0, 0]
@@ -250,6 +324,8 @@ def test_images_without_phrases_only_have_losses_of_zero():
         ({"max_weight": float("nan")}, "max_weight must be at least 0 and finite, got nan"),
         ({"every": 0}, "every must be a number of steps of at least 1, got 0"),
         ({"phrases": 0}, "phrases must be at least 1, or None for all, got 0"),
+        ({"boxes": "one"}, "boxes must be 'all' or 'random', got 'one'"),
+        ({"resolution": 16}, "resolution must be 'image' or 'activation', got 16"),
     ],
 )
 def test_bad_settings_are_named(arguments, text):

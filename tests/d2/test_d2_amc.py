@@ -57,7 +57,8 @@ def small(cfg: CfgNode, kind: str, **settings: Any) -> CfgNode:
         cfg.MODEL.RETINANET.IN_FEATURES = ["p4", "p5", "p6", "p7"]
         cfg.MODEL.RETINANET.NUM_CLASSES, cfg.MODEL.RETINANET.NUM_CONVS = 3, 1
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
-    settings = {"CLASSES": 0, "MEAN_MARGIN": 1.0, "MAX_MARGIN": 1.0, **settings}
+    always = {"MEAN_MARGIN": 1.0, "MAX_MARGIN": 1.0, "MEAN_WEIGHT": 1.0, "MAX_WEIGHT": 1.0}
+    settings = {"CLASSES": 0, **always, **settings}
     for key, value in settings.items():
         cfg.MODEL.AMC[key] = value
     return cfg
@@ -132,6 +133,8 @@ def by_hand(model: Any, images: list[dict]) -> tuple[Tensor, Tensor]:
             heat = (activations[i] * gradient.relu()).mean(0).relu()
             heat = heat - heat.min()
             heat = heat / (heat.max() + 1e-7)
+            size = pixels.shape[2:]
+            heat = nn.functional.interpolate(heat[None, None], size, mode="bilinear")[0, 0]
             boxes = instances.gt_boxes.tensor[instances.gt_classes == label].tolist()
             within = cells_of(boxes, tuple(pixels.shape[2:]), tuple(heat.shape))
             assert within.any() and not within.all()
@@ -529,6 +532,8 @@ class OwnAMCDetector(AMCGeneralizedRCNN):
         ({"MODEL.AMC.MAX_WEIGHT": -1.0}, "MODEL.AMC.MAX_WEIGHT: must be at least 0"),
         ({"MODEL.AMC.EVERY": 0}, "MODEL.AMC.EVERY: must be a number of steps of at least 1"),
         ({"MODEL.AMC.CLASSES": -1}, "MODEL.AMC.CLASSES: must be how many classes of an image"),
+        ({"MODEL.AMC.BOXES": "one"}, "MODEL.AMC.BOXES: must be 'all' or 'random', got 'one'"),
+        ({"MODEL.AMC.RESOLUTION": "mask"}, "MODEL.AMC.RESOLUTION: must be 'image' or 'activation'"),
         (
             {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIPool"},
             "MODEL.ROI_BOX_HEAD.POOLER_TYPE: AMC differentiates twice through RoIAlign, not "

@@ -49,12 +49,14 @@ def test_plugins_are_off_by_default():
     assert dict(cfg.MODEL.AMC) == {
         "ACTIVATION": "",
         "LEVELS": (),
-        "MEAN_WEIGHT": 1.0,
-        "MAX_WEIGHT": 1.0,
+        "MEAN_WEIGHT": 0.2,
+        "MAX_WEIGHT": 0.8,
         "MEAN_MARGIN": 0.1,
         "MAX_MARGIN": 0.5,
         "EVERY": 1,
         "CLASSES": 1,
+        "BOXES": "all",
+        "RESOLUTION": "image",
     }
     del cfg.MODEL["AMC"]
     assert dict(cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER) == {
