@@ -17,7 +17,7 @@ from mm_plugins.attention_mask_consistency import AMCMixin
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.batchformer import BatchFormerMixin, PixelDecoderBatchFormerMixin
 from mm_plugins.block_plugins import BlockPlugin
-from mm_plugins.grounding import pointing_game, transforms  # noqa: F401
+from mm_plugins.grounding import datasets, pointing_game, transforms  # noqa: F401
 from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
 from mm_plugins.panoptic_detr import PanopticDETR
 from mm_plugins.roi_heads import BatchFormerBBoxHead, IDABBoxHead

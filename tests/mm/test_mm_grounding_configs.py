@@ -15,6 +15,7 @@ pytest.importorskip(
 from grounding_detectors import ROOT, images, kind_of, samples
 from mmdet.registry import METRICS, MODELS
 from mmengine.config import Config
+from mmengine.registry import EVALUATOR
 
 from mm_plugins.preflight import check_config
 from mm_plugins.training_settings import check_training_settings
@@ -69,8 +70,8 @@ def test_with_both_is_each_and_the_other(path):
 
 # Of GLIP, which takes its time, the small one with both stands for all.
 TRAINED = [p for p in SHIPPED if "grounding" in p.stem or p.stem.startswith("glip_r50-amc-f")]
-(POINTING,) = (p for p in SHIPPED if "pointing" in p.stem)
-TRAINED.remove(POINTING)
+POINTING = [p for p in SHIPPED if "pointing" in p.stem]
+TRAINED = [p for p in TRAINED if p not in POINTING]
 
 
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
@@ -103,7 +104,7 @@ def test_config_is_a_base_and_a_few_lines(path):
 
 
 def test_config_of_the_pointing_game_predicts_heatmaps_that_its_metric_takes(text_models):
-    cfg = Config.fromfile(POINTING)
+    cfg = Config.fromfile(next(path for path in POINTING if "flickr30k" in path.stem))
     shrink(cfg, text_models["grounding-dino"])
     cfg.model.test_cfg.max_per_img = 5
     torch.manual_seed(0)
@@ -115,7 +116,37 @@ def test_config_of_the_pointing_game_predicts_heatmaps_that_its_metric_takes(tex
     for sample in batch:
         sample.set_metainfo({"phrase_ids": [0, 1], "phrases": ["the red disk", "the square"]})
     results = model.predict(images(), batch)
+    assert [cfg[f"{split}_dataloader"].dataset.ann_file for split in ("val", "test")] == [
+        f"final_flickr_separateGT_{split}.json" for split in ("val", "test")
+    ]
     for settings in cfg.val_evaluator:
         metric = METRICS.build(settings)
         metric.process({}, [result.to_dict() for result in results])
         assert metric.evaluate(2)
+
+
+@pytest.mark.parametrize("path", [p for p in POINTING if "ref" in p.stem], ids=lambda p: p.stem)
+def test_every_split_of_referring_expressions_has_a_pointing_game_of_its_own(path):
+    cfg = Config.fromfile(path)
+    assert cfg.model.type == "PluginGroundingDINO" and cfg.model.heatmap.in_test
+    assert cfg.test_dataloader == cfg.val_dataloader and cfg.test_evaluator == cfg.val_evaluator
+    names = cfg.test_evaluator.dataset_prefixes
+    for name, dataset in zip(names, cfg.test_dataloader.dataset.datasets, strict=True):
+        assert f"_{dataset.get('split', '')}" in name
+        assert dataset.type == "ReferDataset" or name in dataset.ann_file
+    evaluator = EVALUATOR.build(cfg.test_evaluator)
+    evaluator.dataset_meta = {"cumulative_sizes": [i + 1 for i in range(len(names))]}
+    heatmap = torch.tensor([[0.0, 1.0]])
+    boxes = torch.tensor([[1.0, 0, 2, 1]])
+    for i in range(len(names)):
+        sample = {
+            "gt_instances": {"bboxes": boxes - i % 2, "labels": torch.tensor([1])},
+            "phrase_heatmaps": {"labels": torch.tensor([0]), "heatmaps": heatmap[None]},
+            "tokens_positive": -1,
+            "ori_shape": (1, 2),
+        }
+        for metric in evaluator.metrics:
+            metric.process({}, [sample])
+    found = evaluator.evaluate(len(names))
+    for i, name in enumerate(names):
+        assert found[f"{name}/pointing_game/accuracy"] == 1 - i % 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from make_synthetic_coco import make_dataset
 from mmdet.registry import DATASETS, METRICS, TRANSFORMS
 from mmengine.dataset import pseudo_collate
 
+from mm_plugins.grounding.datasets import _phrases_alone
 from mm_plugins.grounding.pointing_game import points_into
 
 
@@ -118,7 +120,7 @@ def test_a_category_may_be_called_all():
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("scenes") / "coco"
-    make_dataset(out, train=0, val=3, size=64, progress=False)
+    make_dataset(out, train=0, val=8, size=64, progress=False)
     return out
 
 
@@ -237,3 +239,112 @@ def test_an_image_without_phrases_has_an_empty_text():
     empty = np.zeros(0, np.int64)
     results = transform({"text": "grass.", "phrases": {}, "gt_bboxes_labels": empty})
     assert results["text"] == () and len(results["gt_bboxes_labels"]) == 0
+
+
+def test_each_phrase_alone_is_an_image_with_its_boxes(scenes):
+    settings = {
+        "data_root": str(scenes),
+        "ann_file": "annotations/grounding_val2017_flickr30k.json",
+        "data_prefix": {"img": "val2017/"},
+        "test_mode": True,
+        "pipeline": [],
+    }
+    together = DATASETS.build({"type": "Flickr30kDataset", **settings})
+    alone = iter(DATASETS.build({"type": "Flickr30kPhraseDataset", **settings}))
+    assert max(len(of_image["phrases"]) for of_image in together) > 1
+    for of_image in together:
+        boxes, phrases = of_image["instances"], np.array(of_image["phrase_ids"])
+        for number, phrase in enumerate(of_image["phrases"]):
+            found = next(alone)
+            assert found["img_path"] == of_image["img_path"]
+            assert found["text"] == phrase and found["phrases"] == [phrase]
+            assert found["tokens_positive"] == [[[0, len(phrase)]]]
+            own = [boxes[i] for i in np.flatnonzero(phrases == number)]
+            assert found["instances"] == own and found["phrase_ids"] == [0] * len(own)
+    with pytest.raises(StopIteration):
+        next(alone)
+
+
+def test_a_detector_reads_a_phrase_alone(scenes, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    dataset = DATASETS.build(
+        {
+            "type": "Flickr30kPhraseDataset",
+            "data_root": str(scenes),
+            "ann_file": "annotations/grounding_val2017_flickr30k.json",
+            "data_prefix": {"img": "val2017/"},
+            "test_mode": True,
+            "pipeline": pipeline("text", "tokens_positive", "phrases", "phrase_ids"),
+        }
+    )
+    text_model = write_text_model(tmp_path / "text")
+    model = model_config("grounding-dino", text_model)
+    detector = build(regularized(model, heatmap={"in_test": True})).eval()
+    texts: list[str] = []
+    detector.language_model.register_forward_hook(
+        lambda _module, args, _output: texts.extend(*args)
+    )
+    (result,) = detector.test_step(pseudo_collate([dataset[1]]))
+    assert [text.rstrip(". ") for text in texts] == result.phrases
+    assert result.phrase_heatmaps.labels.tolist() == [0]
+    metric = METRICS.build({"type": "PointingGameMetric"})
+    metric.process({}, [result.to_dict()])
+    assert metric.evaluate(1)["pointing_game/accuracy"] in (0, 1)
+
+
+def test_a_phrase_in_pieces_alone_is_its_pieces_in_lower_case():
+    instances = [{"bbox": [0, 0, 1, 1]}, {"bbox": [1, 1, 2, 2]}]
+    of_image = {
+        "text": "The Red and a large Disk.",
+        "tokens_positive": [[[0, 7]], [[14, 19], [20, 24]]],
+        "phrase_ids": [1, 1],
+        "instances": instances,
+    }
+    (alone,) = _phrases_alone(of_image)
+    assert alone["text"] == "large disk" and alone["instances"] == instances
+
+
+def refer_files(folder: Path) -> dict[str, Any]:
+    """Two images, of the first one two expressions, in REFER's layout."""
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 30, "width": 40} for i in (1, 2)]
+    boxes = [
+        {"id": 10 * i, "image_id": i, "bbox": [i, 2, 3, 4], "category_id": 7 + i} for i in (1, 2)
+    ]
+    refs = [
+        {
+            "ref_id": 100 * i,
+            "ann_id": 10 * i,
+            "image_id": i,
+            "split": split,
+            "sentences": [{"raw": text} for text in texts],
+        }
+        for i, split, texts in ((1, "val", ["Red Disk", "the disk"]), (2, "test", ["a star"]))
+    ]
+    folder.joinpath("instances.json").write_text(
+        json.dumps({"images": images, "annotations": boxes})
+    )
+    folder.joinpath("refs(unc).p").write_bytes(pickle.dumps(refs))
+    return {
+        "type": "ReferDataset",
+        "data_root": str(folder),
+        "ann_file": "instances.json",
+        "split_file": "refs(unc).p",
+        "data_prefix": {"img_path": "images"},
+        "test_mode": True,
+        "pipeline": [],
+    }
+
+
+def test_every_expression_of_refers_files_is_an_image_with_its_box(tmp_path):
+    dataset = DATASETS.build({**refer_files(tmp_path), "split": "val"})
+    first, second = dataset
+    assert [first["text"], second["text"]] == ["red disk", "the disk"]
+    assert first["img_path"] == str(tmp_path / "images" / "1.jpg")
+    assert first["tokens_positive"] == -1 and first["custom_entities"] is False
+    instance = {"bbox": [1, 2, 4, 6], "bbox_label": 8, "ignore_flag": 0}
+    assert first["instances"] == second["instances"] == [instance]
+
+
+def test_a_split_that_refers_files_lack_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"refs\(unc\).p, which has test, val, got 'testA'"):
+        DATASETS.build({**refer_files(tmp_path), "split": "testA"})
