@@ -21,6 +21,7 @@ from mmdet.evaluation import CocoMetric, CocoPanopticMetric
 from mmdet.registry import (
     DATA_SAMPLERS,
     DATASETS,
+    EVALUATOR,
     HOOKS,
     LOG_PROCESSORS,
     LOOPS,
@@ -33,6 +34,7 @@ from mmdet.registry import (
     VISUALIZERS,
 )
 from mmengine.config import Config
+from mmengine.evaluator import Evaluator
 from mmengine.hooks import CheckpointHook
 from mmengine.optim import OptimWrapper
 from mmengine.registry import FUNCTIONS, DefaultScope, Registry
@@ -110,7 +112,11 @@ def _check_all(cfg: Config, train: bool) -> Iterator[str]:
         if (loop := cfg.get(f"{split}_cfg")) is not None:
             yield from _check_loop(loop, f"{split}_cfg")
         if split != "train" and (evaluator := cfg.get(f"{split}_evaluator")) is not None:
-            for setting, node in _items(evaluator, f"{split}_evaluator"):
+            metrics = f"{split}_evaluator"
+            if isinstance(evaluator, Mapping) and "metrics" in evaluator:  # as the runner tells
+                yield from _check_typed(evaluator, metrics, EVALUATOR, default=Evaluator)
+                evaluator, metrics = evaluator["metrics"], f"{metrics}.metrics"
+            for setting, node in _items(evaluator, metrics):
                 yield from _check_metric(node, setting)
     if train:
         yield from _check_optimization(cfg)

@@ -128,6 +128,7 @@ def test_config_of_the_pointing_game_predicts_heatmaps_that_its_metric_takes(tex
 @pytest.mark.parametrize("path", [p for p in POINTING if "ref" in p.stem], ids=lambda p: p.stem)
 def test_every_split_of_referring_expressions_has_a_pointing_game_of_its_own(path):
     cfg = Config.fromfile(path)
+    check_training_settings(cfg, train=False)
     assert cfg.model.type == "PluginGroundingDINO" and cfg.model.heatmap.in_test
     assert cfg.test_dataloader == cfg.val_dataloader and cfg.test_evaluator == cfg.val_evaluator
     names = cfg.test_evaluator.dataset_prefixes

@@ -109,6 +109,16 @@ def test_right_settings_pass():
         ),
         ("val_evaluator.0.metric", "boxes", "val_evaluator[0]: metric should be one of"),
         ("val_evaluator.0.type", "Coco", "val_evaluator[0].type: there is no metric"),
+        (
+            "val_evaluator",
+            {"_delete_": True, "type": "Multi", "metrics": []},
+            "val_evaluator.type: there is no evaluator 'Multi'",
+        ),
+        (
+            "val_evaluator",
+            {"_delete_": True, "metrics": [{"type": "Coco"}]},
+            "val_evaluator.metrics[0].type: there is no metric",
+        ),
         ("default_hooks.checkpoint.intervall", 1, "checkpoint.intervall: is no argument"),
         ("default_hooks.checkpoint.interval", "x", "checkpoint.interval: must be a whole number"),
         ("default_hooks.logger", "x", "default_hooks.logger: must be dict(type=…), got 'x'"),
