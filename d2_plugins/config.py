@@ -101,8 +101,9 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.MODEL.AMC.CLASSES = 1
     # Region of a class: "all" for the union of its boxes, "random" for one of them in each step
     cfg.MODEL.AMC.BOXES = "all"
-    # Resize heatmaps to the input before the losses: "image"; leave them as they are: "activation"
-    cfg.MODEL.AMC.RESOLUTION = "image"
+    # Resize heatmaps to the input before the losses: "image"; leave them as they are: "activation";
+    # "auto" is "image" where a cell has at most 16 pixels on a side (res4, but not res5)
+    cfg.MODEL.AMC.RESOLUTION = "auto"
 
     # ---------------------------------------------------------------------------- #
     # The optimizer of DETRs

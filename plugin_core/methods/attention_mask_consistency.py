@@ -28,6 +28,9 @@ from plugin_core.kernels.precision import in_float32
 _EPSILON = 1e-7
 # Smaller gradients count as 0: their reciprocals would overflow in a product.
 _SMALLEST = 1e-20
+# Sides in pixels, as in the authors' model. Resized bilinearly, a cell's heat reaches its
+# neighbours, so that a box about as small as a cell could not have the margin.
+_LARGEST_CELL = 16
 
 
 def gradient_heatmap(
@@ -246,9 +249,10 @@ class AttentionMaskConsistency:
             an image costs another differentiation.
         boxes: region of a phrase: "all" for the union of its boxes, or "random" for one of them,
             drawn in each step.
-        resolution: "image" to resize heatmaps to the network's input before the losses, or
-            "activation" to leave them as they are. "image" keeps 11 bytes of each pixel and phrase
-            for the backward pass.
+        resolution: "image" to resize heatmaps to the network's input before the losses, as the
+            authors do, or "activation" to leave them as they are. "auto" is "image" where a cell
+            of the heatmap has sides of at most 16 pixels, as theirs. "image" keeps 11 bytes of
+            each pixel and phrase for the backward pass.
 
     Raises:
         ArgumentError: if an argument is out of its range.
@@ -263,7 +267,7 @@ class AttentionMaskConsistency:
         every: int = 1,
         phrases: int | None = 1,
         boxes: str = "all",
-        resolution: str = "image",
+        resolution: str = "auto",
     ) -> None:
         check_margins(mean_margin, max_margin)
         for name, weight in (("mean_weight", mean_weight), ("max_weight", max_weight)):
@@ -273,7 +277,7 @@ class AttentionMaskConsistency:
         if phrases is not None and (type(phrases) is not int or phrases < 1):
             raise ArgumentError("phrases", f"must be at least 1, or None for all, got {phrases!r}")
         _check_choice("boxes", boxes, ("all", "random"))
-        _check_choice("resolution", resolution, ("image", "activation"))
+        _check_choice("resolution", resolution, ("auto", "image", "activation"))
         self.mean_weight, self.max_weight = mean_weight, max_weight
         self.mean_margin, self.max_margin = mean_margin, max_margin
         self.every, self.phrases = every, phrases
@@ -303,7 +307,7 @@ class AttentionMaskConsistency:
         for turn in range(max(map(len, chosen), default=0)):
             rows = [i for i, regions in enumerate(chosen) if turn < len(regions)]
             heat = heatmaps(torch.stack([chosen[i][turn].score for i in rows]).sum())[rows]
-            if self.resolution == "image":
+            if self._is_resized(heat, input_size):
                 heat = _fit(heat, input_size)
             heats.append(heat)
             boxes = [self._choose_boxes(chosen[i][turn].boxes) for i in rows]
@@ -324,6 +328,12 @@ class AttentionMaskConsistency:
             return list(regions)
         return [regions[i] for i in torch.randperm(len(regions))[: self.phrases].tolist()]
 
+    def _is_resized(self, heat: Tensor, input_size: tuple[int, int]) -> bool:
+        if self.resolution != "auto":
+            return self.resolution == "image"
+        sizes = zip(input_size, heat.shape[2:], strict=True)
+        return all(pixels <= _LARGEST_CELL * cells for pixels, cells in sizes)
+
     def _choose_boxes(self, boxes: Tensor) -> Tensor:
         if self.boxes == "all":
             return boxes
@@ -333,7 +343,7 @@ class AttentionMaskConsistency:
 
 def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
-        names = " or ".join(map(repr, choices))
+        names = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
         raise ArgumentError(argument, f"must be {names}, got {value!r}")
 
 

@@ -289,6 +289,22 @@ def test_losses_are_taken_at_the_resolution_of_the_image_or_of_the_activation(re
     assert [loss.item() for loss in losses.values()] == [loss.item() for loss in expected]
 
 
+@pytest.mark.parametrize(("cell", "is_resized"), [(16, True), (17, False)])
+def test_heatmaps_of_small_cells_are_resized_to_the_image_by_default(cell, is_resized):
+    heat = torch.rand(1, 1, 3, 2)
+    input_size = (3 * 16, 2 * cell)
+    region = ScoredRegion(torch.zeros(()), torch.tensor([[0.0, 0, 20, 33]]))
+    losses = {
+        resolution: AttentionMaskConsistency(resolution=resolution)(
+            [[region]], lambda score: heat, input_size
+        )
+        for resolution in ("image", "activation")
+    }
+    assert losses["image"] != losses["activation"]
+    by_default = AttentionMaskConsistency()([[region]], lambda score: heat, input_size)
+    assert by_default == losses["image" if is_resized else "activation"]
+
+
 def test_a_region_is_all_boxes_of_a_phrase_or_a_random_one():
     heat = torch.zeros(1, 1, 4, 4)
     heat[..., :2, :2] = 1.0
@@ -325,7 +341,7 @@ def test_images_without_phrases_only_have_losses_of_zero():
         ({"every": 0}, "every must be a number of steps of at least 1, got 0"),
         ({"phrases": 0}, "phrases must be at least 1, or None for all, got 0"),
         ({"boxes": "one"}, "boxes must be 'all' or 'random', got 'one'"),
-        ({"resolution": 16}, "resolution must be 'image' or 'activation', got 16"),
+        ({"resolution": 16}, "resolution must be 'auto', 'image' or 'activation', got 16"),
     ],
 )
 def test_bad_settings_are_named(arguments, text):

@@ -533,7 +533,7 @@ class OwnAMCDetector(AMCGeneralizedRCNN):
         ({"MODEL.AMC.EVERY": 0}, "MODEL.AMC.EVERY: must be a number of steps of at least 1"),
         ({"MODEL.AMC.CLASSES": -1}, "MODEL.AMC.CLASSES: must be how many classes of an image"),
         ({"MODEL.AMC.BOXES": "one"}, "MODEL.AMC.BOXES: must be 'all' or 'random', got 'one'"),
-        ({"MODEL.AMC.RESOLUTION": "mask"}, "MODEL.AMC.RESOLUTION: must be 'image' or 'activation'"),
+        ({"MODEL.AMC.RESOLUTION": "mask"}, "MODEL.AMC.RESOLUTION: must be 'auto', 'image'"),
         (
             {"MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIPool"},
             "MODEL.ROI_BOX_HEAD.POOLER_TYPE: AMC differentiates twice through RoIAlign, not "

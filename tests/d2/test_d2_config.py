@@ -56,7 +56,7 @@ def test_plugins_are_off_by_default():
         "EVERY": 1,
         "CLASSES": 1,
         "BOXES": "all",
-        "RESOLUTION": "image",
+        "RESOLUTION": "auto",
     }
     del cfg.MODEL["AMC"]
     assert dict(cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER) == {
