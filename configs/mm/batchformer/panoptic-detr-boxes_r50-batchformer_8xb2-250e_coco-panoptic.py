@@ -2,7 +2,8 @@ _base_ = "mmdet::detr/detr_r50_8xb2-150e_coco.py"
 custom_imports = dict(imports=["mm_plugins"])
 model = dict(
     type="PluginPanopticDETR",
-    batchformer=dict(insert_after=(0,)),
+    # The authors' panoptic script names no layer, which means all of them, and one BatchFormer.
+    batchformer=dict(insert_after=(0, 1, 2, 3, 4, 5), share=True),
     trains="boxes",
     data_preprocessor=dict(pad_mask=True, mask_pad_value=0, pad_seg=True, seg_pad_value=255),
     backbone=dict(out_indices=(0, 1, 2, 3)),
