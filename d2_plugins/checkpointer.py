@@ -14,7 +14,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from plugin_core.block_plugins import find_unread, rename_all_published
+from plugin_core.block_plugins import find_cold, find_unread, rename_all_published
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.errors import few
 from plugin_core.files import replacing
@@ -139,7 +139,7 @@ class PluginCheckpointer(DetectionCheckpointer):
             del state[name]  # such as the number of an epoch
         if not checkpoint.get("matching_heuristics", False):
             fit_names(state, self.model.state_dict().keys(), self.setting)
-        rename_all_published(state)
+        rename_all_published(state, self.model)
         given, example = dict(state), next(iter(state), "nothing")
         result = super()._load_model(checkpoint)
         shapes = [
@@ -156,9 +156,14 @@ class PluginCheckpointer(DetectionCheckpointer):
                 f"{self.setting}: the checkpoint is of another model, as with another number of "
                 f"classes; these weights do not fit: {few(shapes)}"
             )
-        unread = {name: given[name] for name in result.unexpected_keys if name in given}
-        if told := find_unread(self.model, result.missing_keys, unread):
+        missing = result.missing_keys
+        if told := find_unread(self.model, missing, result.unexpected_keys, given):
             raise CheckpointError(f"{self.setting}: {told}")
+        if self.whole and (cold := find_cold(self.model, missing)):
+            raise CheckpointError(
+                f"{self.setting}: the checkpoint lacks weights of block plugins, which would be "
+                f"random: {few(cold)}"
+            )
         return result
 
 

@@ -68,10 +68,12 @@ class PluginResNet(ResNet):
         super().__init__(*arguments, **keywords)
         self.contract_dilation = contract_dilation
         for name in self.res_layers if contract_dilation else ():
-            for module in getattr(self, name)[0].modules():
-                dilation = getattr(module, "dilation", 1)
-                if isinstance(dilation, tuple) and dilation[0] > 1:
-                    module.dilation = module.padding = tuple(d // 2 for d in dilation)
+            block = getattr(self, name)[0]
+            for conv in (block.conv1, block.conv2):
+                dilation = tuple(d // 2 for d in conv.dilation)
+                if dilation > (0, 0):  # the one of 3×3, with as much padding
+                    for module in conv.modules():  # of a deformable one the offsets', too
+                        module.dilation = module.padding = dilation
         read_published_children(self)
 
     def make_res_layer(self, block: type[nn.Module], **kwargs: Any) -> nn.Module:

@@ -97,8 +97,7 @@ def check_weights(
         missing, unexpected, mismatched = _load(model, tensors)
     except Exception:  # of a module that computes with its weights while they are loaded
         return []
-    unread = {name: tensors[name] for name in unexpected}
-    if told := find_unread(model, missing, unread):
+    if told := find_unread(model, missing, unexpected, tensors):
         raise ValueError(f"{setting}: {path!r}: {told}")
     if len(unexpected) + len(mismatched) >= len(tensors):
         example = next(iter(mismatched.values()), f"{next(iter(state), 'nothing')!r}")
@@ -166,4 +165,4 @@ def fit_names(checkpoint: dict[str, Any], model: nn.Module, setting: str = "load
     inner: Any = model.module if is_model_wrapper(model) else model
     state = checkpoint.get("state_dict", checkpoint)
     fit(state, inner.state_dict().keys(), setting)
-    rename_all_published(state)
+    rename_all_published(state, inner)

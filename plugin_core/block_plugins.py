@@ -335,77 +335,106 @@ def build_block_plugin(
     return BlockPlugin(make_module(name, channels, arguments, warm_start), name, warm_start)
 
 
-def rename_published_children(state_dict: dict[str, Any]) -> None:
-    """Rename the children of blocks that published files call something else, in place.
+def rename_all_published(state_dict: dict[str, Any], module: nn.Module, prefix: str = "") -> None:
+    """Give a module's block plugins the tensors that published files call something else, in place.
 
     Args:
-        state_dict: of a model, or a part of one. Of a name such as ``layer1.0.pcam.cw.conv.weight``
-            the child is renamed if the rest is one of the block plugin's, in any spelling.
+        state_dict: whose names end as the module's do, from the block and its stage on.
+        module: with block plugins below it. What has none of the published spellings, such as a
+            plugin of the user's own, keeps its names.
+        prefix: of the module's names.
     """
-    for name, kind in registered_block_plugins().items():
-        children = getattr(kind, "published_children", ())
-        spellings = getattr(kind, "published_names", _NO_NAMES)
-        if not children:
+    for path, plugin in module.named_modules():
+        spellings = getattr(getattr(plugin, "module", None), "published_names", None)
+        if not isinstance(plugin, BlockPlugin) or not spellings or not path:
             continue
-        rest = "|".join(map(re.escape, (*spellings, *spellings.values())))
-        known = re.compile(rf"(?<![^.])(?:{'|'.join(children)})\.(?={rest})")
-        for key in [key for key in state_dict if known.search(key)]:
-            state_dict[known.sub(f"{name}.", key, count=1)] = state_dict.pop(key)
+        *outer, own = f"{prefix}{path}".split(".")
+        siblings = dict(module.get_submodule(path.rpartition(".")[0]).named_children())
+        children = (plugin.plugin_name, *getattr(plugin.module, "published_children", ()))
+        names = "|".join([own, *(re.escape(c) for c in children if c not in siblings)])
+        rest = "|".join([*map(re.escape, (*spellings, *spellings.values())), "alpha$"])
+        block = "".join(f"{re.escape(name)}\\." for name in outer[-2:])
+        known = re.compile(rf"((?:.*\.)?{block})(?:{names})\.((?:{rest}).*)")
+        for match in [match for key in state_dict if (match := known.fullmatch(key))]:
+            parameter = our_name(match[2], spellings)
+            state_dict[f"{match[1]}{own}.{parameter}"] = state_dict.pop(match[0])
 
 
-def rename_all_published(state_dict: dict[str, Any]) -> None:
-    """Give all block plugins in a model's state dict our names, in place.
-
-    For readers that match names before the block plugins load theirs.
-    """
-    rename_published_children(state_dict)
-    for name, kind in registered_block_plugins().items():
-        for published, ours in getattr(kind, "published_names", _NO_NAMES).items():
-            known = re.compile(rf"(?<![^.]){name}\.{re.escape(published)}")
-            for key in [key for key in state_dict if known.search(key)]:
-                renamed = known.sub(f"{name}.{ours}", key, count=1)
-                state_dict[renamed] = state_dict.pop(key)
+def our_name(parameter: str, published_names: Mapping[str, str]) -> str:
+    """Give a parameter in a published spelling our name; any other keeps its own."""
+    for published, ours in published_names.items():
+        if parameter.startswith(published):
+            return ours + parameter.removeprefix(published)
+    return parameter
 
 
-def find_unread(model: nn.Module, missing: Collection[str], unread: Mapping[str, Any]) -> str:
+def find_unread(
+    model: nn.Module,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    given: Mapping[str, Any],
+) -> str:
     """Say which block plugin stays at its start though a checkpoint has tensors that look like its.
 
     Args:
         model: that was given a checkpoint.
         missing: names of the model that the checkpoint lacks.
-        unread: tensors of the checkpoint, by names that the model lacks.
+        unexpected: names of the checkpoint that the model lacks.
+        given: all tensors of the checkpoint, by name.
 
     Returns:
         A sentence, or an empty text.
     """
     missing = set(missing)
-    for path, module in model.named_modules():
-        if not isinstance(module, BlockPlugin):
+    # PyTorch calls a tensor what it is called inside.
+    unread = {name: given.get(name, given.get(_outside(name))) for name in unexpected}
+    for path, plugin in model.named_modules():
+        if not isinstance(plugin, BlockPlugin):
             continue
         *outer, child = path.split(".")
         own = {
             name: tuple(tensor.shape)
-            for name, tensor in module.state_dict().items()
+            for name, tensor in plugin.state_dict().items()
             if name != "alpha" and not name.endswith("num_batches_tracked")
         }
-        # PyTorch calls a missing tensor what it is called inside.
         if not own or not all({f"{path}.{n}", f"{path}.module.{n}"} & missing for n in own):
             continue
         # A file of a backbone alone has shorter names, but the same for a block in its stage.
-        beside = re.compile(rf"(?:.*\.)?{re.escape('.'.join(outer[-2:]))}\.[^.]+(?=\.)")
+        beside = re.compile(rf"(?:.*\.)?{re.escape('.'.join(outer[-2:]))}\.([^.]+)(?=\.)")
         others: dict[str, list[tuple[int, ...]]] = {}
         for name, tensor in unread.items():
             match = beside.match(name)
-            if match and not name.endswith(("num_batches_tracked", "alpha")):
+            if match is None or tensor is None or name.endswith(("num_batches_tracked", "alpha")):
+                continue
+            if match[1] == child or not is_known_child(match[1]):  # which would be another plugin
                 others.setdefault(match[0], []).append(tuple(tensor.shape))
         for other, shapes in others.items():
             if sorted(shapes) == sorted(own.values()):
                 return (
-                    f"{path} would stay at its random start, and {other} of the checkpoint, which "
-                    "has tensors of the same number and shapes, would not be read; rename its "
-                    f"tensors to {child}"
+                    f"{path} would stay at its start, and {other} of the checkpoint, which has "
+                    "tensors of the same number and shapes, would not be read; convert it with "
+                    f"tools/convert_checkpoint.py, or rename its tensors as those of {child}"
                 )
     return ""
+
+
+def is_known_child(child: str) -> bool:
+    """Tell whether a block's child is called as a registered block plugin or one of timm's."""
+    return child in registered_block_plugins() or child.startswith("timm_")
+
+
+def find_cold(model: nn.Module, missing: Collection[str]) -> list[str]:
+    """List the missing tensors of block plugins that are not the identity without weights."""
+    cold = tuple(
+        f"{path}."
+        for path, plugin in model.named_modules()
+        if isinstance(plugin, BlockPlugin) and plugin.alpha is None
+    )
+    return [n for n in missing if n.startswith(cold) and not n.endswith("num_batches_tracked")]
+
+
+def _outside(name: str) -> str:
+    return name.replace(".module.", ".", 1)
 
 
 def read_published_children(parent: nn.Module) -> None:
@@ -413,11 +442,11 @@ def read_published_children(parent: nn.Module) -> None:
 
     A block plugin cannot do so itself: of a state dict it is shown what is below its own name.
     """
-    parent._register_load_state_dict_pre_hook(_rename_children)
+    parent._register_load_state_dict_pre_hook(_rename_children, with_module=True)
 
 
-def _rename_children(state_dict: dict[str, Any], *_: Any) -> None:
-    rename_published_children(state_dict)
+def _rename_children(parent: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    rename_all_published(state_dict, parent, prefix)
 
 
 class ApplyChildren:

@@ -5,8 +5,8 @@
     tools/convert_checkpoint.py SOURCE OUT.pth --to mm --config your_config.py
 
 SOURCE is a ResNet-18, 34, 50, 101 or 152 or a MobileNetV2, with triplet attention or without it:
-the authors' classifiers, torchvision's and timm's, those of IDA's public reproduction, Detectron2's
-.pkl, a checkpoint of a detector of either framework. Use OUT as
+the authors' classifiers, torchvision's and timm's, MoCo's, those of IDA's public reproduction,
+Detectron2's .pkl, a checkpoint of a detector of either framework. Use OUT as
 
     MODEL.WEIGHTS OUT.pth                                                       in Detectron2
     model.backbone.init_cfg = dict(type="Pretrained", checkpoint="OUT.pth")     in MMDetection
@@ -57,6 +57,7 @@ from plugin_core.checkpoints.report import Target, report, report_detr, report_p
 from plugin_core.files import replacing
 
 FRAMEWORKS = {"d2": "Detectron2", "mm": "MMDetection"}
+_TRAINING_ARGUMENTS = {"dilation": bool, "insert_idx": list, "nheads": int, "num_queries": int}
 SUFFIXES = {"d2": (".pth", ".pkl"), "mm": (".pth",)}
 
 
@@ -98,8 +99,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--branch",
-        help="of a self-supervised training take the network whose names begin so, such as "
-        "encoder_k (default: MoCo v2's encoder_q and v3's base_encoder, which they evaluate)",
+        metavar="NAME",
+        help="of a self-supervised training take the network with this first part of its names, "
+        "such as encoder_k (default: what MoCo evaluates, v2's encoder_q or v3's base_encoder)",
     )
     parser.add_argument(
         "--args",
@@ -129,7 +131,14 @@ def run(args: argparse.Namespace) -> None:
         torch.serialization.add_safe_globals([argparse.Namespace])
     checkpoint = read_checkpoint(args.source, trust=args.trust)
     source = find_state_dict(checkpoint)
-    if is_original_detr(source) and not args.backbone:
+    is_detr = is_original_detr(source)
+    if args.args and not (is_detr and args.to == "mm" and not args.backbone):
+        raise ValueError(
+            "--args: are of a whole DETR of the original repositories, with --to mm; leave them out"
+        )
+    if is_detr and args.branch:
+        raise ValueError(f"--branch {args.branch}: SOURCE is a DETR, which has one network")
+    if is_detr and not args.backbone:
         if args.to == "mm":
             run_detr(args, checkpoint, source)
             return
@@ -194,12 +203,17 @@ def training_arguments(texts: list[str]) -> dict[str, Any]:
     arguments = {}
     for text in texts:
         name, _, value = text.partition("=")
+        kind = _TRAINING_ARGUMENTS.get(name)
+        if kind is None:
+            raise ValueError(
+                f"--args {text}: must be NAME=VALUE, with {', '.join(_TRAINING_ARGUMENTS)} as NAME"
+            )
         try:
             arguments[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise ValueError(
-                f"--args {text}: must be NAME=VALUE, such as dilation=True or insert_idx=[0,1]"
-            ) from error
+        except (ValueError, SyntaxError):
+            arguments[name] = value
+        if type(arguments[name]) is not kind:
+            raise ValueError(f"--args {text}: must be of type {kind.__name__}, as in Python")
     return arguments
 
 

@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugin_core.block_plugins import (
-    registered_block_plugins,
-    rename_published,
-    rename_published_children,
-)
+from plugin_core.block_plugins import is_known_child, our_name, registered_block_plugins
 from plugin_core.checkpoints.resnet_names import RESNET_DEPTHS, resnet_depth
 
 _NAME = re.compile(r"(conv[12]|bn1|fc|layer\d\.\d+)\.")
@@ -209,16 +205,18 @@ def branch_of(state_dict: Mapping[str, Tensor], branch: str | None = None) -> di
 
 def _ours(common: str) -> str:
     """Replace the name of a block plugin's parameter in a name by ours."""
-    child = {common: None}
-    rename_published_children(child)
-    common = next(iter(child))
     match = _PLUGIN.fullmatch(common)
-    kind = registered_block_plugins().get(match[3]) if match else None
-    if match is None or kind is None:
+    if match is None:
         return common
-    renamed = {match[4]: None}
-    rename_published(renamed, "", getattr(kind, "published_names", {}))
-    return f"{match[1]}.{match[3]}.{next(iter(renamed))}"
+    block, _, child, parameter = match.groups()
+    for name, kind in registered_block_plugins().items():
+        spellings = getattr(kind, "published_names", {})
+        known = (*spellings, *spellings.values())
+        if child in getattr(kind, "published_children", ()) and parameter.startswith(known):
+            child = name
+        if child == name:
+            return f"{block}.{name}.{our_name(parameter, spellings)}"
+    return common
 
 
 def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
@@ -327,7 +325,7 @@ def _renamed_plugins(
     renamed: dict[str, str] = {}
     for child in [child for child in theirs if child not in ours]:
         for other in [other for other in ours if other not in theirs]:
-            if _has_known_name(child) and _has_known_name(other):
+            if is_known_child(child) and is_known_child(other):
                 continue  # two different plugins
             if theirs[child].keys() == ours[other].keys() and all(
                 shapes(theirs[child][block], source_tensors)
@@ -341,10 +339,6 @@ def _renamed_plugins(
                 theirs[other] = theirs.pop(child)
                 break
     return {renamed.get(common, common): name for common, name in source.names.items()}
-
-
-def _has_known_name(child: str) -> bool:
-    return child in registered_block_plugins() or child.startswith("timm_")
 
 
 def _check_order(names: Mapping[str, str], target: Backbone) -> None:
@@ -376,7 +370,7 @@ def _check_same_function(source: Backbone, names: Mapping[str, str], target: Bac
         ):
             plugin = _PLUGIN.fullmatch(common)
             hint = "they are another network's"
-            if plugin and _has_known_name(plugin[3]):
+            if plugin and is_known_child(plugin[3]):
                 hint = f"take a config with {plugin[3]} in the same stages"
             raise ValueError(
                 f"these weights' blocks have {name}, which the model's have no place for: {hint}"

@@ -102,6 +102,60 @@ def test_unread_attention_that_looks_like_the_models_is_an_error(resnet_cfg, tmp
     PluginCheckpointer(Detector(resnet_cfg)).load(str(tmp_path / "model.pth"))
 
 
+def test_other_plugin_with_tensors_of_the_same_shapes_is_no_error(resnet_cfg, tmp_path):
+    pytest.importorskip("timm", reason="timm is not installed")
+    eca, ceca = ({"NAME": f"timm:{n}", "STAGES": ["res2"]} for n in ("eca", "ceca"))
+    resnet_cfg.MODEL.RESNETS.PLUGINS = [eca]
+    torch.save({"model": Detector(resnet_cfg).state_dict()}, tmp_path / "model.pth")
+    resnet_cfg.MODEL.RESNETS.PLUGINS = [ceca]
+    target = Detector(resnet_cfg)
+    assert "backbone.res2.0.timm_ceca.conv.weight" in target.state_dict()
+    PluginCheckpointer(target).load(str(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize("attention", ["none", "another kernel"])
+def test_attention_that_would_be_random_is_not_evaluated(resnet_cfg, tmp_path, attention):
+    target = Detector(resnet_cfg)
+    state = target.state_dict()
+    if attention == "none":
+        state = {k: v for k, v in state.items() if "triplet" not in k}
+    else:
+        resnet_cfg.MODEL.RESNETS.PLUGINS[0]["KERNEL_SIZE"] = 7
+        target = Detector(resnet_cfg)
+    torch.save({"model": state}, tmp_path / "model.pth")
+    PluginCheckpointer(target).load(str(tmp_path / "model.pth"))  # a training begins
+    with pytest.raises(CheckpointError, match=r"MODEL.WEIGHTS: .*triplet_attention"):
+        PluginCheckpointer(target, whole=True).load(str(tmp_path / "model.pth"))
+
+
+class TripletAttention(nn.Module):
+    """A user's copy of the authors' class, with names that are published ones of ours."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.ChannelGateH = nn.Sequential()
+        self.ChannelGateH.spatial = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ChannelGateH.spatial(x)
+
+
+class Triplet(TripletAttention):
+    """Another one, whose child is called as a published one of ours."""
+
+
+@pytest.mark.parametrize("kind", [TripletAttention, Triplet])
+def test_plugin_of_the_users_own_keeps_its_names(resnet_cfg, tmp_path, kind):
+    name = f"{__name__}:{kind.__name__}"
+    resnet_cfg.MODEL.RESNETS.PLUGINS = [{"NAME": name, "STAGES": ["res2"]}]
+    source, target = Detector(resnet_cfg), Detector(resnet_cfg)
+    names = [n for n in source.state_dict() if "ChannelGateH.spatial" in n]
+    assert names
+    torch.save({"model": source.state_dict()}, tmp_path / "model.pth")
+    PluginCheckpointer(target, whole=True).load(str(tmp_path / "model.pth"))
+    assert all(torch.equal(source.state_dict()[n], target.state_dict()[n]) for n in names)
+
+
 def test_ida_of_an_earlier_version_keeps_its_alpha(resnet_cfg, tmp_path):
     resnet_cfg.MODEL.RESNETS.PLUGINS = [
         {"NAME": "ida", "STAGES": ["res5"], "NUM_QUERIES": 5, "WARM_START": True}

@@ -439,9 +439,57 @@ def test_unread_attention_that_looks_like_the_models_is_an_error(tmp_path):
     torch.save({"state_dict": {names[k]: v for k, v in source.state_dict().items()}}, path)
     for whole in (False, True):
         with pytest.raises(
-            ValueError, match=r"layer1\.0\.triplet_attention would stay at its random"
+            ValueError, match=r"layer1\.0\.triplet_attention would stay at its start"
         ):
             check_weights(Detector("PluginResNet-18"), path, "load_from", whole=whole)
+
+
+class Triplet(nn.Module):
+    """A user's own, whose child and parameters are called as published ones of ours."""
+
+    _abbr_ = "triplet"
+
+    def __init__(self, in_channels: int) -> None:
+        super().__init__()
+        self.cw = nn.Sequential()
+        self.cw.conv = nn.Conv2d(in_channels, in_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.cw.conv(x)
+
+
+def test_plugin_of_the_users_own_keeps_its_names():
+    types = (Triplet, "TripletAttention")  # in one block
+    plugins = [{"cfg": {"type": kind}, "position": "after_conv2"} for kind in types]
+    source, target = (
+        MODELS.build({"type": "PluginResNet", "depth": 18, "plugins": plugins}) for _ in range(2)
+    )
+    assert "layer1.0.triplet.cw.conv.weight" in source.state_dict()
+    content = {"state_dict": source.state_dict()}
+    fit_names(content, target)
+    target.load_state_dict(content["state_dict"], strict=True)
+    load_state_dict(target, source.state_dict(), strict=True)
+
+
+def test_dilation_is_contracted_in_the_dilated_stage_alone():
+    plugins = [{"cfg": {"type": "BlockPlugin", "name": f"{__name__}:Dilated"}}]
+    plugins[0]["position"] = "after_conv3"
+    settings = {"strides": (1, 2, 2, 1), "dilations": (1, 1, 1, 2), "plugins": plugins}
+    net = MODELS.build({"type": "PluginResNet", "depth": 50, **settings, "contract_dilation": True})
+    for stage in (net.layer1, net.layer4):
+        for i, block in enumerate(stage):
+            dilation = 2 if stage is net.layer4 and i > 0 else 1
+            assert block.conv2.dilation == block.conv2.padding == (dilation, dilation)
+            assert block.block_plugin.module.conv.dilation == (4, 4)
+
+
+class Dilated(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=4, dilation=4, groups=channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
 
 
 def test_attention_that_would_be_random_is_not_evaluated(tmp_path):

@@ -373,8 +373,25 @@ def test_dilation_of_a_file_without_arguments_is_asked_for(tmp_path, capsys):
     assert "is it DC5? Then say --args dilation=True" in printed and "dilations" not in printed
     assert convert(source, out, "--args", "dilation=True") == 0
     assert "dilations=(1, 1, 1, 2), contract_dilation=True" in capsys.readouterr().out
-    assert convert(source, out, "--args", "dilation") == 1
-    assert "--args dilation: must be NAME=VALUE" in capsys.readouterr().err
+    for text, reason in (
+        ("dilations=True", "must be NAME=VALUE, with dilation, insert_idx, nheads, num_queries"),
+        ("dilation=yes", "must be of type bool"),
+        ("insert_idx=1", "must be of type list"),
+    ):
+        assert convert(source, out, "--args", text) == 1
+        assert f"--args {text}: {reason}" in capsys.readouterr().err
+    assert convert(source, out, "--backbone", "--args", "dilation=True") == 1
+    assert "--args: are of a whole DETR" in capsys.readouterr().err
+    assert convert(source, out, "--branch", "detr") == 1
+    assert "--branch detr: SOURCE is a DETR" in capsys.readouterr().err
+
+
+def test_dilated_config_is_not_that_of_other_weights(tmp_path, capsys):
+    source = save(original.DETR(), tmp_path / "source.pth", dilation=False)
+    dilated = {"type": "PluginResNet", "strides": [1, 2, 2, 1], "dilations": [1, 1, 1, 2]}
+    config = config_of(tmp_path, "DETR", 32, backbone=dilated)
+    assert convert(source, tmp_path / "out.pth", "--config", str(config)) == 1
+    assert "backbone.dilations is (1, 1, 1, 2), not (1, 1, 1, 1)" in capsys.readouterr().err
 
 
 def test_other_number_of_heads_is_an_error(tmp_path, capsys):

@@ -52,6 +52,7 @@ def small(**settings: Any) -> ConfigDict:
             "backbone": {"depth": 18, "init_cfg": None},
             "neck": {"in_channels": [512], "out_channels": WIDTH},
             "encoder": {"num_layers": 2, "layer_cfg": layer},
+            "batchformer": {"insert_after": (0,), "share": False},
             "decoder": {"num_layers": 2, "layer_cfg": {**layer, "cross_attn_cfg": attention}},
             "positional_encoding": {"num_feats": WIDTH // 2},
             "bbox_head": {"embed_dims": WIDTH},
