@@ -59,6 +59,9 @@ class ReferDataset(RefCocoDataset):
         split_file: pickle with the expressions, such as ``refs(unc).p``.
         split: such as "val".
         data_prefix: with ``img_path``.
+
+    Raises:
+        ValueError: if there is no such split.
     """
 
     def load_data_list(self) -> list[dict[str, Any]]:

@@ -240,8 +240,8 @@ class AttentionMaskConsistency:
     """Compute the losses of a batch whose images have any number of phrases or classes.
 
     Args:
-        mean_weight: of the mean loss, finite and ≥ 0.
-        max_weight: of the max loss, finite and ≥ 0.
+        mean_weight: of the mean loss, finite and ≥ 0. The default is the authors'.
+        max_weight: of the max loss, finite and ≥ 0. The default is the authors'.
         mean_margin: in [0, 1], see :func:`attention_mask_consistency_loss`.
         max_margin: in [0, 1], see :func:`attention_mask_consistency_loss`.
         every: take the losses in every n-th step only, n ≥ 1; the second derivative is slow.
