@@ -127,7 +127,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("FILE", "RESULTS"),
         help="singh2020: training images and a plain detector's detections, which choose the pairs",
     )
-    parser.add_argument("--iou-type", choices=list(GEOMETRY), default="bbox")
+    parser.add_argument(
+        "--iou-type",
+        choices=list(GEOMETRY),
+        default="bbox",
+        help="detection: what is matched (default: bbox); singh2020: what --results must have",
+    )
     parser.add_argument(
         "--score-threshold",
         type=float,

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from plugin_core.block_plugins import BlockPlugin, build_block_plugin, child_name
-from plugin_core.checkpoints.conversion import convert, find_backbone, plugins_in
+from plugin_core.checkpoints.conversion import branch_of, convert, find_backbone, plugins_in
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.inspection.attention_maps import Detections, Detector, Picture
 from plugin_core.inspection.recorder import Call
@@ -39,7 +39,7 @@ class Classifier(Detector):
 
     def __init__(self, config: str, weights: str, *, trust: bool = False) -> None:
         models = importlib.import_module("torchvision.models")
-        state = find_state_dict(read_checkpoint(weights, trust=trust))
+        state = branch_of(find_state_dict(read_checkpoint(weights, trust=trust)))
         try:
             found = find_backbone(state)
             is_known = found.spelling == "torchvision" and "fc.weight" in found.names
