@@ -60,6 +60,7 @@ def prepare(
             continue
         evaluator = loader.replace("dataloader", "evaluator")
         evaluators = list(_evaluators(cfg, evaluator, CocoMetric))
+        panoptic: list[DatasetNode] = []
         copies: dict[str, str] = {}
         for dataset in find_datasets(node.get("dataset"), f"{loader}.dataset"):
             is_panoptic = issubclass(dataset.kind, CocoPanopticDataset)
@@ -68,8 +69,7 @@ def prepare(
                 if known and first:
                     wrong += filter(None, [_other_classes(*classes_of(dataset), *first)])
                 wrong += check_panoptic_dataset(dataset, model, train=loader == "train_dataloader")
-                panoptic = _evaluators(cfg, evaluator, CocoPanopticMetric, PanopticQualityMetric)
-                wrong += check_panoptic_evaluators(dataset, panoptic)
+                panoptic.append(dataset)
                 continue
             classes, setting = classes_of(dataset)
             if not reads_texts:
@@ -86,6 +86,9 @@ def prepare(
             copies[os.path.realpath(dataset.ann_file)] = read
             if read != dataset.ann_file:
                 changes[f"{dataset.setting}.ann_file"] = read
+        if panoptic:
+            metrics = _evaluators(cfg, evaluator, CocoPanopticMetric, PanopticQualityMetric)
+            wrong += check_panoptic_evaluators(panoptic, metrics, model)
         for setting, metric in evaluators:
             if copies and isinstance(ann_file := metric.get("ann_file"), str):
                 read = copies.get(os.path.realpath(ann_file), "")
@@ -183,6 +186,8 @@ def _check(dataset: DatasetNode, classes: Sequence[str], setting: str, use: Use)
 def _evaluators(cfg: Config, setting: str, *kinds: type) -> Iterator[tuple[str, Any]]:
     """Find the evaluators of some classes that compare with a file on this machine."""
     node = cfg.get(setting)
+    if isinstance(node, dict) and "metrics" in node:
+        node, setting = node["metrics"], f"{setting}.metrics"
     nodes = [(setting, node)]
     if isinstance(node, (list, tuple)):
         nodes = [(f"{setting}[{i}]", part) for i, part in enumerate(node)]

@@ -48,17 +48,32 @@ def check_panoptic_dataset(dataset: DatasetNode, model: Any, *, train: bool) -> 
 
 
 def check_panoptic_evaluators(
-    dataset: DatasetNode, evaluators: Iterable[tuple[str, Any]]
+    datasets: Sequence[DatasetNode], evaluators: Iterable[tuple[str, Any]], model: Any
 ) -> list[str]:
-    """List the evaluators' files and folders that are not the panoptic dataset's."""
-    return [
-        f"{setting}.{key}: {value!r} is not what {dataset.setting} reads, {own!r}; name the same"
-        for setting, evaluator in evaluators
-        for key, own in (("ann_file", dataset.ann_file), ("seg_prefix", dataset.segments))
-        if isinstance(value := evaluator.get(key), str)
-        and own is not None
-        and os.path.realpath(value) != os.path.realpath(own)
-    ]
+    """List what is wrong with the evaluators of a loader's panoptic datasets.
+
+    They have to read a dataset's file and folder, and a model that computes masks.
+    """
+    texts = []
+    for setting, evaluator in evaluators:
+        if getattr(model, "trains", None) == "boxes":
+            texts.append(
+                f"{setting}: evaluates segments, which a model with model.trains='boxes' does not "
+                "have; take 'CocoMetric', or leave the evaluation out"
+            )
+        for key in ("ann_file", "seg_prefix"):
+            attribute = "ann_file" if key == "ann_file" else "segments"
+            read = {dataset.setting: getattr(dataset, attribute) for dataset in datasets}
+            own = {place: path for place, path in read.items() if path is not None}
+            value = evaluator.get(key)
+            if not isinstance(value, str) or not own:
+                continue
+            if os.path.realpath(value) not in map(os.path.realpath, own.values()):
+                place, path = next(iter(own.items()))
+                texts.append(
+                    f"{setting}.{key}: {value!r} is not what {place} reads, {path!r}; name the same"
+                )
+    return texts
 
 
 def _check_panoptic_classes(

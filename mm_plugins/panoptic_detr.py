@@ -37,6 +37,7 @@ from plugin_core.errors import ArgumentError
 from plugin_core.methods.detr_masks import DETRMasks, panoptic_segments
 
 _TRAINABLE = ("all", "boxes", "masks")
+_TEST_SETTINGS = ("max_per_img", "panoptic_on", "instance_on", "score_thr")
 _FOCAL_LOSS = {"type": "FocalLoss", "use_sigmoid": True, "gamma": 2.0, "alpha": 0.25}
 _DICE_LOSS = {"type": "DiceLoss", "naive_dice": True, "eps": 1.0}
 
@@ -64,6 +65,13 @@ class PanopticDETR(DETR):
         if trains not in _TRAINABLE:
             raise ArgumentError("trains", f"must be one of {_TRAINABLE}, got {trains!r}")
         self.trains = trains
+        if "test_cfg" in panoptic_head:
+            raise ArgumentError("panoptic_head.test_cfg", "leave it out; model.test_cfg is read")
+        for key in self.test_cfg or {}:
+            if key not in _TEST_SETTINGS:
+                raise ArgumentError(
+                    f"test_cfg.{key}", f"is unknown; known are {', '.join(_TEST_SETTINGS)}"
+                )
         self.panoptic_head = MODELS.build({**panoptic_head, "test_cfg": self.test_cfg})
         self.num_things_classes: int = self.panoptic_head.num_things_classes
         self.num_stuff_classes: int = self.panoptic_head.num_stuff_classes
@@ -279,7 +287,7 @@ class DETRPanopticHead(BaseModule):
         logits = self(img_feats, outputs, images, queries)
         height, width = truth.shape[-2:]
         logits = F.interpolate(
-            logits[:, None], size=(height, width), mode="bilinear", align_corners=False
+            logits[:, None].float(), size=(height, width), mode="bilinear", align_corners=False
         ).flatten(1)
         truth = truth.flatten(1)
         return {

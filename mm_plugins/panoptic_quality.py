@@ -36,7 +36,7 @@ class LoadPanopticSegments(LoadPanopticAnnotations):
     """``LoadPanopticAnnotations`` without panopticapi.
 
     Args:
-        **kwargs: as of ``LoadPanopticAnnotations``.
+        with_bbox, with_label, with_mask, with_seg, box_type: of ``LoadPanopticAnnotations``.
     """
 
     def __init__(

@@ -244,6 +244,7 @@ def _being_built(error: Exception, model: ConfigDict) -> tuple[str, ConfigDict]:
                 (setting, node)
                 for setting, node in _nodes(model, "model")
                 if isinstance(built, dict)
+                and node
                 and all(built.get(key) == node[key] for key in node if key != "postfix")
             ]
             if alike:

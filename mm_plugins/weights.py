@@ -111,6 +111,13 @@ def check_weights(
             f"{setting}: {path!r} is of another model, as with another number of classes; "
             f"random weights would be evaluated in the place of {shapes}"
         )
+    if getattr(model, "trains", None) == "masks":  # of a panoptic DETR: all else stays as it is
+        lost = [n for n in (*missing, *mismatched) if not n.startswith("panoptic_head.")]
+        if lost := [n for n in lost if not n.endswith("num_batches_tracked")]:
+            raise ValueError(
+                f"{setting}: {path!r} lacks weights that would stay random, as "
+                f"model.trains='masks' trains the mask head alone: {few(lost)}"
+            )
     starting = tuple(
         f"{name}."
         for name, module in model.named_modules()

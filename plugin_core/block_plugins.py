@@ -344,6 +344,7 @@ def rename_all_published(state_dict: dict[str, Any], module: nn.Module, prefix: 
             plugin of the user's own, keeps its names.
         prefix: of the module's names.
     """
+    right = {f"{prefix}{name}" for name in module.state_dict()}
     for path, plugin in module.named_modules():
         spellings = getattr(getattr(plugin, "module", None), "published_names", None)
         if not isinstance(plugin, BlockPlugin) or not spellings or not path:
@@ -354,8 +355,10 @@ def rename_all_published(state_dict: dict[str, Any], module: nn.Module, prefix: 
         names = "|".join([own, *(re.escape(c) for c in children if c not in siblings)])
         rest = "|".join([*map(re.escape, (*spellings, *spellings.values())), "alpha$"])
         block = "".join(f"{re.escape(name)}\\." for name in outer[-2:])
-        known = re.compile(rf"((?:.*\.)?{block})(?:{names})\.((?:{rest}).*)")
-        for match in [match for key in state_dict if (match := known.fullmatch(key))]:
+        before = r"(?:.*\.)?" if outer else ""
+        known = re.compile(rf"({before}{block})(?:{names})\.((?:{rest}).*)")
+        found = [match for key in state_dict.keys() - right if (match := known.fullmatch(key))]
+        for match in found:
             parameter = our_name(match[2], spellings)
             state_dict[f"{match[1]}{own}.{parameter}"] = state_dict.pop(match[0])
 

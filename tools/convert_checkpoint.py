@@ -212,8 +212,10 @@ def training_arguments(texts: list[str]) -> dict[str, Any]:
             arguments[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             arguments[name] = value
-        if type(arguments[name]) is not kind:
-            raise ValueError(f"--args {text}: must be of type {kind.__name__}, as in Python")
+        value = arguments[name]
+        if type(value) is not kind or (kind is list and any(type(i) is not int for i in value)):
+            words = "a list of whole numbers" if kind is list else f"of type {kind.__name__}"
+            raise ValueError(f"--args {text}: must be {words}, as in Python")
     return arguments
 
 

@@ -110,9 +110,9 @@ class DetrConversion:
         detector: MMDetection's class: "DETR", "ConditionalDETR" or "DeformableDETR"; or
             "PanopticDETR" of :mod:`mm_plugins.panoptic_detr`.
         tensors: by MMDetection's names, BatchFormer's as
-            :class:`mm_plugins.batchformer.TwoStreams` names them.
+            :class:`mm_plugins.batchformer.BatchFormers` names them.
         settings: needed in MMDetection's config of the model, with the config's nesting.
-        batchformer: arguments of :class:`mm_plugins.batchformer.TwoStreams`; empty without it.
+        batchformer: arguments of :class:`mm_plugins.batchformer.BatchFormers`; empty without it.
         from_coco_ids: whether the classifier's ids of COCO became MMDetection's classes: 91 became
             80, or of a panoptic detector 250 became 133.
         lacks_masks: whether it was trained for panoptic segmentation, but has no mask head yet.
@@ -229,10 +229,13 @@ def convert_detr(source: Mapping[str, Tensor], args: Mapping[str, Any]) -> DetrC
     if has_masks or is_panoptic:
         detector = "PanopticDETR"
         settings["backbone"]["out_indices"] = (0, 1, 2, 3)
-        settings["panoptic_head"] = {}
-        if from_coco_ids:
-            num_stuff = len(_COCO_STUFF_IDS) if is_panoptic else 0
-            settings["panoptic_head"] = {"num_things_classes": 80, "num_stuff_classes": num_stuff}
+        # Of classes of one's own no tensor tells which are stuff.
+        num_stuff = len(_COCO_STUFF_IDS) if is_panoptic else 0
+        num_things = settings["bbox_head"]["num_classes"] - num_stuff
+        settings["panoptic_head"] = {
+            "num_things_classes": num_things,
+            "num_stuff_classes": num_stuff,
+        }
     return DetrConversion(
         detector, tensors, settings, batchformer, from_coco_ids, is_panoptic and not has_masks
     )

@@ -79,7 +79,7 @@ def _attribute(model: nn.Module, path: str) -> Any:
     try:
         value = attrgetter(path)(model)
     except AttributeError:
-        return None
+        return False if path.endswith(".contract_dilation") else None  # a plain ResNet does not
     return tuple(value) if isinstance(value, list) else value
 
 

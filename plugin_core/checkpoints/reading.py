@@ -128,7 +128,8 @@ def _allowing_numpy() -> AbstractContextManager[None]:
     """Let ``torch.load`` read a metric that a trainer saved as numpy computed it."""
     if TorchVersion(torch.__version__) < "2.6":
         return nullcontext()  # its list takes no names of an earlier numpy
-    return torch.serialization.safe_globals(numpy_globals())
+    known = torch.serialization.get_safe_globals()  # which the context would take away at its end
+    return torch.serialization.safe_globals([g for g in numpy_globals() if g not in known])
 
 
 class _WeightsUnpickler(pickle.Unpickler):

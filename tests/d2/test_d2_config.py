@@ -155,7 +155,9 @@ def test_shipped_config_loads(cfg, path):
         backbone = build_backbone(cfg)
     plugins = [module for module in backbone.modules() if isinstance(module, BlockPlugin)]
     assert bool(plugins) == bool(in_backbone)
-    assert all(p.requires_grad for plugin in plugins for p in plugin.parameters())
+    # Weights that hold no attention must not leave it frozen.
+    trains = [p.requires_grad for plugin in plugins for p in plugin.parameters()]
+    assert all(trains) != ("_published" in path.name)
 
 
 def test_there_are_shipped_configs():

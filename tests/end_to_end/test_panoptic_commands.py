@@ -35,6 +35,7 @@ model = dict(
     backbone=dict(depth=18, init_cfg=None),
     neck=dict(in_channels=[512], out_channels=128),
     encoder=dict(num_layers=1, layer_cfg=layer),
+    batchformer=dict(insert_after=(0,)),
     decoder=dict(num_layers=1, layer_cfg=dict(cross_attn_cfg=attention, **layer)),
     positional_encoding=dict(num_feats=64),
     bbox_head=dict(embed_dims=128, num_classes=13),

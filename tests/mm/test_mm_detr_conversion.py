@@ -376,7 +376,7 @@ def test_dilation_of_a_file_without_arguments_is_asked_for(tmp_path, capsys):
     for text, reason in (
         ("dilations=True", "must be NAME=VALUE, with dilation, insert_idx, nheads, num_queries"),
         ("dilation=yes", "must be of type bool"),
-        ("insert_idx=1", "must be of type list"),
+        ("insert_idx=['a']", "must be a list of whole numbers"),
     ):
         assert convert(source, out, "--args", text) == 1
         assert f"--args {text}: {reason}" in capsys.readouterr().err
@@ -388,10 +388,14 @@ def test_dilation_of_a_file_without_arguments_is_asked_for(tmp_path, capsys):
 
 def test_dilated_config_is_not_that_of_other_weights(tmp_path, capsys):
     source = save(original.DETR(), tmp_path / "source.pth", dilation=False)
-    dilated = {"type": "PluginResNet", "strides": [1, 2, 2, 1], "dilations": [1, 1, 1, 2]}
+    dilated = {"strides": [1, 2, 2, 1], "dilations": [1, 1, 1, 2]}
     config = config_of(tmp_path, "DETR", 32, backbone=dilated)
     assert convert(source, tmp_path / "out.pth", "--config", str(config)) == 1
     assert "backbone.dilations is (1, 1, 1, 2), not (1, 1, 1, 1)" in capsys.readouterr().err
+    # MMDetection's ResNet dilates the stage's first block, too.
+    source = save(original.DETR(), tmp_path / "source.pth", dilation=True)
+    assert convert(source, tmp_path / "out.pth", "--config", str(config)) == 1
+    assert "backbone.contract_dilation is False, not True" in capsys.readouterr().err
 
 
 def test_other_number_of_heads_is_an_error(tmp_path, capsys):

@@ -25,6 +25,7 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config, ConfigDict
 from mmengine.structures import InstanceData, PixelData
 
+from mm_plugins.weights import check_weights
 from plugin_core.errors import ArgumentError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "mm" / "batchformer"
@@ -341,6 +342,8 @@ def test_masks_train_without_stuff():
             "bbox_head.loss_cls.use_sigmoid",
             "must be False",
         ),
+        ({"test_cfg": {"score_thresh": 0.1}}, "test_cfg.score_thresh", "is unknown; .*score_thr"),
+        ({"panoptic_head": {"test_cfg": {}}}, "panoptic_head.test_cfg", "leave it out"),
         ({"panoptic_head": {"embed_dims": 96}}, "embed_dims", "must be a multiple of 128, got 96"),
         ({"panoptic_head": {"num_heads": 4}}, "num_heads", "must be a multiple of 8 .*, got 4"),
         ({"panoptic_head": {"in_channels": (64,)}}, "in_channels", r"of 3 maps, got \(64,\)"),
@@ -350,6 +353,19 @@ def test_wrong_setting_is_named(settings, argument, reason):
     with pytest.raises(ArgumentError, match=reason) as error:
         MODELS.build(small(**settings))
     assert error.value.argument == argument
+
+
+@pytest.mark.parametrize("lost", ["encoder.layers.0.norms.0.weight", "bbox_head.fc_cls.bias"])
+def test_mask_head_alone_is_not_trained_on_a_part_of_a_detector(tmp_path, lost):
+    model = MODELS.build(small(trains="masks"))
+    state = {n: t for n, t in model.state_dict().items() if not n.startswith("panoptic_head.")}
+    torch.save({"state_dict": state}, tmp_path / "boxes.pth")
+    path = str(tmp_path / "boxes.pth")
+    assert check_weights(model, path, "load_from", whole=False) == []
+    state[lost] = state[lost][:3]
+    torch.save({"state_dict": state}, tmp_path / "boxes.pth")
+    with pytest.raises(ValueError, match=f"load_from: .* would stay random.*{lost}"):
+        check_weights(model, path, "load_from", whole=False)
 
 
 def test_backbone_that_gives_one_map_is_an_error_that_names_the_setting():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,12 +100,16 @@ def test_loader_gives_masks_of_things_and_a_map_of_classes(drawn_coco):
             assert (classes[mask.astype(bool)] == label).all()
 
 
-def test_true_segments_have_the_full_quality(drawn_coco, caplog):
+def test_true_segments_have_the_full_quality(drawn_coco, monkeypatch):
+    printed: list[str] = []
+    monkeypatch.setattr("mm_plugins.panoptic_quality.print_log", lambda t, _: printed.append(t))
     scores = evaluate(drawn_coco, samples(drawn_coco), classwise=True)
     assert set(scores) == {
         f"coco_panoptic/{key}{group}" for key in ("PQ", "SQ", "RQ") for group in ("", "_th", "_st")
     }
     assert all(score == 100 for score in scores.values())
+    assert "100.0" in printed[0]
+    assert all(name in printed[1] for name in (*THINGS, *STUFF))
 
 
 def test_a_missing_segment_and_a_wrong_class_cost_quality(drawn_coco):
@@ -149,11 +155,31 @@ def test_good_settings_are_accepted(drawn_coco):
 
 
 @pytest.mark.parametrize("key", ["ann_file", "seg_prefix"])
-def test_evaluator_of_another_dataset_is_an_error(drawn_coco, key):
+@pytest.mark.parametrize("nested", [False, True])
+def test_evaluator_of_another_dataset_is_an_error(drawn_coco, key, nested):
     other = str(drawn_coco / "annotations" / "panoptic_train2017")
-    cfg = config_of(drawn_coco, test_evaluator=[metric_of(drawn_coco, **{key: other})])
-    with pytest.raises(ValueError, match=rf"test_evaluator\[0\].{key}: '.*' is not what test_data"):
+    metrics = [metric_of(drawn_coco, **{key: other})]
+    cfg = config_of(drawn_coco, test_evaluator={"metrics": metrics} if nested else metrics)
+    where = rf"test_evaluator{'.metrics' if nested else ''}\[0\].{key}"
+    with pytest.raises(ValueError, match=rf"{where}: '.*' is not what test_data"):
         prepare(cfg, None, train=False)
+
+
+def test_evaluator_of_one_of_two_datasets_is_accepted(drawn_coco):
+    cfg = config_of(drawn_coco)
+    one, other = (copy.deepcopy(cfg.test_dataloader.dataset) for _ in range(2))
+    other.ann_file = str(drawn_coco / "annotations" / "panoptic_train2017.json")
+    other.data_prefix = {
+        "img": str(drawn_coco / "train2017"),
+        "seg": str(drawn_coco / "annotations" / "panoptic_train2017"),
+    }
+    cfg.test_dataloader.dataset = {"type": "ConcatDataset", "datasets": [other, one]}
+    assert prepare(cfg, None, train=False) == {}
+
+
+def test_segments_of_a_model_that_has_none_are_not_evaluated(drawn_coco):
+    with pytest.raises(ValueError, match="test_evaluator: evaluates segments, which a model with"):
+        prepare(config_of(drawn_coco), SimpleNamespace(trains="boxes"), train=False)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("panopticapi") is not None, reason="it is installed")

@@ -28,6 +28,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from mm_plugins.resume import ExactResumeHook
+from plugin_core.checkpoints.reading import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -121,6 +122,12 @@ def test_numpy_scalars_and_arrays_load(tmp_path, kind):
     loaded = torch.load(tmp_path / "numbers.pth")
     assert loaded["scalar"] == 1 and type(loaded["scalar"]) is value_type
     assert loaded["array"].dtype == value_type and (loaded["array"] == 1).all()
+
+
+def test_a_look_at_a_file_takes_nothing_off_the_list_of_what_loads(tmp_path):
+    torch.save({"array": np.ones(3)}, tmp_path / "numbers.pth")
+    read_checkpoint(str(tmp_path / "numbers.pth"))
+    assert (torch.load(tmp_path / "numbers.pth")["array"] == 1).all()
 
 
 def test_checkpoint_is_refused_where_mm_plugins_is_not_imported(saved_by_mmengine):
