@@ -26,6 +26,10 @@ from mm_plugins.weights import fit_names
 from plugin_core import BlockPlugin
 
 ROOT = Path(__file__).resolve().parents[2]
+NARROW_HEADS = (
+    *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
+    *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(32,)", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
+)
 FASTER_RCNN = "configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml"
 
 
@@ -116,9 +120,9 @@ def assert_as_published(backbone: nn.Module, state: dict[str, Tensor], prefix: s
 def test_every_tensor_of_a_detectron2_checkpoint_is_loaded(config, child, old_gates, tmp_path):
     config = f"configs/d2/{config}"
     # The authors froze res2, whose norms then count no batches.
-    source = detectron2_detector(config, "MODEL.BACKBONE.FREEZE_AT", "2")
+    source = detectron2_detector(config, "MODEL.BACKBONE.FREEZE_AT", "2", *NARROW_HEADS)
     state = save_as_in_2020(source, tmp_path / "model.pth", child, old_gates)
-    target = detectron2_detector(config)
+    target = detectron2_detector(config, *NARROW_HEADS)
     checkpointer = DetectionCheckpointer(target)
     names = checkpointer._load_model(checkpointer._load_file(str(tmp_path / "model.pth")))
     assert names.missing_keys == []
