@@ -109,20 +109,20 @@ def sheet(rows: Sequence[Row], title: str) -> Figure:
     panel_height = PANEL_INCHES * min(max(height / width, 0.5), 1.5) + 0.6
     size = (columns * PANEL_INCHES + 0.8, len(rows) * panel_height + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(_no_formula(title))
+    figure.suptitle(no_formula(title))
     grid = figure.subplots(len(rows), columns, squeeze=False)
     for row, axes in zip(rows, grid, strict=True):
         for panel, ax in zip(row.panels, axes, strict=False):
             ax.imshow(panel.picture)
-            ax.set_title(_no_formula(panel.title), fontsize=9)
+            ax.set_title(no_formula(panel.title), fontsize=9)
             ax.set_xticks([])
             ax.set_yticks([])
-        axes[0].set_ylabel(_no_formula(row.title), fontsize=9)
+        axes[0].set_ylabel(no_formula(row.title), fontsize=9)
         for ax in axes[len(row.panels) :]:
             ax.set_axis_off()
     return figure
 
 
-def _no_formula(text: str) -> str:
+def no_formula(text: str) -> str:
     """Escape dollars: Matplotlib takes text between two of them for TeX."""
     return text.replace("$", r"\$")

@@ -1,0 +1,1 @@
+"""Comparing detectors on one ground truth: accuracy, whether a difference is real, its causes."""
