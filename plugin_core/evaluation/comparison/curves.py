@@ -46,7 +46,7 @@ def curves(detectors: Mapping[str, Detections]) -> Section:
             ),
             (
                 "number of objects in the image",
-                "images",
+                "objects in the image",
                 [
                     [
                         label,
@@ -89,7 +89,7 @@ def by_number_of_objects(truth: Truth, groups: int = GROUPS) -> dict[str, np.nda
     objects are in the first.
 
     Returns:
-        Whether each image is in the group (I,), by a label such as "1 to 3 objects (120 images)".
+        Whether each image is in the group (I,), by a label such as "1 to 3 (120 images)".
     """
     counts = truth.objects_of_image
     if not counts.any():
@@ -101,7 +101,8 @@ def by_number_of_objects(truth: Truth, groups: int = GROUPS) -> dict[str, np.nda
         images = (counts >= low) & (counts <= high)
         first, last = int(counts[images].min()), int(counts[images].max())
         spread = f"{first}" if first == last else f"{first} to {last}"
-        result[f"{spread} objects ({images.sum():,} images)"] = images
+        number = int(images.sum())
+        result[f"{spread} ({number:,} image{'s' if number != 1 else ''})"] = images
         low = int(high) + 1
     return result
 

@@ -281,7 +281,7 @@ def precision(category: np.ndarray, right: np.ndarray, objects: np.ndarray) -> n
 
 def mean_ap(*precisions: np.ndarray) -> float | None:
     """Average precisions (K, 101) over recalls, classes with objects and thresholds, in percent."""
-    values = np.stack(precisions)
+    values = np.stack([values.T for values in precisions])  # summed in the order of COCOeval
     values = values[~np.isnan(values)]
     return 100 * float(values.mean()) if values.size else None
 
