@@ -320,7 +320,7 @@ def test_differing_images_are_drawn_and_those_that_cannot_be_read_are_named(tmp_
     assert "1.png" in section.tables[0].note
     (figure,) = section.figures
     picture = np.asarray(Image.open(io.BytesIO(figure.png)).convert("RGB")).astype(int)
-    truth, first, second = (picture[20:, i * 448 : i * 448 + 440] for i in range(3))
+    truth, first, second = (picture[20:, i * 336 : i * 336 + 328] for i in range(3))
     green = [(panel[..., 1] - panel[..., 0] > 60).any() for panel in (truth, first, second)]
     orange = [(panel[..., 0] - panel[..., 2] > 60).any() for panel in (truth, first, second)]
     assert green == [False, False, True]

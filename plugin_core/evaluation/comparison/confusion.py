@@ -60,7 +60,7 @@ def confusion(detectors: Mapping[str, Detections], score_threshold: float = 0.3)
                 "Classes most often taken for another",
                 headers,
                 worst(between),
-                "Number of objects.",
+                "Number of objects, by detector.",
             ),
             Table(
                 "Most often missed, or seen where nothing is",
@@ -106,7 +106,7 @@ def check_score_threshold(value: float) -> None:
 
 
 def _shown(classes: int) -> str:
-    note = "In percent of a row's objects; of the last row, of all that was found in nothing."
+    note = "In percent of each row; the last one has the detections that found nothing."
     if classes - 1 > SHOWN:
         note += f" The {SHOWN} classes that are confused most."
     return note

@@ -14,6 +14,9 @@ not found and no error of either kind on this object has a higher score; else it
 away. Mending the other kinds takes away the detections, or the missed objects. Two further numbers
 mend all false positives and all objects that were not found. What mending brings is AP50 afterwards
 less AP50 before; the kinds do not add up, as the paper says.
+
+AP50 is COCO's, over the classes with objects. The authors' tidecv has AP 0 for further classes that
+are detected; without such classes and without crowds, its numbers are these.
 """
 
 from __future__ import annotations

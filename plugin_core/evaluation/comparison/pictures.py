@@ -18,7 +18,7 @@ from plugin_core.evaluation.comparison.drawing import LARGEST, palette_png
 from plugin_core.evaluation.comparison.sections import Cell, Figure, Section, Table
 
 IOU = 0.5
-SIDES = (440, 380, 320, 260, 200)  # longest side of a panel, in pixels
+SIDES = (328, 280, 240, 200)  # longest side of a panel, in pixels; three of 328 fill the page
 CAPTION = 20  # height in pixels
 RIGHT, WRONG, MISSED, CROWD = (30, 200, 60), (235, 40, 40), (255, 170, 0), (150, 150, 150)
 
