@@ -31,7 +31,8 @@ def read_annotations(source: Source, iou_type: str | None = None) -> Record:
 
     Args:
         source: of the file.
-        iou_type: "bbox" or "segm" to check the fields of this evaluation; None for classes alone.
+        iou_type: "bbox", "segm" or "keypoints" to check the fields of this evaluation; None for
+            classes alone.
 
     Raises:
         ValueError: if the file or one of its records cannot be used.
@@ -51,6 +52,8 @@ def read_annotations(source: Source, iou_type: str | None = None) -> Record:
     if iou_type == "segm":
         image_checks |= {"height": is_number, "width": is_number}
         checks["segmentation"] = bool  # [] where only boxes were labelled
+    if iou_type == "keypoints":
+        checks |= {"num_keypoints": is_number, "keypoints": is_keypoints}
     check_records(content["images"], f"{where}: image", image_checks)
     check_records(content["categories"], f"{where}: category", {"id": is_id, "name": is_name})
     check_records(content["annotations"], f"{where}: annotation", checks)
@@ -72,7 +75,8 @@ def read_results(
 
     Args:
         source: of the file.
-        iou_type: "bbox" or "segm"; the detections must have boxes or masks for it.
+        iou_type: "bbox", "segm" or "keypoints"; the detections must have boxes, masks or
+            keypoints for it.
         content: content of the annotation file of the same images.
         annotations: the annotation file.
 
@@ -83,7 +87,11 @@ def read_results(
     if not isinstance(results, list):
         raise ValueError(f"{source}: expected a list of detections, not {type(results).__name__}")
     checks: Checks = {"image_id": is_id, "category_id": is_id, "score": is_number}
-    checks |= {"bbox": is_box} if iou_type == "bbox" else {"segmentation": is_rle}
+    checks |= {
+        "bbox": {"bbox": is_box},
+        "segm": {"segmentation": is_rle},
+        "keypoints": {"keypoints": is_keypoints},
+    }[iou_type]
     check_records(results, f"{source}, --iou-type {iou_type}: detection", checks)
     hint = "; are both of the same dataset and split?"
     check_references(results, content, f"{source}: detections", str(annotations), hint)
@@ -138,6 +146,11 @@ def is_box(value: Any) -> bool:
 def is_rle(value: Any) -> bool:
     """Tell whether a mask is compressed as in both frameworks. pycocotools reads no other."""
     return isinstance(value, dict) and isinstance(value.get("counts"), str) and "size" in value
+
+
+def is_keypoints(value: Any) -> bool:
+    """Tell whether a value is x, y and visibility of COCO's 17 keypoints, all that it can rate."""
+    return isinstance(value, list) and len(value) == 51 and all(map(is_number, value))
 
 
 def check_unique(records: Iterable[Record], key: str, what: str) -> None:

@@ -1,0 +1,86 @@
+"""Reading the detections that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plugin_core.evaluation.coco_files import Source, read_results
+
+
+@dataclass(frozen=True)
+class Detector:
+    """Detections of one detector on the images of an annotation file.
+
+    Attributes:
+        name: unique among those that are compared.
+        seeds: a list of COCO-format detections for each seed that it was trained with.
+        files: where each seed's came from.
+    """
+
+    name: str
+    seeds: Sequence[Sequence[Mapping[str, Any]]]
+    files: Sequence[str]
+
+
+def named_files(specifications: Sequence[str]) -> dict[str, list[str]]:
+    """Sort files by the detector that they are of.
+
+    Args:
+        specifications: each ``NAME=FILE`` or ``NAME=FILE,FILE``; a name may occur again.
+
+    Raises:
+        ValueError: if one is of another form, or gives a file twice.
+    """
+    files: dict[str, list[str]] = {}
+    for specification in specifications:
+        name, _, listed = specification.partition("=")
+        name = name.strip()
+        if not name or not all(listed.split(",")):
+            raise ValueError(f"--detector {specification}: expected NAME=FILE or NAME=FILE,FILE")
+        for file in listed.split(","):
+            if file in files.setdefault(name, []):
+                raise ValueError(f"--detector {name}: {file} is given twice; a file is one seed")
+            files[name].append(file)
+    return files
+
+
+def read_detector(
+    name: str, files: Sequence[str], iou_type: str, content: dict[str, Any], annotations: Source
+) -> Detector:
+    """Read the results files of a detector.
+
+    Args:
+        name: of the detector.
+        files: a results file of Detectron2 or MMDetection for each seed.
+        iou_type: "bbox", "segm" or "keypoints"; the detections must have boxes, masks or keypoints
+            for it.
+        content: content of the annotation file of the same images.
+        annotations: the annotation file.
+
+    Raises:
+        ValueError: if a file or one of its records cannot be used.
+    """
+    seeds = []
+    for file in files:
+        source = Source(f"--detector {name}", file)
+        results = read_results(source, iou_type, content, annotations)
+        if iou_type == "segm":
+            _check_masks(results, content, str(source))
+        seeds.append(results)
+    return Detector(name, seeds, files)
+
+
+def _check_masks(
+    results: Sequence[Mapping[str, Any]], content: Mapping[str, Any], what: str
+) -> None:
+    """Check that masks are of their images' sizes; of others pycocotools takes any IoU."""
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    for index, detection in enumerate(results):
+        size, image = detection["segmentation"]["size"], detection["image_id"]
+        if size != sizes[image]:
+            raise ValueError(
+                f"{what}: detection {index}: its mask is of size {size!r:.40}, image {image!r} of "
+                f"{sizes[image]}; are both of the same dataset and split?"
+            )

@@ -1,0 +1,212 @@
+"""tools/compare_detectors.py: what it prints and writes, and bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import compare_detectors
+import pytest
+
+from plugin_core.evaluation.comparison.accuracy import accuracy
+
+BOXES = [[10 + 7 * i, 12, 20 + 3 * i, 30] for i in range(6)]
+
+
+class Inputs:
+    """Twelve images of a cup and a table, and results; a test changes and writes them again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.truth: Any = {
+            "images": [{"id": i, "height": 100, "width": 100} for i in range(1, 13)],
+            "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": "table"}],
+            "annotations": [
+                {
+                    "id": 2 * i + category,
+                    "image_id": i,
+                    "category_id": category,
+                    "bbox": BOXES[i % 6],
+                    "area": BOXES[i % 6][2] * 30,
+                    "iscrowd": 0,
+                    "segmentation": [[1, 1, 9, 1, 9, 9]],
+                }
+                for i in range(1, 13)
+                for category in (1, 2)
+            ],
+        }
+        self.poor: Any = self.detections(found=range(0, 24, 3))
+        self.other_poor: Any = self.detections(found=range(1, 24, 3))
+        self.good: Any = self.detections(found=range(23))
+
+    def detections(self, found: range) -> list[dict[str, Any]]:
+        objects = [self.truth["annotations"][i] for i in found]
+        return [
+            {key: one[key] for key in ("image_id", "category_id", "bbox")}
+            | {"score": 0.9 - 0.01 * n}
+            for n, one in enumerate(objects)
+        ]
+
+    def write(self, name: str) -> str:
+        path = self.folder / f"{name}.json"
+        content = getattr(self, name)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    def options(self, *detectors: str) -> list[str]:
+        """The command line; a detector is NAME=CONTENT,CONTENT of this class."""
+        options = [self.write("truth"), "--out", str(self.folder / "out"), "--resamples", "100"]
+        for detector in detectors:
+            name, contents = detector.split("=")
+            files = [self.write(content) for content in contents.split(",")]
+            options += ["--detector", f"{name}={','.join(files)}"]
+        return options
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Inputs:
+    return Inputs(tmp_path)
+
+
+def report_of(inputs: Inputs) -> dict[str, Any]:
+    return json.loads((inputs.folder / "out" / "report.json").read_text())
+
+
+def error_of(inputs: Inputs, *argv: str) -> str:
+    """The one line that it says of bad input, having written nothing."""
+    with pytest.raises(SystemExit) as stop:
+        compare_detectors.main(argv)
+    message = stop.value.code  # a text: printed to stderr, exit status 1
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    assert not (inputs.folder / "out").is_dir()
+    return message
+
+
+def test_the_better_detector_is_called_so(inputs, capsys):
+    compare_detectors.main(inputs.options("plain=poor", "triplet=good"))
+    printed = capsys.readouterr().out
+    assert "triplet is better than plain: AP " in printed
+    report = report_of(inputs)
+    assert report["verdict"] in printed
+    of_plain = accuracy(inputs.truth, inputs.poor, "bbox")
+    measured, differences = (section["data"] for section in report["sections"])
+    assert measured["plain"][0]["metrics"]["AP"] == of_plain.metrics["AP"]
+    assert f"{of_plain.metrics['AP']:.1f}" in printed
+    ap = differences["triplet"]["differences"][0]
+    assert ap["metric"] == "AP" and 0 < ap["low"] < ap["difference"] < ap["high"]
+    classes = [d["class_name"] for d in differences["triplet"]["differences"] if d["class_name"]]
+    assert classes == ["cup", "table"]
+
+
+def test_files_of_one_name_are_seeds(inputs, capsys):
+    options = inputs.options("plain=poor", "triplet=good", "plain=other_poor")
+    compare_detectors.main(options)
+    first, second = (accuracy(inputs.truth, r, "bbox") for r in (inputs.poor, inputs.other_poor))
+    mean = (first.metrics["AP"] + second.metrics["AP"]) / 2
+    deviation = abs(first.metrics["AP"] - second.metrics["AP"]) / 2**0.5
+    assert f"{mean:.1f} ± {deviation:.1f}" in capsys.readouterr().out
+    spread = report_of(inputs)["sections"][1]["data"]["triplet"]["spread"]
+    assert spread["over_seeds"] == [pytest.approx(deviation), None]
+    compare_detectors.main(inputs.options("plain=poor,other_poor", "triplet=good"))
+    assert report_of(inputs)["sections"][1]["data"]["triplet"]["spread"] == spread
+
+
+def test_one_detector_is_measured_without_a_comparison(inputs, capsys):
+    compare_detectors.main(inputs.options("plain=poor"))
+    assert len(report_of(inputs)["sections"]) == 1
+    assert "better" not in capsys.readouterr().out
+
+
+def test_no_detection_at_all_is_an_ap_of_zero(inputs):
+    inputs.poor = []
+    compare_detectors.main(inputs.options("plain=good", "triplet=poor"))
+    assert report_of(inputs)["verdict"].startswith("triplet is worse than plain: AP 0.0 against")
+
+
+def test_fail_below_is_a_gate_that_still_writes_the_report(inputs):
+    options = inputs.options("plain=poor", "triplet=good")
+    compare_detectors.main([*options, "--fail-below", "10"])
+    with pytest.raises(SystemExit) as stop:
+        compare_detectors.main([*options, "--fail-below", "90"])
+    assert str(stop.value.code).startswith("failed: AP of triplet is ")
+    assert report_of(inputs)["settings"]["fail_below"] == 90
+    worse = inputs.options("plain=good", "triplet=poor")
+    compare_detectors.main([*worse, "--fail-below", "-90"])
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            {"image_id": 77},
+            "detections: 1 of 23 are of images that annotations {truth} does not list, the first "
+            "of image_id 77 (it lists 1 to 12); are both of the same dataset and split?",
+        ),
+        (
+            {"category_id": 9},
+            "detections: 1 of 23 are of categories that annotations {truth} does not list, the "
+            "first of category_id 9 (it lists 1 to 2); are both of the same dataset and split?",
+        ),
+        ({"score": float("nan")}, "--iou-type bbox: detection 2: score cannot be nan"),
+        ({"bbox": [1, 2, 3]}, "--iou-type bbox: detection 2: bbox cannot be [1, 2, 3]"),
+    ],
+)
+def test_a_bad_detection_is_named_by_file_and_place(inputs, change, expected):
+    inputs.good[2].update(change)
+    message = error_of(inputs, *inputs.options("plain=poor", "triplet=good"))
+    assert message.startswith(f"error: --detector triplet {inputs.folder}/good.json")
+    assert message.endswith(expected.format(truth=inputs.folder / "truth.json"))
+
+
+def test_an_empty_file_is_named(inputs):
+    inputs.good = ""
+    message = error_of(inputs, *inputs.options("plain=poor", "triplet=good"))
+    assert message == (
+        f"error: --detector triplet {inputs.folder}/good.json is empty; expected JSON"
+    )
+
+
+def test_a_missing_file_is_named(inputs):
+    options = [*inputs.options("plain=poor"), "--detector", "triplet=none.json"]
+    assert error_of(inputs, *options) == (
+        "error: --detector triplet none.json: No such file or directory"
+    )
+
+
+def test_boxes_have_no_masks_and_no_keypoints(inputs):
+    options = inputs.options("plain=poor")
+    assert f"plain {inputs.folder}/poor.json, --iou-type segm: detection 0 has no segment" in (
+        error_of(inputs, *options, "--iou-type", "segm")
+    )
+    assert f"{inputs.folder}/truth.json, --iou-type keypoints: annotation 0 has no num_keyp" in (
+        error_of(inputs, *options, "--iou-type", "keypoints")
+    )
+
+
+def test_masks_of_another_size_are_of_another_dataset(inputs):
+    inputs.poor[1]["segmentation"] = {"size": [50, 100], "counts": "`o0"}
+    inputs.poor[0]["segmentation"] = {"size": [100, 100], "counts": "`l2"}
+    inputs.poor = inputs.poor[:2]
+    message = error_of(inputs, *inputs.options("plain=poor"), "--iou-type", "segm")
+    assert "detection 1: its mask is of size [50, 100], image 2 of [100, 100]" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--detector", "good.json"], "--detector good.json: expected NAME=FILE or NAME=FILE,FILE"),
+        (["--detector", "a="], "--detector a=: expected NAME=FILE or NAME=FILE,FILE"),
+        (["--detector", "a=b,b"], "--detector a: b is given twice; a file is one seed"),
+        (["--resamples", "5"], "--resamples 5: expected at least 100"),
+        (["--fail-below", "1"], "--fail-below: expected a number, and a detector beside"),
+    ],
+)
+def test_bad_options_are_named(inputs, options, expected):
+    assert expected in error_of(inputs, *inputs.options("plain=poor"), *options)
+
+
+def test_out_that_is_a_file_is_refused_before_the_work(inputs):
+    (inputs.folder / "out").write_text("")
+    message = error_of(inputs, *inputs.options("plain=poor"))
+    assert message.endswith("is a file, not a folder")

@@ -1,0 +1,137 @@
+#!/usr/bin/env python
+"""Compare detectors by their results on the same images, and say whether a difference is real.
+
+    tools/compare_detectors.py annotations/instances_val2017.json \\
+        --detector plain=plain/seed0.bbox.json,plain/seed1.bbox.json \\
+        --detector triplet=triplet/seed0.bbox.json,triplet/seed1.bbox.json --out comparison
+
+Takes COCO-format ground truth and results files of Detectron2 (OUTPUT_DIR/inference/
+coco_instances_results.json) or MMDetection (CocoMetric's outfile_prefix: PREFIX.bbox.json,
+PREFIX.segm.json). Several files under one name, after commas or in a --detector of their own, are
+one detector trained with several seeds. The first detector is the baseline.
+
+It prints COCO's AP and AR, and for every other detector one sentence: better than the baseline,
+worse, or not told apart. The differences in all metrics and in each class's AP come with 95%
+intervals (paired bootstrap over the images, and over the seeds where there are several) and
+p-values. --out DIR takes the report.
+
+As a gate, --fail-below X makes the exit status 1 if the AP of another detector (mean over its
+seeds) is below the baseline's + X percentage points; --fail-below -0.5 lets 0.5 be lost. The report
+is written all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from plugin_core.evaluation.coco_files import Source, read_annotations
+from plugin_core.evaluation.comparison.accuracy import fastest_library
+from plugin_core.evaluation.comparison.differences import (
+    Measured,
+    accuracy_section,
+    differences_section,
+    measure,
+)
+from plugin_core.evaluation.comparison.inputs import named_files, read_detector
+from plugin_core.evaluation.comparison.numbering import FIELDS
+from plugin_core.evaluation.comparison.report import Report
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        if args.resamples < 100:
+            raise ValueError(f"--resamples {args.resamples}: expected at least 100")
+        files = named_files(args.detector)
+        if args.fail_below is not None and (math.isnan(args.fail_below) or len(files) < 2):
+            raise ValueError("--fail-below: expected a number, and a detector beside the baseline")
+        annotations = Source("annotations", args.annotations)
+        content = read_annotations(annotations, args.iou_type)
+        detectors = [
+            read_detector(name, listed, args.iou_type, content, annotations)
+            for name, listed in files.items()
+        ]
+        make_folder(args.out)  # before the work, as it may fail
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    measured = measure(content, detectors, args.iou_type, args.resamples)
+    settings = {
+        "annotations": args.annotations,
+        "detectors": files,
+        "iou_type": args.iou_type,
+        "resamples": args.resamples,
+        "fail_below": args.fail_below,
+        "evaluated by": fastest_library(),
+    }
+    sections = [accuracy_section(measured)]
+    if measured.compared:
+        sections.append(differences_section(measured))
+    sentences = " ".join(one.verdict for one in measured.compared.values())
+    report = Report(f"Comparison on {args.annotations}", sentences, sections, settings)
+    print(report.terminal())
+    try:
+        report.write(args.out)
+    except OSError as error:
+        sys.exit(f"error: --out {args.out}: {error}")
+    print(f"\nwrote the report to {args.out}")
+    if args.fail_below is not None and (failed := below(measured, args.fail_below)):
+        sys.exit("\n".join(failed))
+
+
+def below(measured: Measured, margin: float) -> list[str]:
+    """A sentence on each detector whose AP is below the baseline's plus a margin."""
+    baseline = next(iter(measured.accuracies))
+    bound = measured.mean(baseline) + margin
+    return [
+        f"failed: AP of {name} is {measured.mean(name):.2f}, below {baseline}'s "
+        f"{measured.mean(baseline):.2f} {margin:+g} (--fail-below)"
+        for name in measured.compared
+        if not measured.mean(name) >= bound
+    ]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("annotations", metavar="GT", help="COCO-format ground truth")
+    parser.add_argument(
+        "--detector",
+        action="append",
+        required=True,
+        metavar="NAME=RESULTS[,RESULTS…]",
+        help="a detector's COCO-format detections, one file for each seed; the baseline first",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the report")
+    parser.add_argument(
+        "--iou-type", choices=list(FIELDS), default="bbox", help="what is matched (default: bbox)"
+    )
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of the bootstrap, 100 or more (default: 1000)",
+    )
+    parser.add_argument(
+        "--fail-below",
+        type=float,
+        metavar="X",
+        help="exit with 1 if a detector's AP is below the baseline's + X percentage points",
+    )
+    return parser.parse_args(argv)
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"--out {folder}: {error.filename!r} is a file, not a folder") from error
+
+
+if __name__ == "__main__":
+    main()
