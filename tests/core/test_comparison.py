@@ -122,6 +122,25 @@ def test_every_image_once_gives_the_accuracy(iou_type, seed, options):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
 
 
+def test_of_two_objects_with_equal_overlap_the_last_is_taken():
+    # The best detection lies between two objects, the next one on the first of them.
+    place = {"image_id": 1, "category_id": 1}
+    boxes = [[100, 100, 100, 100], [140, 100, 100, 100]]
+    annotations = [
+        {"id": n, **place, "bbox": box, "area": 10000, "iscrowd": 0}
+        for n, box in enumerate(boxes, 1)
+    ]
+    images, categories = [{"id": 1}], [{"id": 1, "name": "cup"}]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    results = [
+        {**place, "bbox": [120, 100, 100, 100], "score": 0.9},
+        {**place, "bbox": boxes[0], "score": 0.8},
+    ]
+    values = point_values(content, results, "bbox")
+    assert values[1] == pytest.approx(100)  # AP50: the other object is left for the second one
+    np.testing.assert_allclose(values, as_row(content, results, "bbox"))
+
+
 def repeated(case: Case, weights: list[int]) -> Case:
     """The images of a case, each as often as its weight says."""
     content, results = case
@@ -234,6 +253,18 @@ def test_seeds_widen_the_interval_as_student_says():
     assert differences[0].difference == 1 and spread == Spread(0, (1, 1))
     error = (differences[0].high - differences[0].low) / 2
     assert error == pytest.approx(student(4) * math.sqrt(2 / 3), rel=0.05)
+
+
+def test_seeds_that_differ_by_chance_on_the_images_do_not_count_twice():
+    # Three seeds apart by 1 on the images as they are, and by as much in every resample
+    rng = np.random.default_rng(0)
+    baseline, other = (
+        [np.r_[mean + d, rng.normal(mean, 1, 20000)][None] for d in (-1.0, 0, 1)]
+        for mean in (40, 41)
+    )
+    differences, _ = compare(baseline, other, ["AP"], [])
+    error = (differences[0].high - differences[0].low) / 2
+    assert error == pytest.approx(1.96 * math.sqrt(2 / 3), rel=0.05)
 
 
 def test_holm_corrects_for_the_number_of_tests():

@@ -149,8 +149,8 @@ def average_precisions(matches: ClassMatches, weights: np.ndarray) -> np.ndarray
         counts[events] = True
         rows = np.flatnonzero(counts)
         starts = np.r_[0, np.searchsorted(rows, events[:-1]) + 1]
-        total = np.add.reduceat(weights.take(matches.images[rows], axis=1), starts, axis=1)
-        np.cumsum(total, axis=1, out=total)
+        between = np.add.reduceat(weights.take(matches.images[rows], axis=1), starts, axis=1)
+        total = np.cumsum(between, axis=1, dtype=float)
         of_events = weights.take(matches.images[events], axis=1)
         outside = ~matches.inside[a, events]
         for t in range(num_thresholds):
@@ -166,13 +166,15 @@ def average_precisions(matches: ClassMatches, weights: np.ndarray) -> np.ndarray
                 np.cumsum(of_events.take(left_out, axis=1), axis=1, out=sums[:, 1:])
                 detected -= sums.take(np.searchsorted(left_out, true), axis=1)
             found = np.cumsum(of_events.take(true, axis=1), axis=1, dtype=float)
-            precision = found / (detected + np.spacing(1.0))
+            detected += np.spacing(1.0)
+            precision = np.divide(found, detected, out=detected)
             best = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-            reached = _count_recalls(found / np.maximum(num_objects, 1)[:, None])
+            recall = np.divide(found, np.maximum(num_objects, 1)[:, None], out=found)
+            reached = _count_recalls(recall)
             # Each precision counts as often as its true positive reaches a new one of the recalls
-            reached[:, 1:] -= reached[:, :-1].copy()
-            ap = np.einsum("be,be->b", best, reached) / len(RECALLS)
-            precisions[a, t] = np.where(num_objects > 0, ap, np.nan)
+            ap = np.einsum("be,be->b", best, reached)
+            ap -= np.einsum("be,be->b", best[:, 1:], reached[:, :-1])
+            precisions[a, t] = np.where(num_objects > 0, ap / len(RECALLS), np.nan)
     return precisions
 
 
@@ -180,7 +182,8 @@ def _count_recalls(recall: np.ndarray) -> np.ndarray:
     """Count COCO's 101 recalls that are not above ``recall``, as floating point has them."""
     scaled = 100 * recall
     count = np.floor(scaled + 1e-9)
-    exact = np.flatnonzero(np.abs(scaled - count) < 1e-7)
+    scaled -= count
+    exact = np.flatnonzero(scaled < 1e-7)
     step = count.flat[exact]
     count.flat[exact] = step - (RECALLS[step.astype(int)] > recall.flat[exact])
     return count + 1
