@@ -13,7 +13,10 @@ one detector trained with several seeds. The first detector is the baseline.
 It prints COCO's AP and AR, and for every other detector one sentence: better than the baseline,
 worse, or not told apart. The differences in all metrics and in each class's AP come with 95%
 intervals (paired bootstrap over the images, and over the seeds where there are several) and
-p-values. --out DIR takes the report.
+p-values. --out DIR takes the report: HTML in one file, Markdown, JSON, LaTeX tables, pictures. Of
+boxes and masks it also shows, for each detector's first seed: kinds of errors, precision and
+recall, AP by size and by the number of objects, confused classes, calibration, and with --images
+FOLDER the images in which the first two detectors differ most.
 
 As a gate, --fail-below X makes the exit status 1 if the AP of another detector (mean over its
 seeds) is below the baseline's + X percentage points; --fail-below -0.5 lets 0.5 be lost. The report
@@ -28,17 +31,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plugin_core.evaluation.coco_files import Source, read_annotations
+from plugin_core.evaluation.coco_files import Record, Source, read_annotations
 from plugin_core.evaluation.comparison.accuracy import fastest_library
+from plugin_core.evaluation.comparison.calibration import calibration
+from plugin_core.evaluation.comparison.confusion import check_score_threshold, confusion
+from plugin_core.evaluation.comparison.curves import curves
+from plugin_core.evaluation.comparison.detections import detections_of
 from plugin_core.evaluation.comparison.differences import (
     Measured,
     accuracy_section,
     differences_section,
     measure,
 )
-from plugin_core.evaluation.comparison.inputs import named_files, read_detector
+from plugin_core.evaluation.comparison.errors import errors
+from plugin_core.evaluation.comparison.inputs import Detector, named_files, read_detector
 from plugin_core.evaluation.comparison.numbering import FIELDS
+from plugin_core.evaluation.comparison.pictures import pictures
 from plugin_core.evaluation.comparison.report import Report
+from plugin_core.evaluation.comparison.sections import Section
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         files = named_files(args.detector)
         if args.fail_below is not None and (math.isnan(args.fail_below) or len(files) < 2):
             raise ValueError("--fail-below: expected a number, and a detector beside the baseline")
+        check_score_threshold(args.score_threshold)
+        if args.images and not args.images.is_dir():
+            raise ValueError(f"--images {args.images}: there is no such folder")
         annotations = Source("annotations", args.annotations)
         content = read_annotations(annotations, args.iou_type)
         detectors = [
@@ -64,12 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "detectors": files,
         "iou_type": args.iou_type,
         "resamples": args.resamples,
+        "score_threshold": args.score_threshold,
         "fail_below": args.fail_below,
         "evaluated by": fastest_library(),
     }
     sections = [accuracy_section(measured)]
     if measured.compared:
         sections.append(differences_section(measured))
+    if args.iou_type != "keypoints":
+        sections += analyses(content, detectors, args)
     sentences = " ".join(one.verdict for one in measured.compared.values())
     report = Report(f"Comparison on {args.annotations}", sentences, sections, settings)
     print(report.terminal())
@@ -80,6 +96,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nwrote the report to {args.out}")
     if args.fail_below is not None and (failed := below(measured, args.fail_below)):
         sys.exit("\n".join(failed))
+
+
+def analyses(
+    content: Record, detectors: Sequence[Detector], args: argparse.Namespace
+) -> list[Section]:
+    """Show where the numbers come from, of the first seed of each detector."""
+    of_first_seed = {one.name: one.seeds[0] for one in detectors}
+    found = detections_of(content, of_first_seed, args.iou_type)
+    sections = [
+        errors(found),
+        curves(found),
+        confusion(found, args.score_threshold),
+        calibration(found, args.score_threshold),
+    ]
+    if len(detectors) > 1:
+        sections.append(pictures(found, args.images, args.score_threshold))
+    return sections
 
 
 def below(measured: Measured, margin: float) -> list[str]:
@@ -116,6 +149,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=1000,
         metavar="N",
         help="of the bootstrap, 100 or more (default: 1000)",
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="draw the images that differ most from here"
+    )
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.3,
+        metavar="S",
+        help="of a detection that counts in confusions, calibration and pictures (default: 0.3)",
     )
     parser.add_argument(
         "--fail-below",

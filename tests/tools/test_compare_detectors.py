@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 from typing import Any
 
 import compare_detectors
 import pytest
+from PIL import Image
 
 from plugin_core.evaluation.comparison.accuracy import accuracy
 
@@ -20,7 +22,10 @@ class Inputs:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.truth: Any = {
-            "images": [{"id": i, "height": 100, "width": 100} for i in range(1, 13)],
+            "images": [
+                {"id": i, "height": 100, "width": 100, "file_name": f"{i}.png"}
+                for i in range(1, 13)
+            ],
             "categories": [{"id": 1, "name": "cup"}, {"id": 2, "name": "table"}],
             "annotations": [
                 {
@@ -69,6 +74,11 @@ def inputs(tmp_path: Path) -> Inputs:
     return Inputs(tmp_path)
 
 
+@pytest.fixture
+def numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare_detectors, "analyses", lambda *_: [])
+
+
 def report_of(inputs: Inputs) -> dict[str, Any]:
     return json.loads((inputs.folder / "out" / "report.json").read_text())
 
@@ -83,6 +93,7 @@ def error_of(inputs: Inputs, *argv: str) -> str:
     return message
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_the_better_detector_is_called_so(inputs, capsys):
     compare_detectors.main(inputs.options("plain=poor", "triplet=good"))
     printed = capsys.readouterr().out
@@ -90,7 +101,7 @@ def test_the_better_detector_is_called_so(inputs, capsys):
     report = report_of(inputs)
     assert report["verdict"] in printed
     of_plain = accuracy(inputs.truth, inputs.poor, "bbox")
-    measured, differences = (section["data"] for section in report["sections"])
+    measured, differences = (section["data"] for section in report["sections"][:2])
     assert measured["plain"][0]["metrics"]["AP"] == of_plain.metrics["AP"]
     assert f"{of_plain.metrics['AP']:.1f}" in printed
     ap = differences["triplet"]["differences"][0]
@@ -99,6 +110,23 @@ def test_the_better_detector_is_called_so(inputs, capsys):
     assert classes == ["cup", "table"]
 
 
+def test_report_shows_where_the_difference_comes_from(inputs, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for image in inputs.truth["images"]:
+        Image.new("RGB", (100, 100), "gray").save(folder / image["file_name"])
+    options = inputs.options("plain=poor", "triplet=good")
+    compare_detectors.main([*options, "--images", str(folder)])
+    out = inputs.folder / "out"
+    titles = [section["title"] for section in report_of(inputs)["sections"]]
+    assert len(titles) == len(set(titles)) == 7
+    page = (out / "report.html").read_text()
+    assert all(html.escape(title) in page for title in titles)
+    assert page.count("data:image/png;base64,") == len([*(out / "figures").iterdir()]) > 4
+    assert (out / "report.md").is_file() and (out / "tables.tex").is_file()
+
+
+@pytest.mark.usefixtures("numbers_alone")
 def test_files_of_one_name_are_seeds(inputs, capsys):
     options = inputs.options("plain=poor", "triplet=good", "plain=other_poor")
     compare_detectors.main(options)
@@ -114,7 +142,8 @@ def test_files_of_one_name_are_seeds(inputs, capsys):
 
 def test_one_detector_is_measured_without_a_comparison(inputs, capsys):
     compare_detectors.main(inputs.options("plain=poor"))
-    assert len(report_of(inputs)["sections"]) == 1
+    titles = [section["title"] for section in report_of(inputs)["sections"]]
+    assert len(titles) == 5 and not any("ifference" in title for title in titles)
     assert "better" not in capsys.readouterr().out
 
 
@@ -124,6 +153,7 @@ def test_no_detection_at_all_is_an_ap_of_zero(inputs):
     assert report_of(inputs)["verdict"].startswith("triplet is worse than plain: AP 0.0 against")
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_fail_below_is_a_gate_that_still_writes_the_report(inputs):
     options = inputs.options("plain=poor", "triplet=good")
     compare_detectors.main([*options, "--fail-below", "10"])
