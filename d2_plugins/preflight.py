@@ -43,7 +43,7 @@ from plugin_core.errors import did_you_mean
 from plugin_core.inspection.building import build_once
 
 # Detectron2's builders of ResNets, and the same with plugins
-_WITH_PLUGINS = {
+WITH_PLUGINS = {
     "build_resnet_backbone": "build_resnet_plugin_backbone",
     "build_resnet_fpn_backbone": "build_resnet_plugin_fpn_backbone",
     "build_retinanet_resnet_fpn_backbone": "build_retinanet_resnet_plugin_fpn_backbone",
@@ -52,13 +52,16 @@ _WITH_PLUGINS = {
 _WITHOUT_ROI_HEADS = ("RetinaNet", "AMCRetinaNet", "ProposalNetwork", "SemanticSegmentor")
 
 
-def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
+def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> nn.Module:
     """Find mistakes in a config before the run.
 
     Args:
         cfg: the whole config.
         eval_only: whether only the test sets and the weights will be used.
         resume: whether weights come from ``cfg.OUTPUT_DIR`` where it has a checkpoint.
+
+    Returns:
+        The model, built once, without memory for its parameters where that is possible.
 
     Raises:
         ValueError: names the setting, its value and the right ones.
@@ -82,6 +85,7 @@ def check_config(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         _check_weights(cfg, eval_only, model)
     _check_data(cfg, model, eval_only=eval_only, resumed=resumed)
     try_builders(cfg, model, eval_only=eval_only)
+    return model
 
 
 def reads_of(config: str) -> Reads:
@@ -176,10 +180,10 @@ def _check_backbone(cfg: CfgNode) -> None:
             f"MODEL.RESNETS.DEPTH: no ResNet of depth {cfg.MODEL.RESNETS.DEPTH}; "
             f"there are {', '.join(map(str, RESNET_DEPTHS))}"
         )
-    if cfg.MODEL.RESNETS.PLUGINS and name in _WITH_PLUGINS:
+    if cfg.MODEL.RESNETS.PLUGINS and name in WITH_PLUGINS:
         raise ValueError(
             f"MODEL.BACKBONE.NAME: {name!r} takes no plugins, but MODEL.RESNETS.PLUGINS is "
-            f"{cfg.MODEL.RESNETS.PLUGINS}; use {_WITH_PLUGINS[name]!r}"
+            f"{cfg.MODEL.RESNETS.PLUGINS}; use {WITH_PLUGINS[name]!r}"
         )
 
 
@@ -253,7 +257,7 @@ def _is_users_own(kind: Any) -> bool:
 
 
 def _has_resnet(cfg: CfgNode) -> bool:
-    named = cfg.MODEL.BACKBONE.NAME in {*_WITH_PLUGINS, *_WITH_PLUGINS.values()}
+    named = cfg.MODEL.BACKBONE.NAME in {*WITH_PLUGINS, *WITH_PLUGINS.values()}
     return named and not is_bridge(cfg)
 
 

@@ -31,7 +31,7 @@ def build_once(
     Raises:
         ValueError: what ``explain`` has made.
     """
-    with torch.random.fork_rng(devices=()), _silence():
+    with torch.random.fork_rng(devices=()), silence():
         try:
             with torch.device("meta"):
                 return build("meta")
@@ -44,8 +44,8 @@ def build_once(
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep warnings back: the run builds the model again and repeats them."""
+def silence() -> Iterator[None]:
+    """Keep warnings back: the run itself builds the model again and repeats them."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

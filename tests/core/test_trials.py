@@ -1,0 +1,262 @@
+"""Trying plugins without a framework: what is asked for, planned, run, resumed and reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plugin_core.training import trials
+from plugin_core.training.trials import Plan, Run, read_plan, read_plugins, run_all, write_plan
+
+# Writes a log of 2 steps, one at a call where it "is killed" after the first, and then detections
+TRAINING = """
+import json, os, sys
+folder, steps, fails = sys.argv[1:]
+log = os.path.join(folder, "log.txt")
+done = len(open(log).readlines()) if os.path.exists(log) else 0
+open(os.path.join(folder, "calls.txt"), "a").write(f"{done} ")
+for step in range(done, int(steps)):
+    open(log, "a").write("0.5\\n")
+    if os.path.exists(os.path.join(folder, "hang")):
+        import time; time.sleep(600)
+if fails == "True":
+    sys.exit("error: it diverged")
+box = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9}
+json.dump([box], open(os.path.join(folder, "found.json"), "w"))
+"""
+
+
+class Scripted:
+    """A framework whose trainings are small scripts."""
+
+    suffix = ".txt"
+    steps, batch_size = 2, 1
+
+    def __init__(self, folder: Path, failing: str = "") -> None:
+        self.script = folder / "training.py"
+        self.script.write_text(TRAINING)
+        self.failing = failing
+        self.initialized: list[int] = []
+
+    def initialize(self, seed: int, path: Path) -> None:
+        self.initialized.append(seed)
+        path.write_text(str(seed))
+
+    def run_config(self, base: Path, run: Run | None, folder: Path, steps: int) -> str:
+        return f"{base} {run.initial if run else ''}"
+
+    def command(self, config: Path, folder: Path, steps: int) -> list[str]:
+        fails = str(bool(self.failing) and self.failing in folder.name)
+        return [sys.executable, str(self.script), str(folder), str(steps), fails]
+
+    def log(self, folder: Path) -> list[dict[str, float]]:
+        path = folder / "log.txt"
+        lines = path.read_text().split() if path.exists() else []
+        return [{"step": i + 1, "time": float(line)} for i, line in enumerate(lines)]
+
+    def results(self, folder: Path) -> Path | None:
+        path = folder / "found.json"
+        return path if path.exists() else None
+
+
+@pytest.fixture
+def annotations(tmp_path: Path) -> str:
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "area": 100}
+    content = {
+        "images": [{"id": 1, "width": 20, "height": 20, "file_name": "1.jpg"}],
+        "categories": [{"id": 1, "name": "disk"}],
+        "annotations": [{**box, "iscrowd": 0}],
+    }
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(content))
+    return str(path)
+
+
+@pytest.fixture
+def make_plan(annotations: str) -> Callable[..., Plan]:
+    def make(**changes: Any) -> Plan:
+        labels = ["plain", "simam"]
+        values: dict[str, Any] = {
+            "request": {"seeds": 2},
+            "annotations": annotations,
+            "labels": labels,
+            "steps": 2,
+            "seeds": 2,
+            "parameters": dict.fromkeys(labels, 10),
+            "batch_size": 1,
+            "test_images": 0,
+        }
+        return Plan(**{**values, **changes})
+
+    return make
+
+
+def run(plan: Plan, framework: Any, out: Path, jobs: int = 2) -> trials.Outcome:
+    out.mkdir(exist_ok=True)
+    return run_all(
+        plan, framework, out, jobs=jobs, environment=lambda _: dict(os.environ), poll=0.02
+    )
+
+
+def test_plugins_are_read_with_their_stages_and_labels():
+    read = read_plugins(["triplet_attention", "ida", "ida@3,5", "timm:eca", "amc"])
+    assert [(p.name, p.stages, p.label) for p in read] == [
+        ("triplet_attention", (2, 3, 4, 5), "triplet_attention"),
+        ("ida", (4, 5), "ida"),
+        ("ida", (3, 5), "ida_3_5"),
+        ("timm:eca", (2, 3, 4, 5), "timm_eca"),
+        ("amc", (), "amc"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["triplet_atention"], "did you mean 'triplet_attention'"),
+        (["batchformer"], "batchformer_v1"),
+        (["simam", "simam"], "--with simam: is given twice"),
+        (["ida@6"], "stages must be numbers from 2 to 5"),
+        (["amc@4"], "takes no stages"),
+        ([], "name at least one plugin"),
+    ],
+)
+def test_bad_plugins_are_refused(given: list[str], message: str):
+    with pytest.raises(ValueError, match=message):
+        read_plugins(given)
+
+
+def test_difference_shows_the_settings_that_differ_alone():
+    before = {"MODEL": {"A": 1, "B": [1]}, "SEED": 0}
+    after = {"MODEL": {"A": 1, "B": [1, 2], "C": "x"}, "SEED": 0}
+    expected = "  - MODEL.B: [1]\n  + MODEL.B: [1, 2]\n  + MODEL.C: 'x'"
+    assert trials.difference(before, after) == expected
+
+
+def test_estimate_counts_steps_evaluation_and_the_rest(make_plan):
+    plan = make_plan(
+        steps=100, test_images=30, seconds_a_step={"plain": 1.0, "simam": 2.0}, overhead=5.0
+    )
+    assert plan.seconds("plain") == pytest.approx(5 + 100 + 10)
+    assert plan.total(jobs=2) == pytest.approx(2 * (5 + 110 + 5 + 220) / 2)
+
+
+def test_budget_leaves_out_seeds_first_then_steps(make_plan):
+    measured = {"seconds_a_step": {"plain": 1.0, "simam": 1.0}}
+    plan = make_plan(steps=100, seeds=5, **measured)
+    plan.fit(650, 1, may_shorten=True)
+    assert (plan.seeds, plan.steps) == (3, 100)
+    assert plan.left_out == "The budget left out 2 of 5 seeds."
+    plan.fit(200, 1, may_shorten=True)
+    assert (plan.seeds, plan.steps) == (2, 50)
+    assert "50 of 100 steps" in plan.left_out
+    fixed = make_plan(steps=100, seeds=3, **measured)
+    fixed.fit(250, 1, may_shorten=False)
+    assert (fixed.seeds, fixed.steps) == (1, 100)
+    with pytest.raises(ValueError, match="--budget: 10 s is too short"):
+        fixed.fit(10, 1, may_shorten=False)
+
+
+@pytest.mark.parametrize("text", ["8", "8 hours", "-1h", "0h"])
+def test_durations_without_a_unit_are_refused(text: str):
+    with pytest.raises(ValueError, match="8h or 90m"):
+        trials.read_duration(text)
+    assert trials.read_duration("1.5h") == 5400
+
+
+def test_all_variants_of_a_seed_begin_with_the_same_weights(make_plan, tmp_path):
+    plan, framework = make_plan(), Scripted(tmp_path)
+    outcome = run(plan, framework, tmp_path / "out")
+    assert not outcome.failed
+    assert framework.initialized == [0, 1]
+    runs = plan.runs(tmp_path / "out")
+    assert [r.name for r in runs] == ["plain-seed0", "simam-seed0", "plain-seed1", "simam-seed1"]
+    assert runs[0].initial == runs[1].initial != runs[2].initial
+    assert all(outcome.finished[r.name]["AP"] == pytest.approx(100) for r in runs)
+    assert all(json.loads(r.results.read_text()) for r in runs)
+
+
+def test_failed_run_is_told_others_go_on_and_it_is_tried_again(make_plan, tmp_path):
+    plan, out = make_plan(), tmp_path / "out"
+    outcome = run(plan, Scripted(tmp_path, failing="simam-seed0"), out)
+    assert list(outcome.failed) == ["simam-seed0"]
+    assert "error: it diverged" in outcome.failed["simam-seed0"]
+    assert len(outcome.finished) == 3
+    again = run(plan, Scripted(tmp_path), out)
+    assert len(again.finished) == 4 and not again.failed
+    calls = {r.name: (r.folder / "calls.txt").read_text() for r in plan.runs(out)}
+    assert calls.pop("simam-seed0") == "0 2 "
+    assert set(calls.values()) == {"0 "}  # what has finished is not run again
+
+
+def test_stopped_command_ends_its_trainings_and_goes_on_where_it_was(make_plan, tmp_path):
+    plan, out, framework = make_plan(seeds=1), tmp_path / "out", Scripted(tmp_path)
+    hanging = plan.runs(out)[1].folder
+    hanging.mkdir(parents=True)
+    (hanging / "hang").touch()
+    began: list[Any] = []
+    log = framework.log
+
+    def interrupt(folder: Path) -> list[dict[str, float]]:
+        if folder == hanging and log(folder) and (out / "results" / "plain-seed0.json").exists():
+            raise KeyboardInterrupt
+        return log(folder)
+
+    framework.log = interrupt  # type: ignore[method-assign]
+    start = trials.start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "start", lambda *a: began.append(start(*a)) or began[-1])
+        with pytest.raises(KeyboardInterrupt):
+            run(plan, framework, out)
+    assert all(process.poll() is not None for process in began)
+    (hanging / "hang").unlink()
+    outcome = run(plan, Scripted(tmp_path), out)
+    assert len(outcome.finished) == 2
+    assert (hanging / "calls.txt").read_text() == "0 1 "  # it went on after its first step
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_trainings_end_with_a_command_that_is_killed(tmp_path):
+    code = (
+        "import os, sys, pathlib; from plugin_core.training.trials import start\n"
+        f"p = start(['sleep', '60'], pathlib.Path({str(tmp_path / 'log')!r}), os.environ)\n"
+        "print(p.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    import subprocess
+
+    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True).stdout)
+    for _ in range(100):
+        status = Path(f"/proc/{child}/stat")
+        if not status.exists() or status.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("the training goes on")
+
+
+def test_folder_of_another_plan_is_refused(make_plan, tmp_path):
+    plan, out = make_plan(), tmp_path / "out"
+    assert read_plan(out, plan.request) is None
+    out.mkdir()
+    write_plan(plan, out)
+    assert read_plan(out, plan.request) == plan
+    with pytest.raises(ValueError, match=r"another plan \(seeds was 2 and is 3\)"):
+        read_plan(out, {"seeds": 3})
+    (out / "plan.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no plan of this command"):
+        read_plan(out, plan.request)
+    (out / "plan.json").rename(out / "thesis.tex")
+    with pytest.raises(ValueError, match="holds other files and no plan"):
+        read_plan(out, plan.request)
+
+
+def test_gpus_are_given_in_turn_and_each_process_has_one_thread(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    places = [trials.environment_of(i, ["0", "3"]) for i in range(3)]
+    assert [p["CUDA_VISIBLE_DEVICES"] for p in places] == ["0", "3", "0"]
+    assert {p["OMP_NUM_THREADS"] for p in places} == {"1"}

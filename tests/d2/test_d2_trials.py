@@ -1,0 +1,163 @@
+"""Plugins put into a user's yaml config: the lines, the model, the runs' settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+
+from d2_plugins.attention_mask_consistency import AMCGeneralizedRCNN
+from d2_plugins.trainer import PluginCheckpointer
+from d2_plugins.trials import Detectron2Trials
+from plugin_core import BatchFormer, BlockPlugin
+from plugin_core.training.trials import (
+    Plan,
+    Run,
+    config_path,
+    difference,
+    read_plugins,
+    write_configs,
+)
+
+SMALL = """
+_BASE_: "model_zoo://COCO-Detection/{base}_R_50_FPN_1x.yaml"
+MODEL:
+  WEIGHTS: ""
+  BACKBONE: {{FREEZE_AT: 2}}
+  RESNETS: {{DEPTH: 18, RES2_OUT_CHANNELS: 64}}
+  FPN: {{OUT_CHANNELS: 16}}
+  ROI_HEADS: {{NUM_CLASSES: 7}}
+  RETINANET: {{NUM_CLASSES: 7, NUM_CONVS: 1}}
+  ROI_BOX_HEAD: {{FC_DIM: 32}}
+DATASETS: {{TRAIN: ["trials_train"], TEST: ["trials_val"]}}
+SOLVER: {{MAX_ITER: 100, STEPS: [60, 90], WARMUP_ITERS: 10, IMS_PER_BATCH: 2}}
+"""
+
+
+@pytest.fixture
+def make(tmp_path: Path, drawn_coco: Path):
+    def make(base: str = "faster_rcnn", more: str = "", steps: int | None = None) -> Any:
+        config = tmp_path / "mine.yaml"
+        config.write_text(SMALL.format(base=base) + more)
+        datasets = [
+            (f"trials_{part}", f"{drawn_coco}/annotations/instances_{part}2017.json", str(folder))
+            for part in ("train", "val")
+            for folder in [drawn_coco / f"{part}2017"]
+        ]
+        for name, _, _ in datasets:
+            if name in DatasetCatalog:
+                DatasetCatalog.remove(name)
+                MetadataCatalog.remove(name)
+        return Detectron2Trials(str(config), datasets, steps)
+
+    yield make
+    for part in ("train", "val"):
+        if f"trials_{part}" in DatasetCatalog:
+            DatasetCatalog.remove(f"trials_{part}")
+            MetadataCatalog.remove(f"trials_{part}")
+
+
+def build(trial: Any, path: Path) -> torch.nn.Module:
+    return build_model(trial.settings(path))
+
+
+def inserted(model: torch.nn.Module) -> dict[str, str]:
+    """Each block plugin that starts as the identity and trains: its stage and name."""
+    return {
+        path.split("bottom_up.")[1]: module.plugin_name
+        for path, module in model.named_modules()
+        if isinstance(module, BlockPlugin)
+        and float(module.alpha.detach()) == 0
+        and all(p.requires_grad for p in module.parameters())
+    }
+
+
+def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, tmp_path):
+    trial, out = make(), tmp_path / "out"
+    plugins = read_plugins(["triplet_attention", "ida", "timm:eca", "batchformer_v1", "amc"])
+    parameters = write_configs(trial, plugins, out)
+    initial = tmp_path / "initial.pth"
+    trial.initialize(3, initial)
+    before = torch.load(initial)["model"]
+    models = {label: build(trial, config_path(trial, out, label)) for label in parameters}
+    for label, model in models.items():
+        assert sum(p.numel() for p in model.parameters()) == parameters[label]
+        torch.manual_seed(9)
+        PluginCheckpointer(model).load(str(initial))
+        state = model.state_dict()
+        assert before.keys() <= state.keys()
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    blocks = [f"res{stage}.{block}" for stage in (2, 3, 4, 5) for block in (0, 1)]
+    triplet = inserted(models["triplet_attention"])
+    assert triplet == {f"{b}.triplet_attention": "triplet_attention" for b in blocks}
+    assert set(inserted(models["ida"])) == {f"{b}.ida" for b in blocks[4:]}
+    assert set(inserted(models["timm_eca"])) == {f"{b}.timm_eca" for b in blocks}
+    assert any(isinstance(m, BatchFormer) for m in models["batchformer_v1"].modules())
+    assert isinstance(models["amc"], AMCGeneralizedRCNN)
+    assert not inserted(models["plain"])
+
+
+def test_only_the_plugins_lines_differ(make, tmp_path):
+    trial, out = make(), tmp_path / "out"
+    write_configs(trial, read_plugins(["simam", "ida"]), out)
+    plain, simam, ida = (
+        trial.settings(config_path(trial, out, n)) for n in ("plain", "simam", "ida")
+    )
+    changed = {line.split()[1] for line in difference(plain, simam).splitlines()}
+    assert changed == {
+        *("MODEL.BACKBONE.NAME:", "MODEL.BACKBONE.FREEZE_AT:", "MODEL.RESNETS.PLUGINS:")
+    }
+    assert simam.MODEL.BACKBONE.FREEZE_AT == 1  # res2 trains
+    assert ida.MODEL.BACKBONE.FREEZE_AT == 2
+
+
+def test_plugins_that_do_not_fit_are_told_together_and_nothing_is_written(make, tmp_path):
+    trial, out = make("retinanet"), tmp_path / "out"
+    plugins = read_plugins(["batchformer_v1", "batchformer_v2", "triplet_attention"])
+    with pytest.raises(ValueError, match=r"--with batchformer_v1: .*has none\n--with batchf"):
+        write_configs(trial, plugins, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ('DATASETS: {TRAIN: ["trials_train"], TEST: []}', "DATASETS.TEST: must name one"),
+        ("SOLVER: {STEPSS: [1]}", "SOLVER.STEPSS"),
+    ],
+)
+def test_config_that_cannot_be_tried_is_refused(make, more, message):
+    with pytest.raises(ValueError, match=message):
+        make(more=more)
+
+
+def test_runs_differ_in_their_seed_weights_and_folder_and_scale_the_schedule(make, tmp_path):
+    trial, out = make(steps=50), tmp_path / "out"
+    parameters = write_configs(trial, read_plugins(["amc"]), out)
+    plan = Plan({}, "", list(parameters), trial.steps, 2, parameters, 2, 3)
+    cfgs = {}
+    for run in plan.runs(out):
+        path = tmp_path / f"{run.name}.yaml"
+        base = config_path(trial, out, run.label)
+        path.write_text(trial.run_config(base, run, run.folder, plan.steps))
+        cfgs[run.name] = trial.settings(path)
+    one, other = cfgs["plain-seed1"], cfgs["amc-seed1"]
+    solver = one.SOLVER
+    assert (solver.MAX_ITER, tuple(solver.STEPS), solver.WARMUP_ITERS) == (50, (30, 45), 5)
+    assert one.SEED == other.SEED == 1
+    assert one.MODEL.WEIGHTS == other.MODEL.WEIGHTS == str(out / "initial" / "seed1.pth")
+    changed = {line.split()[1] for line in difference(one, other).splitlines()}
+    assert changed == {"MODEL.META_ARCHITECTURE:", "OUTPUT_DIR:"}
+    measured = yaml.safe_load(trial.run_config(base, None, out, 5))
+    assert measured["DATASETS"] == {"TEST": []} and measured["SOLVER"]["MAX_ITER"] == 5
+
+
+def test_whole_schedule_stays_as_it_is(make, tmp_path):
+    trial = make()
+    run = Run("plain", 0, tmp_path / "w.pth", tmp_path / "run", tmp_path / "r.json")
+    assert "SOLVER" not in yaml.safe_load(trial.run_config(tmp_path / "b", run, tmp_path, 100))

@@ -1,0 +1,241 @@
+#!/usr/bin/env python
+"""Try plugins on your own data: train your config as it is and with each plugin, and compare.
+
+    tools/try_plugins.py your.yaml --register-coco my_train train.json images/ \\
+        --register-coco my_val val.json images/ \\
+        --with triplet_attention --with ida --with timm:eca --with batchformer_v1 --out trial
+    tools/try_plugins.py your_config.py --with amc --seeds 5 --budget 8h --jobs 2 --out trial
+
+CONFIG is yours: a yaml file of Detectron2 or a Python file of MMDetection. From it one config is
+derived for each plugin, in which only the plugin's lines differ; they are printed, and DIR/configs
+keeps them for tools/train_net.py and tools/train_mmdet.py. A block plugin starts as the identity
+(warm start). It is in all stages, ida in stages 4 and 5; ida@3,4,5 chooses. What would freeze a
+stage with a plugin is changed. batchformer_v1 is in the RoI head, batchformer_v2 in a DETR's
+encoder, amc among the losses.
+
+All configs are checked before anything starts. All runs of a seed begin with the same weights but
+for the plugin's own, and see the same images in the same order for the same number of steps. The
+framework's own trainer trains them, with one thread each. The same command goes on where an earlier
+one was stopped; runs that failed are tried again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from plugin_core.evaluation.coco_files import Source, read_annotations
+from plugin_core.inspection.config_kinds import FRAMEWORKS, is_lazy_config, side_of
+from plugin_core.training.run_folder import occupy
+from plugin_core.training.trials import (
+    PLAIN,
+    Framework,
+    Plan,
+    Plugin,
+    config_path,
+    difference,
+    duration,
+    environment_of,
+    measure,
+    measures_time,
+    read_duration,
+    read_plan,
+    read_plugins,
+    run_all,
+    summary,
+    write_configs,
+    write_plan,
+)
+
+COMPARE = Path(__file__).with_name("compare_detectors.py")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        plugins, framework, plan = prepare(args)
+        show(framework, plugins, args.out)
+        if args.plan:
+            print_plan(plan, args)
+            return
+        failed = run(args, framework, plan)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    if failed:
+        sys.exit(1)
+
+
+def prepare(args: argparse.Namespace) -> tuple[list[Plugin], Framework, Plan]:
+    """Check everything, then write the configs and the plan; raises ValueError."""
+    for option in ("seeds", "jobs", "steps"):
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option}: must be 1 or more, got {value}")
+    if args.budget:
+        read_duration(args.budget)
+    plugins = read_plugins(args.plugins)
+    framework = load(args)
+    request = {
+        "config": os.path.abspath(args.config),
+        "plugins": args.plugins,
+        "seeds": args.seeds,
+        "steps": args.steps,
+        "budget": args.budget,
+        "datasets": args.register_coco,
+    }
+    plan = read_plan(args.out, request)
+    known = config_path(framework, args.out, PLAIN)
+    if plan is not None and known.is_file():
+        changed = [
+            plugin.label if plugin else PLAIN
+            for plugin in [None, *plugins]
+            if config_path(framework, args.out, plugin.label if plugin else PLAIN).read_text()
+            != framework.derive(plugin)
+        ]
+        if changed:
+            raise ValueError(
+                f"--out {args.out}: was begun with another {args.config}, from which other configs "
+                f"were derived ({', '.join(changed)}); name a new folder"
+            )
+        return plugins, framework, plan
+    content = read_annotations(Source("annotations", framework.annotations), "bbox")
+    parameters = write_configs(framework, plugins, args.out)
+    plan = Plan(
+        request,
+        framework.annotations,
+        list(parameters),
+        framework.steps,
+        args.seeds,
+        parameters,
+        framework.batch_size,
+        len(content["images"]),
+    )
+    write_plan(plan, args.out)
+    return plugins, framework, plan
+
+
+def load(args: argparse.Namespace) -> Any:
+    """Import the framework of the config; raises ValueError."""
+    side = side_of(args.config)
+    if args.config.endswith(".py") and is_lazy_config(args.config):
+        raise ValueError(f"{args.config}: is a LazyConfig; this command takes yaml of Detectron2")
+    try:
+        if side == "d2_plugins":
+            from d2_plugins.trials import Detectron2Trials
+
+            return Detectron2Trials(args.config, args.register_coco, args.steps)
+        if args.register_coco:
+            raise ValueError("--register-coco: is for Detectron2; MMDetection's config names data")
+        from mm_plugins.trials import MMDetectionTrials
+
+        return MMDetectionTrials(args.config, args.steps)
+    except ImportError as error:
+        raise ValueError(f"{args.config}: needs {FRAMEWORKS[side]}: {error}") from error
+
+
+def show(framework: Framework, plugins: Sequence[Plugin], out: Path) -> None:
+    """Print what each derived config changes."""
+    plain = framework.settings(config_path(framework, out, PLAIN))
+    for plugin in plugins:
+        path = config_path(framework, out, plugin.label)
+        print(f"{path}\n{difference(plain, framework.settings(path))}")
+
+
+def print_plan(plan: Plan, args: argparse.Namespace) -> None:
+    """Print the number of runs and the estimated time."""
+    time = f"about {duration(plan.total(args.jobs))}" if plan.seconds_a_step else "not measured"
+    print(
+        f"{len(plan.labels)} variants × {plan.seeds} seeds = {len(plan.labels) * plan.seeds} runs "
+        f"of {plan.steps:,} steps, {args.jobs} at a time; time: {time}. {plan.left_out}".rstrip(),
+        flush=True,
+    )
+
+
+def run(args: argparse.Namespace, framework: Framework, plan: Plan) -> bool:
+    """Train, and print what it found; returns whether a run failed."""
+    gpus = find_gpus()
+    environment = partial(environment_of, gpus=gpus)
+    with occupy(str(args.out), "--out"):
+        if not plan.seconds_a_step and (measures_time(plan.steps) or args.budget):
+            measure(plan, framework, args.out, environment(0))
+            if args.budget:
+                plan.fit(read_duration(args.budget), args.jobs, may_shorten=args.steps is None)
+            write_plan(plan, args.out)
+        print_plan(plan, args)
+        outcome = run_all(plan, framework, args.out, jobs=args.jobs, environment=environment)
+        write_plan(plan, args.out)
+    headers, rows = summary(plan, outcome, args.out)
+    print(tabulate(rows, headers, "github", floatfmt=("", ".1f", ".1f", "", "", ".2f"), intfmt=","))
+    for name, reason in outcome.failed.items():
+        print(f"failed: {name}: {reason}")
+    if COMPARE.is_file() and outcome.finished:
+        compare(plan, args.out, outcome.finished)
+    return bool(outcome.failed)
+
+
+def compare(plan: Plan, out: Path, finished: Any) -> None:
+    """Hand the results over to tools/compare_detectors.py, the plain ones first."""
+    words = [
+        word
+        for label in plan.labels
+        for run in plan.runs(out)
+        if run.label == label and run.name in finished
+        for word in ("--detector", f"{label}={run.results}")
+    ]
+    command = [sys.executable, str(COMPARE), plan.annotations, *words]
+    subprocess.run([*command, "--out", str(out / "comparison")], check=False)
+
+
+def find_gpus() -> list[str]:
+    """Name the GPUs that processes may use."""
+    import torch
+
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return chosen.split(",")[:count] if chosen else [str(i) for i in range(count)]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", metavar="CONFIG", help="of your detector, .yaml or .py")
+    parser.add_argument(
+        "--with",
+        dest="plugins",
+        action="append",
+        default=[],
+        metavar="PLUGIN",
+        help="triplet_attention, ida, timm:eca, package.module:Class, …; several times",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of all results")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")
+    parser.add_argument(
+        "--steps", type=int, help="of each training; the schedule is scaled (default: CONFIG's)"
+    )
+    parser.add_argument(
+        "--budget", metavar="TIME", help="such as 8h; leaves out seeds, then steps, to keep it"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument("--plan", action="store_true", help="write configs and plan, and stop")
+    parser.add_argument(
+        "--register-coco",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help="Detectron2: register a COCO-format dataset, as in tools/train_net.py",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
