@@ -70,7 +70,10 @@ class Detectron2Trials:
                 "DATASETS.TEST: must name one dataset in COCO's format, on which plugins are "
                 f"compared, got {tests}"
             )
-        self.annotations = os.path.abspath(MetadataCatalog.get(tests[0]).json_file)
+
+    @property
+    def annotations(self) -> str:
+        return os.path.abspath(MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).json_file)
 
     def derive(self, plugin: Plugin | None) -> str:
         lines: dict[str, Any] = {}
@@ -120,6 +123,8 @@ class Detectron2Trials:
 
     def check(self, path: Path) -> int:
         cfg = self._read(str(path))
+        if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
+            cfg.MODEL.DEVICE = "cpu"  # as tools/train_net.py does
         model = check_config(cfg, eval_only=False, resume=False)
         return sum(parameter.numel() for parameter in model.parameters())
 
@@ -178,8 +183,6 @@ class Detectron2Trials:
         cfg = get_cfg()
         add_plugin_config(cfg)
         merge_config(cfg, config)
-        if str(cfg.MODEL.DEVICE).startswith("cuda") and not torch.cuda.is_available():
-            cfg.MODEL.DEVICE = "cpu"
         return cfg
 
 

@@ -169,7 +169,9 @@ class MMDetectionTrials:
         cfg = self._read(str(path))
         check_training_settings(cfg, train=True)
         model = check_config(cfg, train=True, resumes=False)
-        prepare(cfg, model, train=True)
+        for setting, copy_ in prepare(cfg, model, train=True).items():
+            if setting.startswith("val_evaluator") and setting.endswith("ann_file"):
+                self.annotations = copy_
         return sum(parameter.numel() for parameter in model.parameters()) if model else 0
 
     def initialize(self, seed: int, path: Path) -> None:

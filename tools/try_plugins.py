@@ -42,6 +42,7 @@ from plugin_core.training.trials import (
     Plugin,
     config_path,
     difference,
+    digest,
     duration,
     environment_of,
     measure,
@@ -69,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         failed = run(args, framework, plan)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
     if failed:
         sys.exit(1)
 
@@ -84,7 +87,8 @@ def prepare(args: argparse.Namespace) -> tuple[list[Plugin], Framework, Plan]:
     plugins = read_plugins(args.plugins)
     framework = load(args)
     request = {
-        "config": os.path.abspath(args.config),
+        "config": framework.config,
+        "config_content": digest(framework.settings(Path(framework.config))),
         "plugins": args.plugins,
         "seeds": args.seeds,
         "steps": args.steps,
@@ -92,22 +96,10 @@ def prepare(args: argparse.Namespace) -> tuple[list[Plugin], Framework, Plan]:
         "datasets": args.register_coco,
     }
     plan = read_plan(args.out, request)
-    known = config_path(framework, args.out, PLAIN)
-    if plan is not None and known.is_file():
-        changed = [
-            plugin.label if plugin else PLAIN
-            for plugin in [None, *plugins]
-            if config_path(framework, args.out, plugin.label if plugin else PLAIN).read_text()
-            != framework.derive(plugin)
-        ]
-        if changed:
-            raise ValueError(
-                f"--out {args.out}: was begun with another {args.config}, from which other configs "
-                f"were derived ({', '.join(changed)}); name a new folder"
-            )
+    if plan is not None:
         return plugins, framework, plan
-    content = read_annotations(Source("annotations", framework.annotations), "bbox")
     parameters = write_configs(framework, plugins, args.out)
+    content = read_annotations(Source("annotations", framework.annotations), "bbox")
     plan = Plan(
         request,
         framework.annotations,
@@ -152,6 +144,8 @@ def show(framework: Framework, plugins: Sequence[Plugin], out: Path) -> None:
 def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     """Print the number of runs and the estimated time."""
     time = f"about {duration(plan.total(args.jobs))}" if plan.seconds_a_step else "not measured"
+    finished = sum(run.finished() is not None for run in plan.runs(args.out))
+    time += f"; {finished} have finished" if finished else ""
     print(
         f"{len(plan.labels)} variants × {plan.seeds} seeds = {len(plan.labels) * plan.seeds} runs "
         f"of {plan.steps:,} steps, {args.jobs} at a time; time: {time}. {plan.left_out}".rstrip(),

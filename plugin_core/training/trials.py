@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import io
 import json
 import os
@@ -111,12 +112,15 @@ class Framework(Protocol):
     """What a trial needs to know of a framework and of the user's config.
 
     Attributes:
+        config: path of the user's config.
         suffix: of config files, such as ".yaml".
-        annotations: COCO-format file of the images that are evaluated.
+        annotations: COCO-format file of the images that are evaluated. After :meth:`check` it is
+            the copy that the framework reads, where the user's file needs one.
         steps: of the config's training.
         batch_size: images in a step.
     """
 
+    config: str
     suffix: str
     annotations: str
     steps: int
@@ -517,7 +521,7 @@ def _collect(job: _Job, results: Path, plan: Plan) -> dict[str, Any]:
 
 
 def box_ap(annotations: str, results: Path) -> float:
-    """COCO's AP of boxes, in percent; -1 where it is not defined."""
+    """COCO's AP of boxes, in percent; raises ValueError where no object counts."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -530,7 +534,14 @@ def box_ap(annotations: str, results: Path) -> float:
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
+    if evaluation.stats[0] < 0:
+        raise ValueError(f"{annotations}: has no objects but crowds, so AP is not defined")
     return 100 * float(evaluation.stats[0])
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """Give a short text that differs between configs that differ."""
+    return hashlib.sha256(repr(sorted(_flatten(settings))).encode()).hexdigest()[:16]
 
 
 def start(

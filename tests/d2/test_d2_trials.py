@@ -63,7 +63,9 @@ def make(tmp_path: Path, drawn_coco: Path):
 
 
 def build(trial: Any, path: Path) -> torch.nn.Module:
-    return build_model(trial.settings(path))
+    cfg = trial.settings(path)
+    cfg.MODEL.DEVICE = "cpu"
+    return build_model(cfg)
 
 
 def inserted(model: torch.nn.Module) -> dict[str, str]:

@@ -21,7 +21,8 @@ from tool_server import ROOT, ToolServer, script_and_arguments
 ENVIRONMENT = {
     **os.environ,
     "CUDA_VISIBLE_DEVICES": "",
-    "PYTHONPATH": str(Path(__file__).parent),  # of what the tests add to a tool
+    # What the tests add to a tool, and the packages of this checkout
+    "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(ROOT)]),
 }
 LIMIT_SECONDS = 600
 Run = Callable[..., subprocess.CompletedProcess]

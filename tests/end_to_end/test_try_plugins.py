@@ -1,0 +1,85 @@
+"""tools/try_plugins.py on drawn images, as a user types it, killed and started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tool_server import script_and_arguments
+
+CONFIG = """
+_BASE_: "model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+MODEL:
+  WEIGHTS: ""
+  BACKBONE: {FREEZE_AT: 0}
+  RESNETS: {DEPTH: 18, RES2_OUT_CHANNELS: 64}
+  FPN: {OUT_CHANNELS: 16}
+  RPN: {PRE_NMS_TOPK_TRAIN: 50, POST_NMS_TOPK_TRAIN: 20, POST_NMS_TOPK_TEST: 20}
+  ROI_HEADS: {NUM_CLASSES: 7, BATCH_SIZE_PER_IMAGE: 16, SCORE_THRESH_TEST: 0.0}
+  ROI_BOX_HEAD: {FC_DIM: 32}
+DATASETS: {TRAIN: ["tried_train"], TEST: ["tried_val"]}
+INPUT: {MIN_SIZE_TRAIN: [64], MIN_SIZE_TEST: 64}
+SOLVER: {IMS_PER_BATCH: 2, BASE_LR: 0.001}
+DATALOADER: {NUM_WORKERS: 0}
+"""
+
+
+@pytest.fixture
+def arguments(drawn_coco: Path, tmp_path: Path) -> list[Any]:
+    (tmp_path / "mine.yaml").write_text(CONFIG)
+    words: list[Any] = [tmp_path / "mine.yaml", "--out", tmp_path / "trial", "--seeds", 1]
+    for part in ("train", "val"):
+        labels = drawn_coco / f"annotations/instances_{part}2017.json"
+        words += ["--register-coco", f"tried_{part}", labels, drawn_coco / f"{part}2017"]
+    return words
+
+
+def test_killed_trial_goes_on_and_collects_the_results(tool_server, run_tool, arguments, tmp_path):
+    command = [*arguments, "--with", "simam", "--steps", 2]
+    out = tmp_path / "trial"
+    log = tmp_path / "killed.log"
+    killed = tool_server.start(script_and_arguments("try_plugins.py", tuple(command)), log, log)
+    while not (out / "runs/plain-seed0/finished.json").is_file():
+        assert killed.poll() is None, log.read_text()
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    while killed.poll() is None:
+        time.sleep(0.02)
+    begun = (out / "runs/plain-seed0/output.txt").read_bytes()
+
+    printed = run_tool("try_plugins.py", *command).stdout
+
+    assert (out / "runs/plain-seed0/output.txt").read_bytes() == begun  # not trained again
+    assert "+ MODEL.RESNETS.PLUGINS: [{'NAME': 'simam'" in printed
+    assert "2 variants × 1 seeds = 2 runs of 2 steps" in printed
+    plan = json.loads((out / "plan.json").read_text())
+    for run in plan["runs"]:
+        assert run["finished"]["AP"] >= 0
+        assert isinstance(json.loads((out / run["results"]).read_text()), list)
+    other = run_tool("try_plugins.py", *command, "--with", "ida", check=False)
+    assert other.returncode == 1
+    assert "holds another plan (plugins was ['simam'] and is ['simam', 'ida'])" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--with", "simamm"], "error: --with simamm: must be one of"),
+        (["--with", "simam", "--with", "simam"], "error: --with simam: is given twice"),
+        (["--with", "batchformer_v2"], "error: --with batchformer_v2: MODEL.META_ARCH"),
+        (["--with", "simam", "--budget", "soon"], "error: --budget: must be a time"),
+        (["--with", "simam", "--jobs", 0], "error: --jobs: must be 1 or more"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    run_tool, arguments, tmp_path, words, message
+):
+    failed = run_tool("try_plugins.py", *arguments, *words, check=False)
+    assert failed.returncode == 1
+    assert message in failed.stderr and "Traceback" not in failed.stderr
+    assert not (tmp_path / "trial").exists()
