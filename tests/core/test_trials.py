@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -223,17 +224,15 @@ def test_stopped_command_ends_its_trainings_and_goes_on_where_it_was(make_plan, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_trainings_end_with_a_command_that_is_killed(tmp_path):
-    code = (
-        "import os, sys, pathlib; from plugin_core.training.trials import start\n"
-        f"p = start(['sleep', '60'], pathlib.Path({str(tmp_path / 'log')!r}), os.environ)\n"
-        "print(p.pid, flush=True); os.kill(os.getpid(), 9)"
-    )
-    import subprocess
-
-    child = int(subprocess.run([sys.executable, "-c", code], capture_output=True).stdout)
-    for _ in range(100):
-        status = Path(f"/proc/{child}/stat")
-        if not status.exists() or status.read_text().split()[2] == "Z":
+    command = os.fork()
+    if not command:
+        child = trials.start(["sleep", "60"], tmp_path / "log", os.environ)
+        (tmp_path / "child").write_text(str(child.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(command, 0)
+    training = Path("/proc", (tmp_path / "child").read_text(), "stat")
+    for _ in range(200):
+        if not training.exists() or training.read_text().split()[2] == "Z":
             return
         time.sleep(0.05)
     pytest.fail("the training goes on")
