@@ -7,6 +7,7 @@ import copy
 import importlib.util
 import io
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from comparison_cases import Case, random_case
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from plugin_core.evaluation.comparison.accuracy import accuracy, precisions_of
+from plugin_core.evaluation.comparison.accuracy import accuracy, fastest_library, precisions_of
 from plugin_core.evaluation.comparison.bootstrap import (
     Difference,
     Spread,
@@ -73,6 +74,15 @@ def test_accuracy_is_pycocotools_to_the_last_digit(iou_type, seed, options):
         measured = accuracy(content, results, iou_type, library)
         np.testing.assert_array_equal(list(measured.metrics.values()), expected, library)
     assert (content, results) == before  # pycocotools would write into them
+
+
+def test_pycocotools_evaluates_where_hotcoco_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    content, results = random_case(4)
+    assert fastest_library() == "pycocotools"
+    expected = pycocotools_stats(content, results, "bbox")
+    measured = accuracy(content, results, "bbox")
+    np.testing.assert_array_equal(list(measured.metrics.values()), expected)
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -220,7 +220,7 @@ def compare(
             deviations = _seed_deviations(values[:, known], generator)
             drawn = drawn + sign * student(freedom) / NORMAL * deviations
     low, high, p = np.full((3, len(means)), np.nan)
-    low[known], high[known] = np.nanpercentile(drawn, [2.5, 97.5], axis=1)
+    low[known], high[known] = np.nanpercentile(drawn, [2.5, 97.5], axis=1).clip(-100, 100)
     error = np.nanstd(drawn, axis=1, ddof=1)
     p[known] = [
         math.erfc(abs(d) / max(e, 1e-9) / math.sqrt(2))
