@@ -31,7 +31,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plugin_core.evaluation.coco_files import Record, Source, read_annotations
+from plugin_core.evaluation.coco_files import Record, Source
 from plugin_core.evaluation.comparison.accuracy import fastest_library
 from plugin_core.evaluation.comparison.calibration import calibration
 from plugin_core.evaluation.comparison.confusion import check_score_threshold, confusion
@@ -44,7 +44,12 @@ from plugin_core.evaluation.comparison.differences import (
     measure,
 )
 from plugin_core.evaluation.comparison.errors import errors
-from plugin_core.evaluation.comparison.inputs import Detector, named_files, read_detector
+from plugin_core.evaluation.comparison.inputs import (
+    Detector,
+    named_files,
+    read_detector,
+    read_truth,
+)
 from plugin_core.evaluation.comparison.numbering import FIELDS
 from plugin_core.evaluation.comparison.pictures import pictures
 from plugin_core.evaluation.comparison.report import Report
@@ -63,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.images and not args.images.is_dir():
             raise ValueError(f"--images {args.images}: there is no such folder")
         annotations = Source("annotations", args.annotations)
-        content = read_annotations(annotations, args.iou_type)
+        content = read_truth(annotations, args.iou_type)
         detectors = [
             read_detector(name, listed, args.iou_type, content, annotations)
             for name, listed in files.items()

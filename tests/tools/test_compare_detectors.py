@@ -189,6 +189,26 @@ def test_a_bad_detection_is_named_by_file_and_place(inputs, change, expected):
     assert message.endswith(expected.format(truth=inputs.folder / "truth.json"))
 
 
+def test_crowds_alone_leave_nothing_to_measure(inputs):
+    for annotation in inputs.truth["annotations"]:
+        annotation["iscrowd"] = 1
+    message = error_of(inputs, *inputs.options("plain=poor", "triplet=good"))
+    assert message.endswith("truth.json: no object to be found; all are crowds")
+
+
+def test_one_image_has_no_interval(inputs):
+    inputs.truth["images"], inputs.truth["annotations"] = (
+        inputs.truth[key][:n] for key, n in (("images", 1), ("annotations", 2))
+    )
+    inputs.poor, inputs.good = inputs.poor[:1], inputs.good[:2]
+    compare_detectors.main(inputs.options("plain=poor", "triplet=good"))
+    report = report_of(inputs)
+    assert report["verdict"].startswith(
+        "triplet and plain are not told apart: AP 100.0 against 50.0"
+    )
+    assert report["sections"][1]["data"]["triplet"]["differences"][0]["low"] is None
+
+
 def test_an_empty_file_is_named(inputs):
     inputs.good = ""
     message = error_of(inputs, *inputs.options("plain=poor", "triplet=good"))

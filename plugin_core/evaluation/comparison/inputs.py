@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plugin_core.evaluation.coco_files import Source, read_results
+from plugin_core.evaluation.coco_files import Source, read_annotations, read_results
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,22 @@ class Detector:
     name: str
     seeds: Sequence[Sequence[Mapping[str, Any]]]
     files: Sequence[str]
+
+
+def read_truth(annotations: Source, iou_type: str) -> dict[str, Any]:
+    """Read an annotation file, as :func:`read_annotations` does, with an object to be found in it.
+
+    Raises:
+        ValueError: if the file or one of its records cannot be used, or no object counts.
+    """
+    content = read_annotations(annotations, iou_type)
+    objects = [a for a in content["annotations"] if not a["iscrowd"]]
+    if iou_type == "keypoints":
+        objects = [a for a in objects if a["num_keypoints"]]
+    if not objects:
+        kind = "crowds or without keypoints" if iou_type == "keypoints" else "crowds"
+        raise ValueError(f"{annotations}: no object to be found; all are {kind}")
+    return content
 
 
 def named_files(specifications: Sequence[str]) -> dict[str, list[str]]:
