@@ -409,7 +409,6 @@ class _Job:
     run: Run
     place: int
     process: subprocess.Popen[bytes]
-    began: float
     attempts: int = 1
 
 
@@ -453,7 +452,7 @@ def run_all(
                     place = min(set(range(jobs)) - {job.place for job in active})
                     run = waiting.pop(0)
                     process = _begin(run, plan, framework, out, environment(place))
-                    active.append(_Job(run, place, process, time.monotonic()))
+                    active.append(_Job(run, place, process))
                 time.sleep(poll)
                 for job in [job for job in active if job.process.poll() is not None]:
                     log = job.run.folder / "output.txt"
@@ -468,7 +467,7 @@ def run_all(
                     try:
                         if job.process.returncode or results is None:
                             raise RunError(tail(log, 1) or "it has left no results")
-                        found = _collect(job, results, plan)
+                        found = _collect(job, results, plan, framework)
                     except (ValueError, OSError) as error:
                         outcome.failed[job.run.name] = f"{error} (see {log})"
                         bar.write(f"{job.run.name} failed: {outcome.failed[job.run.name]}")
@@ -508,13 +507,14 @@ def _begin(
     return start(command, run.folder / "output.txt", environment)
 
 
-def _collect(job: _Job, results: Path, plan: Plan) -> dict[str, Any]:
+def _collect(job: _Job, results: Path, plan: Plan, framework: Framework) -> dict[str, Any]:
     """Copy a run's detections, and write its marker."""
+    times = [record["time"] for record in framework.log(job.run.folder)]
     write_text(job.run.results, results.read_text(encoding="utf-8"))
     found = {
         "results": job.run.results.name,
         "AP": box_ap(plan.annotations, job.run.results),
-        "seconds": round(time.monotonic() - job.began, 1),
+        "seconds_a_step": statistics.median(times) if times else None,
     }
     write_text(job.run.marker, json.dumps(found))
     return found
@@ -611,15 +611,18 @@ def duration(seconds: float) -> str:
 
 
 def summary(plan: Plan, outcome: Outcome, out: Path) -> tuple[list[str], list[list[Any]]]:
-    """Make a table of AP, its mean and sample standard deviation over seeds, for each variant."""
+    """Make a table of each variant: headers and rows.
+
+    It has the mean of AP over the seeds, the sample standard deviation where there are two or more,
+    the parameters, and the median of the seconds of a step where the framework has logged any.
+    """
     headers = ["", "AP", "± sd", "seeds", "parameters", "s/step"]
     rows = []
     for label in plan.labels:
-        values = [
-            outcome.finished[run.name]["AP"]
-            for run in plan.runs(out)
-            if run.label == label and run.name in outcome.finished
-        ]
+        names = [run.name for run in plan.runs(out) if run.label == label]
+        finished = [outcome.finished[name] for name in names if name in outcome.finished]
+        values = [found["AP"] for found in finished]
+        times = [found["seconds_a_step"] for found in finished if found["seconds_a_step"]]
         rows.append(
             [
                 label,
@@ -627,7 +630,7 @@ def summary(plan: Plan, outcome: Outcome, out: Path) -> tuple[list[str], list[li
                 statistics.stdev(values) if len(values) > 1 else None,
                 f"{len(values)} of {plan.seeds}",
                 plan.parameters[label],
-                plan.seconds_a_step.get(label),
+                statistics.median(times) if times else None,
             ]
         )
     return headers, rows

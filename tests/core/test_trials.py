@@ -181,6 +181,9 @@ def test_all_variants_of_a_seed_begin_with_the_same_weights(make_plan, tmp_path)
     assert runs[0].initial == runs[1].initial != runs[2].initial
     assert all(outcome.finished[r.name]["AP"] == pytest.approx(100) for r in runs)
     assert all(json.loads(r.results.read_text()) for r in runs)
+    _, rows = trials.summary(plan, outcome, tmp_path / "out")
+    row = [pytest.approx(100), 0, "2 of 2", 10, 0.5]
+    assert rows == [["plain", *row], ["simam", *row]]
 
 
 def test_failed_run_is_told_others_go_on_and_it_is_tried_again(make_plan, tmp_path):
