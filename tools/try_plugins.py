@@ -177,13 +177,10 @@ def run(args: argparse.Namespace, framework: Framework, plan: Plan) -> bool:
 
 def compare(plan: Plan, out: Path, finished: Any) -> None:
     """Hand the results over to tools/compare_detectors.py, the plain ones first."""
-    words = [
-        word
-        for label in plan.labels
-        for run in plan.runs(out)
-        if run.label == label and run.name in finished
-        for word in ("--detector", f"{label}={run.results}")
-    ]
+    words: list[str] = []
+    for label in plan.labels:
+        files = [str(r.results) for r in plan.runs(out) if r.label == label and r.name in finished]
+        words += ["--detector", f"{label}={','.join(files)}"] if files else []
     command = [sys.executable, str(COMPARE), plan.annotations, *words]
     subprocess.run([*command, "--out", str(out / "comparison")], check=False)
 
