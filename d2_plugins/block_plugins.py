@@ -13,6 +13,7 @@ from torch import nn
 
 from plugin_core.block_plugins import ApplyChildren, build_block_plugin, child_name
 from plugin_core.errors import ArgumentError
+from plugin_core.published_names import read_published_children
 
 logger = logging.getLogger(__name__)
 
@@ -202,5 +203,6 @@ def insert_after_residual_branch(block: CNNBlockBase, name: str, module: nn.Modu
     # residual branch has no activation, as ReLU comes after the sum. So the place is free.
     if conv.activation is None:
         conv.activation = ApplyChildren(block)
+        read_published_children(block)
     block.add_module(name, module)
     conv.activation.names.append(name)

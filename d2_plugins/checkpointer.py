@@ -14,10 +14,10 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from plugin_core.block_plugins import find_cold, find_unread, rename_all_published
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.errors import few
 from plugin_core.files import replacing
+from plugin_core.published_names import find_cold, find_unread, rename_all_published
 from plugin_core.training import RunError
 from plugin_core.training.checkpoint_files import check_readable, checkpoints_in
 from plugin_core.training.checkpoint_files import find_resumable as find_newest

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm_plugins.block_plugins import BlockPlugin
-from plugin_core.block_plugins import ApplyChildren, read_published_children
+from plugin_core.block_plugins import ApplyChildren
 from plugin_core.errors import ArgumentError
+from plugin_core.published_names import read_published_children
 
 
 class PluginBasicBlock(BasicBlock):
@@ -136,6 +137,7 @@ def _insert_after_linear_conv(block: InvertedResidual, cfg: dict) -> None:
     # activation. So the place is free.
     if not conv.with_activation:
         conv.with_activation, conv.activate = True, ApplyChildren(block)
+        read_published_children(block)
     conv.activate.names += names
 
 

@@ -13,9 +13,9 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mm_plugins.block_plugins import BlockPlugin
-from plugin_core.block_plugins import find_unread, rename_all_published
 from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.errors import few
+from plugin_core.published_names import find_unread, rename_all_published
 from plugin_core.training.checkpoint_files import check_readable
 from plugin_core.training.names import fit_names as fit
 

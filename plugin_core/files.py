@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import BinaryIO
 
 
@@ -28,6 +29,24 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     finally:
         with suppress(FileNotFoundError):
             os.remove(part)
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """Make a folder, and those above it, where they are missing.
+
+    Args:
+        option: that names it, for the message.
+        folder: may be there already.
+
+    Raises:
+        ValueError: if a file is in its place.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(
+            f"{option} {folder}: {error.filename!r} is a file, not a folder"
+        ) from error
 
 
 def file_state(path: str | os.PathLike[str]) -> tuple[int, int]:

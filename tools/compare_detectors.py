@@ -54,6 +54,7 @@ from plugin_core.evaluation.comparison.numbering import FIELDS
 from plugin_core.evaluation.comparison.pictures import pictures
 from plugin_core.evaluation.comparison.report import Report
 from plugin_core.evaluation.comparison.sections import Section
+from plugin_core.files import make_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             read_detector(name, listed, args.iou_type, content, annotations)
             for name, listed in files.items()
         ]
-        make_folder(args.out)  # before the work, as it may fail
+        make_folder("--out", args.out)  # before the work, as it may fail
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     measured = measure(content, detectors, args.iou_type, args.resamples)
@@ -172,13 +173,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="exit with 1 if a detector's AP is below the baseline's + X percentage points",
     )
     return parser.parse_args(argv)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"--out {folder}: {error.filename!r} is a file, not a folder") from error
 
 
 if __name__ == "__main__":

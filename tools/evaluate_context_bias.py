@@ -44,6 +44,7 @@ from plugin_core.evaluation.coco_files import Source, read_annotations, read_res
 from plugin_core.evaluation.companions import choose_companions
 from plugin_core.evaluation.context_bias import load_detections, load_ground_truth, measure
 from plugin_core.evaluation.context_bias_report import GEOMETRY, PairReport, Report
+from plugin_core.files import make_folder
 
 SETTINGS = ("annotations", "results", "pairs", "train_annotations")
 SETTINGS_OF = {"detection": ("iou_type", "score_threshold"), "singh2020": ("held_out",)}
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         measure_report = prepare(args)
         if args.out:
-            make_folder(args.out)  # before the work, as it may fail
+            make_folder("--out", args.out)  # before the work, as it may fail
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     report = measure_report()
@@ -142,13 +143,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="write table, numbers and figure")
     return parser.parse_args(argv)
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f"--out {folder}: {error.filename!r} is a file, not a folder") from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,232 @@
+"""Running a trial: measuring a step, training what is left to train, and collecting results."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from plugin_core.inspection.building import silence
+from plugin_core.training.errors import RunError
+from plugin_core.training.trials.plan import (
+    Framework,
+    Plan,
+    Run,
+    config_path,
+    write_plan,
+    write_text,
+)
+from plugin_core.training.trials.processes import start, stop, tail
+
+MEASURED_STEPS = 5
+
+
+def measure(plan: Plan, framework: Framework, out: Path, environment: Mapping[str, str]) -> None:
+    """Train each variant for a few steps, and note the time in the plan.
+
+    Raises:
+        RunError: if one of them fails.
+    """
+    overheads = []
+    for label in tqdm(plan.labels, f"timing {MEASURED_STEPS} steps", unit="variant"):
+        folder = out / "measured" / label
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        config = folder / f"measured{framework.suffix}"
+        base = config_path(framework, out, label)
+        write_text(config, framework.run_config(base, None, folder, MEASURED_STEPS))
+        began = time.monotonic()
+        log = folder / "output.txt"
+        process = start(framework.command(config, folder, MEASURED_STEPS), log, environment)
+        try:
+            code = process.wait()
+        finally:
+            stop([process])
+        times = [record["time"] for record in framework.log(folder)]
+        if code or not times:
+            raise RunError(f"{label} cannot be trained:\n{tail(log)}\nsee {log}")
+        plan.seconds_a_step[label] = statistics.median(times)
+        overheads.append(time.monotonic() - began - MEASURED_STEPS * plan.seconds_a_step[label])
+        shutil.rmtree(folder)  # checkpoints are large
+    plan.overhead = max(0.0, statistics.median(overheads))
+    (out / "measured").rmdir()
+
+
+@dataclass
+class Outcome:
+    """What became of the runs: what finished ones found, and the reasons of failed ones."""
+
+    finished: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Job:
+    run: Run
+    place: int
+    process: subprocess.Popen[bytes]
+    attempts: int = 1
+
+
+def run_all(
+    plan: Plan,
+    framework: Framework,
+    out: Path,
+    *,
+    jobs: int,
+    environment: Callable[[int], Mapping[str, str]],
+    poll: float = 1.0,
+) -> Outcome:
+    """Train and evaluate what a plan has left, ``jobs`` runs at a time.
+
+    A run that was stopped goes on from its last checkpoint. After a run that fails the others go
+    on.
+
+    Args:
+        plan: of the folder.
+        framework: that trains.
+        out: folder of the trial.
+        jobs: number of processes.
+        environment: of the process at a place, 0 to ``jobs`` - 1.
+        poll: seconds between two looks at the processes.
+    """
+    runs, outcome = plan.runs(out), Outcome()
+    for run in runs:
+        if (found := run.finished()) is not None:
+            outcome.finished[run.name] = found
+    waiting = [run for run in runs if run.name not in outcome.finished]
+    active: list[_Job] = []
+    with tqdm(
+        total=len(runs) * plan.steps,
+        initial=len(outcome.finished) * plan.steps,
+        unit="step",
+        mininterval=1 if sys.stderr.isatty() else 60,
+    ) as bar:
+        try:
+            while waiting or active:
+                while waiting and len(active) < jobs:
+                    place = min(set(range(jobs)) - {job.place for job in active})
+                    run = waiting.pop(0)
+                    process = _begin(run, plan, framework, out, environment(place))
+                    active.append(_Job(run, place, process))
+                time.sleep(poll)
+                for job in [job for job in active if job.process.poll() is not None]:
+                    log = job.run.folder / "output.txt"
+                    results = framework.results(job.run.folder)
+                    if job.process.returncode == 0 and results is None and job.attempts == 1:
+                        # It was killed before between its last checkpoint and its evaluation.
+                        env = environment(job.place)
+                        job.process = _begin(job.run, plan, framework, out, env)
+                        job.attempts = 2
+                        continue
+                    active.remove(job)
+                    try:
+                        if job.process.returncode or results is None:
+                            raise RunError(tail(log, 1) or "it has left no results")
+                        found = _collect(job, results, plan, framework)
+                    except (ValueError, OSError) as error:
+                        outcome.failed[job.run.name] = f"{error} (see {log})"
+                        bar.write(f"{job.run.name} failed: {outcome.failed[job.run.name]}")
+                    else:
+                        outcome.finished[job.run.name] = found
+                        bar.write(
+                            f"{job.run.name}: AP {found['AP']:.1f} "
+                            f"({len(outcome.finished)} of {len(runs)} runs)"
+                        )
+                    write_plan(plan, out)
+                done = (len(outcome.finished) + len(outcome.failed)) * plan.steps
+                done += sum(_steps(framework, job.run, plan) for job in active)
+                bar.update(max(0, done - bar.n))
+        finally:
+            stop([job.process for job in active])
+    return outcome
+
+
+def _steps(framework: Framework, run: Run, plan: Plan) -> int:
+    steps = max((record["step"] for record in framework.log(run.folder)), default=0)
+    return min(plan.steps, int(steps))
+
+
+def _begin(
+    run: Run, plan: Plan, framework: Framework, out: Path, environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    run.results.parent.mkdir(parents=True, exist_ok=True)
+    if not run.initial.is_file():
+        run.initial.parent.mkdir(parents=True, exist_ok=True)
+        with silence():
+            framework.initialize(run.seed, run.initial)
+    config = run.folder / f"run{framework.suffix}"
+    base = config_path(framework, out, run.label)
+    write_text(config, framework.run_config(base, run, run.folder, plan.steps))
+    command = framework.command(config, run.folder, plan.steps)
+    return start(command, run.folder / "output.txt", environment)
+
+
+def _collect(job: _Job, results: Path, plan: Plan, framework: Framework) -> dict[str, Any]:
+    """Copy a run's detections, and write its marker."""
+    times = [record["time"] for record in framework.log(job.run.folder)]
+    write_text(job.run.results, results.read_text(encoding="utf-8"))
+    found = {
+        "results": job.run.results.name,
+        "AP": box_ap(plan.annotations, job.run.results),
+        "seconds_a_step": statistics.median(times) if times else None,
+    }
+    write_text(job.run.marker, json.dumps(found))
+    return found
+
+
+def box_ap(annotations: str, results: Path) -> float:
+    """COCO's AP of boxes, in percent; raises ValueError where no object counts."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    detections = json.loads(results.read_text(encoding="utf-8"))
+    if not detections:
+        return 0.0
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(annotations)
+        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    if evaluation.stats[0] < 0:
+        raise ValueError(f"{annotations}: has no objects but crowds, so AP is not defined")
+    return 100 * float(evaluation.stats[0])
+
+
+def summary(plan: Plan, outcome: Outcome, out: Path) -> tuple[list[str], list[list[Any]]]:
+    """Make a table of each variant: headers and rows.
+
+    It has the mean of AP over the seeds, the sample standard deviation where there are two or more,
+    the parameters, and the median of the seconds of a step where the framework has logged any.
+    """
+    headers = ["", "AP", "± sd", "seeds", "parameters", "s/step"]
+    rows = []
+    for label in plan.labels:
+        names = [run.name for run in plan.runs(out) if run.label == label]
+        finished = [outcome.finished[name] for name in names if name in outcome.finished]
+        values = [found["AP"] for found in finished]
+        times = [found["seconds_a_step"] for found in finished if found["seconds_a_step"]]
+        rows.append(
+            [
+                label,
+                statistics.mean(values) if values else None,
+                statistics.stdev(values) if len(values) > 1 else None,
+                f"{len(values)} of {plan.seeds}",
+                plan.parameters[label],
+                statistics.median(times) if times else None,
+            ]
+        )
+    return headers, rows
