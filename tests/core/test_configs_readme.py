@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def test_every_config_has_a_row_with_its_command():
         assert framework in tool and ("lazyconfig" in tool) == path.startswith("configs/d2/") * (
             path.endswith(".py")
         )
+
+
+def test_commands_can_be_typed():
+    scripts = [p for d in ("tools", "benchmarks") for p in (ROOT / d).glob("*.py")]
+    commands = [p for p in scripts if p.read_text(encoding="utf-8").startswith("#!")]
+    assert commands and [p.name for p in commands if not os.access(p, os.X_OK)] == []
 
 
 def cited(backbone: str) -> set[tuple[str, str, float]]:
