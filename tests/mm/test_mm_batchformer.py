@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import two_processes
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -501,11 +502,7 @@ def test_detector_is_built_without_memory_and_without_settings_is_the_plain_one(
 # ----------------------------------------------------------------------------------- two processes
 
 
-def process(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
-    )
+def step(rank: int) -> tuple[list[Any], Tensor]:
     register_all_modules()
     cfg = with_batchformer(model_config("DETR"), insert_after=(0, 2), gather=True, dropout=0.0)
     detector = without_dropout(build(cfg)).train()
@@ -517,15 +514,11 @@ def process(rank: int, folder: str) -> None:
     loss = loss_of(detector, batch(detector, True, shapes=((64, 96), (96, 64))[rank : rank + 1]))
     loss.backward()
     largest = [p.grad.abs().max() for module in modules for p in module.parameters()]
-    torch.save((seen, min(largest)), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    return seen, min(largest)
 
 
 def test_processes_that_gather_see_the_same_place_of_one_anothers_maps(tmp_path):
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)
-    (mine, gradient), (yours, _) = (
-        torch.load(tmp_path / str(rank), weights_only=False) for rank in (0, 1)
-    )
+    (mine, gradient), (yours, _) = two_processes.run(step, tmp_path)
     assert len(mine) == len(yours) == 2 and gradient > 0
     for i, name in enumerate(("0", "2")):
         x, _, shapes = mine[i][0]

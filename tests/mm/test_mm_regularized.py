@@ -8,11 +8,13 @@ import gc
 import pickle
 import re
 import weakref
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_processes
 from torch import Tensor, nn
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
@@ -662,29 +664,22 @@ def test_heatmaps_need_no_parameter_that_is_trained(name, config):
 # --- two processes --------------------------------------------------------------------------- #
 
 
-def process(rank: int, folder: str, text_model: str) -> None:
-    """A step of a process whose images have boxes, or have none."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
-    )
+def step(rank: int, text_model: Path) -> tuple[list[str], dict[str, Tensor]]:
+    """Take a step in a process whose images have boxes, or have none."""
     register_all_modules()
-    model = model_config("grounding-dino", Path(text_model))
-    detector = build(regularized(model, **AMC, **ENTROPY)).train()
-    joined = MMDistributedDataParallel(detector, find_unused_parameters=True)
+    detector = build(regularized(model_config("grounding-dino", text_model), **AMC, **ENTROPY))
+    joined = MMDistributedDataParallel(detector.train(), find_unused_parameters=True)
     boxes = ((8.0, 8, 40, 40), (30.0, 20, 60, 62)) if rank == 0 else ()
     torch.manual_seed(rank)
     losses = joined(images(1), samples("phrases", boxes=boxes, count=1), mode="loss")
     _total(losses).backward()
     gradients = {n: p.grad for n, p in detector.named_parameters() if p.grad is not None}
-    torch.save((sorted(losses), gradients), f"{folder}/{rank}")
-    torch.distributed.destroy_process_group()
+    return sorted(losses), gradients
 
 
 def test_processes_train_together_though_one_has_no_phrases(tmp_path, text_models):
-    arguments = (str(tmp_path), str(text_models["grounding-dino"]))
-    torch.multiprocessing.spawn(process, arguments, nprocs=2)
-    (names, mine), (other_names, others) = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    function = partial(step, text_model=text_models["grounding-dino"])
+    (names, mine), (other_names, others) = two_processes.run(function, tmp_path)
     assert names == other_names, "of losses, which are averaged by name"
     assert mine.keys() == others.keys()
     assert all(torch.equal(gradient, others[name]) for name, gradient in mine.items())

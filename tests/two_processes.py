@@ -10,8 +10,11 @@ from typing import Any
 import torch
 from torch import distributed
 
-# Import them once for all processes of a test session.
-PRELOADED = ["torch.nn.parallel.distributed", "torch._dynamo"]
+# Import them once for all processes of a test session, where they are installed.
+PRELOADED = [
+    *("torch.nn.parallel.distributed", "torch._dynamo"),
+    *("mmdet.models", "mmdet.datasets", "mmdet.engine", "mmdet.evaluation", "mm_plugins"),
+]
 
 
 def run(function: Callable[[int], Any], folder: Path) -> list[Any]:
@@ -19,7 +22,7 @@ def run(function: Callable[[int], Any], folder: Path) -> list[Any]:
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     arguments = (function, str(folder))
     torch.multiprocessing.start_processes(_run, arguments, nprocs=2, start_method="forkserver")
-    return [torch.load(folder / f"{rank}.pth") for rank in (0, 1)]
+    return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in (0, 1)]
 
 
 def _run(rank: int, function: Callable[[int], Any], folder: str) -> None:
