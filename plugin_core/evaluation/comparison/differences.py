@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from plugin_core.evaluation.comparison.accuracy import Accuracy, accuracy, precisions_of
 from plugin_core.evaluation.comparison.bootstrap import (
-    Difference,
-    Spread,
-    compare,
     draw_weights,
+    images_with_objects,
     resampled,
 )
 from plugin_core.evaluation.comparison.inputs import Detector
 from plugin_core.evaluation.comparison.matching import match
 from plugin_core.evaluation.comparison.numbering import class_names
 from plugin_core.evaluation.comparison.sections import Section, Table
-from plugin_core.evaluation.comparison.verdict import verdict
+from plugin_core.evaluation.comparison.significance import Difference, Spread, compare, holm
+from plugin_core.evaluation.comparison.verdict import overall, verdict
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,11 @@ class Compared:
     differences: Sequence[Difference]
     spread: Spread
     verdict: str
+
+    @property
+    def ap(self) -> Difference:
+        """The difference in AP over all classes."""
+        return next(d for d in self.differences if d.metric == "AP")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,18 @@ class Measured:
     compared: Mapping[str, Compared]
     classes: Sequence[str]
     resamples: int
+
+    @property
+    def verdict(self) -> str:
+        """Whether any detector beats the baseline, then a sentence for each."""
+        if not self.compared:
+            return ""
+        baseline, *_ = self.accuracies
+        values = [one.metrics["AP"] for one in self.accuracies[baseline]]
+        noise = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        of_ap = {name: one.ap for name, one in self.compared.items()}
+        first = overall(baseline, len(values), of_ap, noise)
+        return " ".join([first, *(one.verdict for one in self.compared.values())]).strip()
 
     def mean(self, name: str, metric: str = "AP") -> float:
         """Mean of a detector's metric over its seeds, in percent."""
@@ -76,18 +92,31 @@ def measure(
     for detector in detectors:
         accuracies[detector.name] = [accuracy(content, one, iou_type) for one in detector.seeds]
         if len(detectors) > 1:
-            values[detector.name] = [
-                resampled(match(content, one, iou_type), weights) for one in detector.seeds
-            ]
+            matches = [match(content, one, iou_type) for one in detector.seeds]
+            values[detector.name] = [resampled(one, weights) for one in matches]
+            images = images_with_objects(matches[0])
     measured = Measured(accuracies, {}, classes, resamples)
     baseline, *others = (detector.name for detector in detectors)
+    pairs = {
+        name: compare(values[baseline], values[name], metrics, classes, images) for name in others
+    }
+    return replace(measured, compared=judge(measured, pairs))
+
+
+def judge(
+    measured: Measured, pairs: Mapping[str, tuple[list[Difference], Spread]]
+) -> dict[str, Compared]:
+    """Correct the p-values of AP for the number of detectors, and say what each difference is."""
+    baseline = next(iter(measured.accuracies))
+    index = [d.metric for d in next(iter(pairs.values()))[0]].index("AP") if pairs else 0
+    corrected = holm(np.array([differences[index].p for differences, _ in pairs.values()]))
     compared = {}
-    for name in others:
-        differences, spread = compare(values[baseline], values[name], metrics, classes)
+    for (name, (differences, spread)), p in zip(pairs.items(), corrected.tolist(), strict=True):
+        differences[index] = replace(differences[index], p_holm=p)
         means = measured.mean(name), measured.mean(baseline)
-        sentence = verdict(name, baseline, means, differences[metrics.index("AP")], spread)
+        sentence = verdict(name, baseline, means, differences[index], spread, len(pairs))
         compared[name] = Compared(differences, spread, sentence)
-    return Measured(accuracies, compared, classes, resamples)
+    return compared
 
 
 def accuracy_section(measured: Measured) -> Section:
@@ -119,35 +148,46 @@ def accuracy_section(measured: Measured) -> Section:
 
 
 def differences_section(measured: Measured) -> Section:
-    """Lay out the differences to the baseline with their intervals."""
+    """Lay out the noise between the baseline's seeds, and the differences with their intervals."""
     baseline = next(iter(measured.accuracies))
-    tables = []
+    headers = ["difference", "low", "high", "p"]
+    tables = _seeds_table(baseline, measured.accuracies[baseline])
+    note = "In percentage points."
+    if len(measured.compared) > 1:
+        note += f" p (Holm) is corrected for {len(measured.compared)} comparisons."
+    tables.append(
+        Table(
+            f"AP less that of {baseline}",
+            ["detector", *headers, "p (Holm)"],
+            [
+                [name, *_numbers(one.ap), _p(one.ap.p_holm)]
+                for name, one in measured.compared.items()
+            ],
+            note,
+        )
+    )
     for name, one in measured.compared.items():
-        numbers = [(d, [d.difference, d.low, d.high, d.p]) for d in one.differences]
-        headers = ["difference", "low", "high", "p"]
+        overall = [d for d in one.differences if d.class_name is None]
+        classes = [d for d in one.differences if d.class_name is not None]
         tables += [
             Table(
                 f"{name} less {baseline}",
                 ["metric", *headers],
-                [[d.metric, *row[:3], _p(d.p)] for d, row in numbers if d.class_name is None],
+                [[d.metric, *_numbers(d)] for d in overall],
                 f"In percentage points. {one.verdict}",
             ),
             Table(
                 f"{name} less {baseline}, AP of each class",
                 ["class", *headers, "p (Holm)"],
-                [
-                    [d.class_name, *row[:3], _p(d.p), _p(d.p_holm)]
-                    for d, row in numbers
-                    if d.class_name
-                ],
-                "In percentage points. With few objects of a class, its interval is too narrow.",
+                [[d.class_name, *_numbers(d), _p(d.p_holm)] for d in classes],
+                "In percentage points. A class with few objects has a rough interval.",
             ),
         ]
     text = (
-        f"low and high are a 95% interval, from {measured.resamples} resamples of the images, the "
-        "same ones for all detectors, and of the seeds where there are several. p is the "
-        "probability of so large a difference if there were none; p (Holm) is corrected for the "
-        "number of classes."
+        f"low and high are a 95% interval: Student's, by the standard error over "
+        f"{measured.resamples} resamples of the images, the same ones for all detectors, and over "
+        "the seeds where there are several. p is the probability of so large a difference if there "
+        "were none; p (Holm) is corrected for the number of detectors, or of classes."
     )
     data = {
         name: {
@@ -158,6 +198,30 @@ def differences_section(measured: Measured) -> Section:
         for name, one in measured.compared.items()
     }
     return Section("Is the difference real?", text, tables, data=data)
+
+
+def _seeds_table(baseline: str, seeds: Sequence[Accuracy]) -> list[Table]:
+    """Lay out how far the baseline's seeds are apart; nothing for a single one."""
+    if len(seeds) < 2:
+        return []
+    rows: list[list[Any]] = []
+    for metric in seeds[0].metrics:
+        values = [one.metrics[metric] for one in seeds]
+        rows.append([metric, *values, float(np.std(values, ddof=1)), float(np.ptp(values))])
+    return [
+        Table(
+            f"Seeds of {baseline} among each other",
+            ["metric", *(f"seed {n}" for n in range(1, len(seeds) + 1))]
+            + ["standard deviation", "largest difference"],
+            rows,
+            f"This is the noise that a gain must beat. The seeds are in the order of {baseline}'s "
+            "files.",
+        )
+    ]
+
+
+def _numbers(d: Difference) -> list[Any]:
+    return [d.difference, d.low, d.high, _p(d.p)]
 
 
 def _over_seeds(values: Sequence[float]) -> str | float:

@@ -1,21 +1,59 @@
-"""The answer in one sentence: better, worse, or not told apart."""
+"""The answer in sentences: does any detector beat the baseline, and what of each?"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-from plugin_core.evaluation.comparison.bootstrap import NORMAL, Difference, Spread
+from plugin_core.evaluation.comparison.significance import LEVEL, Difference, Spread
 
-POWER = 0.841621  # 80% quantile of the normal distribution
+NORMAL = 1.959964  # 97.5% quantile of the normal distribution
+POWER = 0.841621  # 80% quantile
 MANY = 1000  # seeds that nobody trains
 
 
+def overall(baseline: str, seeds: int, differences: Mapping[str, Difference], noise: float) -> str:
+    """Say whether any detector is better than the baseline, however many were tried.
+
+    It is empty for one detector and one seed, where :func:`verdict` says it all.
+
+    Args:
+        baseline: its name.
+        seeds: number of the baseline's.
+        differences: of each other detector in AP, corrected for the number of detectors.
+        noise: standard deviation of AP between the baseline's seeds.
+    """
+    better = [name for name, d in differences.items() if d.difference > 0 and _holds(d)]
+    count, end = len(differences), "."
+    if seeds > 1:
+        verbs = ("beats", "beat", "does not beat")
+        what = f"the noise of {baseline}, whose AP varies by {noise:.1f} between seeds"
+        what += f" (standard deviation of {seeds})"
+    elif count == 1:
+        return ""
+    else:
+        verbs = ("is", "are", "is not")
+        what = f"better than {baseline} on these images by more than chance"
+        end = f". {baseline} has one seed, so its noise between seeds is not known."
+    if count == 1:
+        return f"{next(iter(differences))} {verbs[0 if better else 2]} {what}{end}"
+    if not better:
+        return f"None of the {count} detectors {verbs[0]} {what}{end}"
+    verb = verbs[min(len(better), 2) - 1]
+    return f"{len(better)} of {count} detectors {verb} {what}: {', '.join(better)}{end}"
+
+
 def verdict(
-    name: str, baseline: str, means: tuple[float, float], difference: Difference, spread: Spread
+    name: str,
+    baseline: str,
+    means: tuple[float, float],
+    difference: Difference,
+    spread: Spread,
+    comparisons: int = 1,
 ) -> str:
     """Say whether a detector is better than the baseline.
 
-    It is better or worse if the 95% interval leaves out 0.
+    It is better or worse if p, corrected for the number of detectors, is below 0.05.
 
     Args:
         name: of the detector.
@@ -23,17 +61,27 @@ def verdict(
         means: their APs, the baseline's last.
         difference: of the two in AP.
         spread: of the difference.
+        comparisons: number of detectors that are compared with the baseline.
     """
     interval = "no interval"
     if not math.isnan(difference.low):
         interval = f"95% interval {difference.low:+.1f} to {difference.high:+.1f}"
     numbers = f"AP {means[0]:.1f} against {means[1]:.1f}, {difference.difference:+.1f} ({interval})"
-    if difference.low > 0 or difference.high < 0:
-        word = "better" if difference.low > 0 else "worse"
+    if difference.p < LEVEL:
+        word = "better" if difference.difference > 0 else "worse"
+        if not _holds(difference):
+            word += f" than {baseline} taken alone, but not after correction for {comparisons}"
+            return f"{name} is {word} comparisons (Holm, p = {difference.p_holm:.2f}): {numbers}."
         single = None in spread.over_seeds
         caution = "; with one seed, this is of these trainings alone" if single else ""
         return f"{name} is {word} than {baseline}: {numbers}{caution}."
     return f"{name} and {baseline} are not told apart: {numbers}{_what_would(difference, spread)}."
+
+
+def _holds(difference: Difference) -> bool:
+    """Tell whether a difference stands after correction."""
+    p = difference.p if difference.p_holm is None else difference.p_holm
+    return p < LEVEL
 
 
 def seeds_needed(difference: float, spread: Spread) -> float:
