@@ -10,13 +10,14 @@ coco_instances_results.json) or MMDetection (CocoMetric's outfile_prefix: PREFIX
 PREFIX.segm.json). Several files under one name, after commas or in a --detector of their own, are
 one detector trained with several seeds. The first detector is the baseline.
 
-It prints COCO's AP and AR, and for every other detector one sentence: better than the baseline,
-worse, or not told apart. The differences in all metrics and in each class's AP come with 95%
-intervals (paired bootstrap over the images, and over the seeds where there are several) and
-p-values. --out DIR takes the report: HTML in one file, Markdown, JSON, LaTeX tables, pictures. Of
-boxes and masks it also shows, for each detector's first seed: kinds of errors, precision and
-recall, AP by size and by the number of objects, confused classes, calibration, and with --images
-FOLDER the images in which the first two detectors differ most.
+It prints COCO's AP and AR, whether any detector beats the noise between the baseline's seeds, and
+for every other detector one sentence: better than the baseline, worse, or not told apart. The
+differences in all metrics and in each class's AP come with 95% intervals (paired bootstrap over the
+images, and over the seeds where there are several) and p-values. --out DIR takes the report: HTML
+in one file, Markdown, JSON, LaTeX tables, pictures. Of boxes and masks it also shows, for each
+detector's first seed: kinds of errors, precision and recall, AP by size and by the number of
+objects, confused classes, calibration, and with --images FOLDER the images in which the first two
+detectors differ most.
 
 As a gate, --fail-below X makes the exit status 1 if the AP of another detector (mean over its
 seeds) is below the baseline's + X percentage points; --fail-below -0.5 lets 0.5 be lost. The report
@@ -92,8 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sections.append(differences_section(measured))
     if args.iou_type != "keypoints":
         sections += analyses(content, detectors, args)
-    sentences = " ".join(one.verdict for one in measured.compared.values())
-    report = Report(f"Comparison on {args.annotations}", sentences, sections, settings)
+    report = Report(f"Comparison on {args.annotations}", measured.verdict, sections, settings)
     print(report.terminal())
     try:
         report.write(args.out)

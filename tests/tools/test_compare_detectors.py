@@ -140,6 +140,33 @@ def test_files_of_one_name_are_seeds(inputs, capsys):
     assert report_of(inputs)["sections"][1]["data"]["triplet"]["spread"] == spread
 
 
+@pytest.mark.usefixtures("numbers_alone")
+def test_the_noise_of_the_baseline_comes_first(inputs):
+    compare_detectors.main(
+        inputs.options("plain=poor,other_poor", "triplet=good", "same=other_poor")
+    )
+    report = report_of(inputs)
+    seeds, overview = report["sections"][1]["tables"][:2]
+    first, second = seeds["rows"][0][1:3]
+    deviation = abs(first - second) / 2**0.5
+    assert seeds["rows"][0] == [
+        "AP",
+        first,
+        second,
+        *map(pytest.approx, (deviation, abs(first - second))),
+    ]
+    assert report["verdict"].startswith(
+        f"1 of 2 detectors beats the noise of plain, whose AP varies by {deviation:.1f} between "
+        "seeds (standard deviation of 2): triplet. triplet is better than plain: AP "
+    )
+    assert overview["headers"] == ["detector", "difference", "low", "high", "p", "p (Holm)"]
+    assert [row[0] for row in overview["rows"]] == ["triplet", "same"]
+    of_both = [
+        report["sections"][1]["data"][name]["differences"][0] for name in ("triplet", "same")
+    ]
+    assert of_both[0]["p_holm"] == pytest.approx(2 * of_both[0]["p"])
+
+
 def test_one_detector_is_measured_without_a_comparison(inputs, capsys):
     compare_detectors.main(inputs.options("plain=poor"))
     titles = [section["title"] for section in report_of(inputs)["sections"]]
