@@ -32,12 +32,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plugin_core.evaluation.coco_files import Record, Source
-from plugin_core.evaluation.comparison.accuracy import fastest_library
+from plugin_core.evaluation.coco_files import Source
 from plugin_core.evaluation.comparison.calibration import calibration
 from plugin_core.evaluation.comparison.confusion import check_score_threshold, confusion
 from plugin_core.evaluation.comparison.curves import curves
-from plugin_core.evaluation.comparison.detections import detections_of
+from plugin_core.evaluation.comparison.detections import MOST_DETECTIONS, Truth
 from plugin_core.evaluation.comparison.differences import (
     Measured,
     accuracy_section,
@@ -51,7 +50,6 @@ from plugin_core.evaluation.comparison.inputs import (
     read_detector,
     read_truth,
 )
-from plugin_core.evaluation.comparison.numbering import FIELDS
 from plugin_core.evaluation.comparison.pictures import pictures
 from plugin_core.evaluation.comparison.report import Report
 from plugin_core.evaluation.comparison.sections import Section
@@ -71,14 +69,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"--images {args.images}: there is no such folder")
         annotations = Source("annotations", args.annotations)
         content = read_truth(annotations, args.iou_type)
+        truth = Truth(content, args.iou_type)
         detectors = [
-            read_detector(name, listed, args.iou_type, content, annotations)
+            read_detector(name, listed, truth, content, annotations)
             for name, listed in files.items()
         ]
         make_folder("--out", args.out)  # before the work, as it may fail
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    measured = measure(content, detectors, args.iou_type, args.resamples)
+    measured = measure(detectors, args.resamples)
     settings = {
         "annotations": args.annotations,
         "detectors": files,
@@ -86,13 +85,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "resamples": args.resamples,
         "score_threshold": args.score_threshold,
         "fail_below": args.fail_below,
-        "evaluated by": fastest_library(),
     }
     sections = [accuracy_section(measured)]
     if measured.compared:
         sections.append(differences_section(measured))
-    if args.iou_type != "keypoints":
-        sections += analyses(content, detectors, args)
+    sections += analyses(detectors, args)
     report = Report(f"Comparison on {args.annotations}", measured.verdict, sections, settings)
     print(report.terminal())
     try:
@@ -104,12 +101,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit("\n".join(failed))
 
 
-def analyses(
-    content: Record, detectors: Sequence[Detector], args: argparse.Namespace
-) -> list[Section]:
+def analyses(detectors: Sequence[Detector], args: argparse.Namespace) -> list[Section]:
     """Show where the numbers come from, of the first seed of each detector."""
-    of_first_seed = {one.name: one.seeds[0] for one in detectors}
-    found = detections_of(content, of_first_seed, args.iou_type)
+    found = {one.name: one.seeds[0] for one in detectors}
     sections = [
         errors(found),
         curves(found),
@@ -147,7 +141,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the report")
     parser.add_argument(
-        "--iou-type", choices=list(FIELDS), default="bbox", help="what is matched (default: bbox)"
+        "--iou-type",
+        choices=list(MOST_DETECTIONS),
+        default="bbox",
+        help="what is matched (default: bbox)",
     )
     parser.add_argument(
         "--resamples",

@@ -17,7 +17,7 @@ from plugin_core.evaluation import context_bias
 from plugin_core.evaluation.comparison.calibration import calibration, reliability
 from plugin_core.evaluation.comparison.confusion import confusion, confusion_matrix
 from plugin_core.evaluation.comparison.curves import by_number_of_objects, curves
-from plugin_core.evaluation.comparison.detections import SIZES, Detections, Truth, detections_of
+from plugin_core.evaluation.comparison.detections import Detections, Truth
 from plugin_core.evaluation.comparison.errors import errors, measure
 from plugin_core.evaluation.comparison.pictures import f_scores, most_different, pictures
 
@@ -52,8 +52,15 @@ def result(category: int, box: list[float], score: float, image: int = 0) -> dic
     return {"image_id": 10 * image, "category_id": category, "bbox": box, "score": score}
 
 
+def detections_of(
+    whole: dict[str, Any], results: dict[str, list[dict[str, Any]]], iou_type: str = "bbox"
+) -> dict[str, Detections]:
+    truth = Truth(whole, iou_type)
+    return {name: Detections(truth, found) for name, found in results.items()}
+
+
 def load(whole: dict[str, Any], *results: dict[str, Any]) -> Detections:
-    return detections_of(whole, {"it": results}, "bbox")["it"]
+    return detections_of(whole, {"it": [*results]})["it"]
 
 
 def random_case(seed: int, simple: bool = False) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -110,7 +117,7 @@ def test_ap_is_that_of_pycocotools_to_the_last_digit(seed, iou_type):
         evaluation.accumulate()
     precision = evaluation.eval["precision"]
     ours = detections_of(whole, {"it": found}, iou_type)["it"]
-    for area, size in enumerate(SIZES.values()):
+    for area, size in enumerate(ours.truth.sizes):
         values = precision[:, :, :, area, -1]
         expected = 100 * values[values > -1].mean() if (values > -1).any() else None
         assert ours.ap(size) == [expected]
@@ -222,7 +229,7 @@ def test_images_are_grouped_by_quantiles_of_their_objects_and_ties_stay_together
 def test_ap_by_number_of_objects_is_that_of_the_images_alone():
     whole = content([(CAT, BOX)], [(CAT, BOX), (CAT, FAR)])
     found = [result(CAT, BOX, 0.9), result(CAT, FAR, 0.95, 1), result(CAT, FARTHER, 0.8, 1)]
-    section = curves(detections_of(whole, {"it": found}, "bbox"))
+    section = curves(detections_of(whole, {"it": found}))
     by_size, by_number = section.tables
     assert [row[:2] for row in by_number.rows] == [["1 (1 image)", 1], ["2 (1 image)", 2]]
     assert [row[2] for row in by_number.rows] == pytest.approx([100, AT_50])
@@ -257,7 +264,7 @@ def test_confusion_leaves_out_crowds():
 def test_worst_confusions_come_first_and_have_counts_of_each_detector():
     whole = content([(CAT, BOX), (CAT, FAR), (DOG, FARTHER)])
     swap = [result(DOG, BOX, 0.9), result(DOG, FAR, 0.9), result(CAT, FARTHER, 0.9)]
-    section = confusion(detections_of(whole, {"bad": swap, "none": []}, "bbox"))
+    section = confusion(detections_of(whole, {"bad": swap, "none": []}))
     between, with_background = section.tables
     assert between.rows == [["cat", "dog", 2, 2, 0], ["dog", "cat", 1, 1, 0]]
     assert with_background.rows == [["cat", "background", 2, 0, 2], ["dog", "background", 1, 0, 1]]
@@ -282,7 +289,7 @@ def test_calibration_error_is_the_mean_distance_of_score_and_share_of_right_dete
 def test_scores_that_are_no_probabilities_are_named_and_not_rated():
     whole = content([(CAT, BOX)])
     logits = [result(CAT, BOX, 7.5)]
-    section = calibration(detections_of(whole, {"logits": logits, "it": []}, "bbox"))
+    section = calibration(detections_of(whole, {"logits": logits, "it": []}))
     assert [row[0] for row in section.tables[0].rows] == ["it"]
     assert "logits has scores outside of 0 to 1" in section.tables[0].note
 
@@ -330,7 +337,7 @@ def test_differing_images_are_drawn_and_those_that_cannot_be_read_are_named(tmp_
 def test_every_analysis_takes_no_detections_and_names_that_look_like_formulas():
     whole = content([(CAT, BOX)], [])
     whole["categories"][0]["name"] = "$cat_{"
-    detectors = detections_of(whole, {"$x_{": [], "b$": []}, "bbox")
+    detectors = detections_of(whole, {"$x_{": [], "b$": []})
     for analysis in (errors, curves, confusion, calibration):
         assert all(figure.png.startswith(b"\x89PNG") for figure in analysis(detectors).figures)
     assert pictures(detectors, None).tables[0].rows == []
@@ -345,11 +352,10 @@ def test_without_any_object_to_find_nothing_is_measured():
 
 def test_bad_arguments_are_named(tmp_path):
     whole = content([(CAT, BOX)])
-    one = detections_of(whole, {"it": []}, "bbox")
-    two = detections_of(whole, {"it": [], "that": []}, "bbox")
+    one = detections_of(whole, {"it": []})
+    two = detections_of(whole, {"it": [], "that": []})
     for call, argument in (
-        (lambda: detections_of(whole, {"it": []}, "keypoints"), "iou_type"),
-        (lambda: detections_of(whole, {}, "bbox"), "results"),
+        (lambda: Truth(whole, "pixels"), "iou_type"),
         (lambda: confusion(one, 1.5), "score_threshold"),
         (lambda: calibration(one, float("nan")), "score_threshold"),
         (lambda: pictures(one, None), "detectors"),

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 from comparison_cases import random_case
 
-from plugin_core.evaluation.comparison.accuracy import precisions_of
 from plugin_core.evaluation.comparison.bootstrap import (
+    TRUE,
+    ClassMatches,
+    Matches,
     draw_weights,
     images_with_objects,
+    matches_of,
     resampled,
+    rows_of,
 )
-from plugin_core.evaluation.comparison.matching import TRUE, ClassMatches, Matches, match
+from plugin_core.evaluation.comparison.detections import SIZES, Detections, Truth
 from plugin_core.evaluation.comparison.significance import Difference, Spread, compare, holm
 from plugin_core.evaluation.comparison.student import quantile, two_sided
 from plugin_core.evaluation.comparison.verdict import overall, seeds_needed, verdict
@@ -31,14 +35,19 @@ def simulated(
     true = np.concatenate([hits.ravel(), np.zeros(misses.size, bool)])
     there = np.concatenate([hits.ravel(), misses.ravel()])
     order = np.argsort(-np.where(there, scores, -1), kind="stable")[: there.sum()]
-    everywhere = np.ones((4, len(order)), bool)
     matched = np.broadcast_to(np.where(true[order], TRUE, 0), (4, 10, len(order))).copy()
     matched[1:] = matched[:, 1:] = 0  # AP50 alone is looked at: the others would cost time
     objects = np.repeat(np.arange(num_images), 2)
     one = ClassMatches(
-        images[order], matched, everywhere, objects, np.ones((4, len(objects)), bool)
+        images=images[order],
+        inside=np.ones((4, len(order)), bool),
+        near=np.arange(len(order)),
+        matched=matched,
+        rank=np.zeros(len(order), int),
+        object_images=objects,
+        counted=np.ones((4, len(objects)), bool),
     )
-    return Matches([one], ["cup"], num_images, "bbox")
+    return Matches([one], [*SIZES], "bbox")
 
 
 def ap50_difference(
@@ -51,7 +60,7 @@ def ap50_difference(
         [resampled(simulated(rng, 20, rate, quality), weights, workers=1) for rate in rates]
         for rates in zip(*pairs, strict=True)
     ]
-    return compare(*both, list(precisions_of("bbox")), ["cup"], np.full(7, 20))[0][1]
+    return compare(*both, rows_of("bbox"), ["cup"], np.full(13, 20))[0][1]
 
 
 @pytest.mark.parametrize(("num_seeds", "noise", "trials"), [(1, 0, 100), (3, 0.05, 60)])
@@ -89,12 +98,10 @@ def test_interval_covers_the_true_difference_whatever_the_seeds(num_seeds, noise
 
 def test_equal_detectors_do_not_differ():
     case = random_case(3)
-    matches = match(*case, "bbox")
+    matches = matches_of(Detections(Truth(case[0], "bbox"), case[1]))
     values = resampled(matches, draw_weights(len(case[0]["images"]), 20))
     images = images_with_objects(matches)
-    differences, spread = compare(
-        [values], [values], list(precisions_of("bbox")), [*"abcde"], images
-    )
+    differences, spread = compare([values], [values], rows_of("bbox"), [*"abcde"], images)
     measured = [d for d in differences if d.difference == d.difference]
     assert len(measured) > 8 and all(d.difference == 0 for d in measured)
     assert all(

@@ -11,7 +11,8 @@ import compare_detectors
 import pytest
 from PIL import Image
 
-from plugin_core.evaluation.comparison.accuracy import accuracy
+from plugin_core.evaluation.comparison.accuracy import Accuracy, accuracy
+from plugin_core.evaluation.comparison.detections import Detections, Truth
 
 BOXES = [[10 + 7 * i, 12, 20 + 3 * i, 30] for i in range(6)]
 
@@ -79,6 +80,10 @@ def numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_detectors, "analyses", lambda *_: [])
 
 
+def of_boxes(truth: dict[str, Any], results: list[dict[str, Any]]) -> Accuracy:
+    return accuracy(Detections(Truth(truth, "bbox"), results))
+
+
 def report_of(inputs: Inputs) -> dict[str, Any]:
     return json.loads((inputs.folder / "out" / "report.json").read_text())
 
@@ -100,7 +105,7 @@ def test_the_better_detector_is_called_so(inputs, capsys):
     assert "triplet is better than plain: AP " in printed
     report = report_of(inputs)
     assert report["verdict"] in printed
-    of_plain = accuracy(inputs.truth, inputs.poor, "bbox")
+    of_plain = of_boxes(inputs.truth, inputs.poor)
     measured, differences = (section["data"] for section in report["sections"][:2])
     assert measured["plain"][0]["metrics"]["AP"] == of_plain.metrics["AP"]
     assert f"{of_plain.metrics['AP']:.1f}" in printed
@@ -130,7 +135,7 @@ def test_report_shows_where_the_difference_comes_from(inputs, tmp_path):
 def test_files_of_one_name_are_seeds(inputs, capsys):
     options = inputs.options("plain=poor", "triplet=good", "plain=other_poor")
     compare_detectors.main(options)
-    first, second = (accuracy(inputs.truth, r, "bbox") for r in (inputs.poor, inputs.other_poor))
+    first, second = (of_boxes(inputs.truth, r) for r in (inputs.poor, inputs.other_poor))
     mean = (first.metrics["AP"] + second.metrics["AP"]) / 2
     deviation = abs(first.metrics["AP"] - second.metrics["AP"]) / 2**0.5
     assert f"{mean:.1f} ± {deviation:.1f}" in capsys.readouterr().out

@@ -1,56 +1,59 @@
 """COCO's numbers of a detector: AP and AR over all classes and of each class.
 
-The numbers are pycocotools' to the last digit. hotcoco computes the same ones, about a hundred
-times as fast, and is taken where it is installed.
+They are pycocotools' to the last digit, from the matching that all of a comparison shares.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from plugin_core.evaluation.comparison.numbering import class_names, number
+from plugin_core.evaluation.comparison.detections import IOUS, RECALLS, Detections, Truth
 
-# Metric → index of its IoU threshold (None: mean over 0.50:0.95) and area ("" is all)
-PRECISIONS = {
-    "AP": (None, ""),
-    "AP50": (0, ""),
-    "AP75": (5, ""),
+# Metric → index of its IoU threshold (None: mean over 0.50:0.95) and size of the objects
+PRECISION_METRICS = {
+    "AP": (None, "all"),
+    "AP50": (0, "all"),
+    "AP75": (5, "all"),
     "APs": (None, "small"),
     "APm": (None, "medium"),
     "APl": (None, "large"),
 }
-# Metric → index of its threshold, area, and index of its number of detections an image
-RECALLS = {
-    "AR1": (None, "", 0),
-    "AR10": (None, "", 1),
-    "AR100": (None, "", 2),
+LIMITS = (1, 10, 100)  # detections of a class in an image
+# Metric → index of its threshold, size, and index of its limit
+RECALL_METRICS: dict[str, tuple[int | None, str, int]] = {
+    "AR1": (None, "all", 0),
+    "AR10": (None, "all", 1),
+    "AR100": (None, "all", 2),
     "ARs": (None, "small", 2),
     "ARm": (None, "medium", 2),
     "ARl": (None, "large", 2),
 }
-KEYPOINT_RECALLS = {
-    "AR": (None, "", 0),
-    "AR50": (0, "", 0),
-    "AR75": (5, "", 0),
+KEYPOINT_RECALL_METRICS: dict[str, tuple[int | None, str, int]] = {
+    "AR": (None, "all", 0),
+    "AR50": (0, "all", 0),
+    "AR75": (5, "all", 0),
     "ARm": (None, "medium", 0),
     "ARl": (None, "large", 0),
 }
 
 
-def areas_of(iou_type: str) -> list[str]:
-    """Names of COCO's areas in its order; "" is all. Keypoints of small objects are not rated."""
-    return ["", "medium", "large"] if iou_type == "keypoints" else ["", "small", "medium", "large"]
-
-
 def precisions_of(iou_type: str) -> dict[str, tuple[int | None, str]]:
     """The metrics of precision that COCO has for a type of IoU."""
-    return {name: m for name, m in PRECISIONS.items() if m[1] in areas_of(iou_type)}
+    keypoints = iou_type == "keypoints"  # of small objects are not rated
+    return {n: m for n, m in PRECISION_METRICS.items() if not keypoints or m[1] != "small"}
+
+
+def recalls_of(iou_type: str) -> dict[str, tuple[int | None, str, int]]:
+    """The metrics of recall that COCO has for a type of IoU."""
+    return KEYPOINT_RECALL_METRICS if iou_type == "keypoints" else RECALL_METRICS
+
+
+def limits_of(iou_type: str) -> tuple[int, ...]:
+    """COCO's numbers of detections of a class in an image for recall."""
+    return (20,) if iou_type == "keypoints" else LIMITS
 
 
 @dataclass(frozen=True)
@@ -66,93 +69,56 @@ class Accuracy:
     by_class: Mapping[str, Mapping[str, float]]
 
 
-def accuracy(
-    content: Mapping[str, Any],
-    results: Sequence[Mapping[str, Any]],
-    iou_type: str,
-    library: str | None = None,
-) -> Accuracy:
-    """Evaluate detections as COCO does.
-
-    Args:
-        content: of the annotation file.
-        results: the detections, which may be none.
-        iou_type: "bbox", "segm" or "keypoints".
-        library: "hotcoco" or "pycocotools"; None for the faster one of those installed.
-    """
-    truth, detections = number(content, results, iou_type)
-    precision, recall = evaluate(truth, detections, iou_type, library or fastest_library())
+def accuracy(detections: Detections) -> Accuracy:
+    """Evaluate detections as COCO does."""
+    precision, recall = evaluate(detections)
+    truth = detections.truth
     return Accuracy(
-        _metrics(precision, recall, iou_type),
+        _metrics(precision, recall, truth),
         {
-            name: _metrics(precision[:, :, k : k + 1], recall[:, k : k + 1], iou_type)
-            for k, name in enumerate(class_names(content))
+            name: _metrics(precision[:, :, k : k + 1], recall[:, k : k + 1], truth)
+            for k, name in enumerate(truth.names)
         },
     )
 
 
-def fastest_library() -> str:
-    """Name of the library that evaluates."""
-    try:
-        import hotcoco  # noqa: F401
-    except ImportError:
-        return "pycocotools"
-    return "hotcoco"
-
-
-def evaluate(
-    truth: dict[str, Any], detections: list[dict[str, Any]], iou_type: str, library: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Run a library's evaluation of numbered records.
+def evaluate(detections: Detections) -> tuple[np.ndarray, np.ndarray]:
+    """Compute what ``COCOeval.accumulate`` does.
 
     Returns:
-        precision, of shape (thresholds, 101 recalls, classes, areas, numbers of detections), and
-        recall, of shape (thresholds, classes, areas, numbers of detections); -1 where there is no
-        object.
+        precision, of shape (thresholds, 101 recalls, classes, sizes), and recall, of shape
+        (thresholds, classes, sizes, numbers of detections); NaN where there is no object.
     """
-    coco_class, evaluation_class = _classes(library)
-
-    def load(dataset: dict[str, Any]) -> Any:
-        coco = coco_class()
-        coco.dataset = dataset
-        coco.createIndex()
-        return coco
-
-    with redirect_stdout(io.StringIO()):
-        objects = load(truth)
-        # pycocotools looks at the first detection
-        found = objects.loadRes(detections) if detections else load({**truth, "annotations": []})
-        evaluation = evaluation_class(objects, found, iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-    return evaluation.eval["precision"], evaluation.eval["recall"]
-
-
-def _classes(library: str) -> tuple[Any, Any]:
-    """Import a library's COCO and COCOeval, which both libraries spell alike."""
-    if library == "hotcoco":
-        import hotcoco
-
-        return hotcoco.COCO, hotcoco.COCOeval
-    from pycocotools import coco, cocoeval
-
-    return coco.COCO, cocoeval.COCOeval
+    truth = detections.truth
+    limits = limits_of(truth.iou_type)
+    shape = (len(IOUS), len(truth.names), len(truth.sizes))
+    precision = np.empty((len(IOUS), len(RECALLS), *shape[1:]))
+    recall = np.empty((*shape, len(limits)))
+    for a, size in enumerate(truth.sizes):
+        objects = truth.objects_of_class(truth.wanted[a])
+        for t, iou in enumerate(IOUS):
+            match = detections.match(iou, size)
+            precision[t, :, :, a] = detections.precision(match).T
+            for m, limit in enumerate(limits):
+                found = detections.category[match.right & (detections.rank < limit)]
+                found = np.bincount(found, minlength=len(objects))
+                recall[t, :, a, m] = np.where(objects > 0, found / np.maximum(objects, 1), np.nan)
+    return precision, recall
 
 
-def _metrics(precision: np.ndarray, recall: np.ndarray, iou_type: str) -> dict[str, float]:
+def _metrics(precision: np.ndarray, recall: np.ndarray, truth: Truth) -> dict[str, float]:
     """The numbers that pycocotools prints, from the same sums in the same order."""
-    areas = areas_of(iou_type)
+    sizes = [*truth.sizes]
     metrics = {}
-    for name, (threshold, area) in precisions_of(iou_type).items():
+    for name, (threshold, size) in precisions_of(truth.iou_type).items():
         thresholds = slice(None) if threshold is None else [threshold]
-        metrics[name] = _mean(precision[thresholds][:, :, :, [areas.index(area)], [-1]])
-    recalls = KEYPOINT_RECALLS if iou_type == "keypoints" else RECALLS
-    for name, (threshold, area, limit) in recalls.items():
+        metrics[name] = _mean(precision[thresholds][:, :, :, sizes.index(size)])
+    for name, (threshold, size, limit) in recalls_of(truth.iou_type).items():
         thresholds = slice(None) if threshold is None else [threshold]
-        metrics[name] = _mean(recall[thresholds][:, :, [areas.index(area)], [limit]])
+        metrics[name] = _mean(recall[thresholds][:, :, sizes.index(size), limit])
     return metrics
 
 
 def _mean(values: np.ndarray) -> float:
-    measured = values[values > -1]
+    measured = values[~np.isnan(values)]
     return 100 * float(np.mean(measured)) if measured.size else float("nan")

@@ -64,6 +64,7 @@ def calibration(detectors: Mapping[str, Detections], score_threshold: float = 0.
         ArgumentError: if the threshold is out of range.
     """
     check_score_threshold(score_threshold)
+    overlap = next(iter(detectors.values())).truth.overlap
     notes, found = [], {}
     for name, detections in detectors.items():
         if ((detections.score < 0) | (detections.score > 1)).any():
@@ -88,8 +89,8 @@ def calibration(detectors: Mapping[str, Detections], score_threshold: float = 0.
     ]
     return Section(
         "Reliability of scores",
-        "A detector is calibrated if, of its detections with score 0.8, 80% are right (at IoU "
-        f"{IOU:g}). The expected calibration error is the mean distance from that.",
+        "A detector is calibrated if, of its detections with score 0.8, 80% are right (at "
+        f"{overlap} {IOU:g}). The expected calibration error is the mean distance from that.",
         [
             Table(
                 "Expected calibration error",

@@ -32,7 +32,8 @@ def confusion(detectors: Mapping[str, Detections], score_threshold: float = 0.3)
         name: confusion_matrix(detections, score_threshold)
         for name, detections in detectors.items()
     }
-    names = [*next(iter(detectors.values())).truth.names, BACKGROUND]
+    truth = next(iter(detectors.values())).truth
+    names = [*truth.names, BACKGROUND]
     total = np.sum([*matrices.values()], axis=0)
     last = len(names) - 1
     wrong = total * ~np.eye(len(names), dtype=bool)
@@ -53,8 +54,9 @@ def confusion(detectors: Mapping[str, Detections], score_threshold: float = 0.3)
 
     return Section(
         "Confusion of classes",
-        f"Detections with a score of at least {score_threshold:g}, matched with objects at IoU "
-        f"{IOU:g}: first with those of their class, then the rest with those of any class.",
+        f"Detections with a score of at least {score_threshold:g}, matched with objects at "
+        f"{truth.overlap} {IOU:g}: first with those of their class, then the rest with those of "
+        "any class.",
         [
             Table(
                 "Classes most often taken for another",
@@ -85,8 +87,8 @@ def confusion_matrix(detections: Detections, score_threshold: float) -> np.ndarr
     found = match.found
     free = ~match.ignored & (match.object < 0)
     pairs = (detections.pair_iou >= IOU) & free[detections.pair_detection]
-    pairs &= ~truth.crowd[detections.pair_object]
-    others = detections.assign(pairs, match.counted, taken=found)
+    pairs &= match.counted[detections.pair_object]
+    others = detections.assign(pairs, taken=found)
     result = np.where(match.right, match.object, others)
     found[result[result >= 0]] = True
     background = len(truth.names)

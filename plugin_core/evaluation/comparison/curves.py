@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from plugin_core.evaluation.comparison.detections import RECALLS, SIZES, Detections, Truth
+from plugin_core.evaluation.comparison.detections import RECALLS, Detections, Truth
 from plugin_core.evaluation.comparison.drawing import (
     draw_bars,
     grid_and_legend,
@@ -17,7 +17,8 @@ from plugin_core.evaluation.comparison.drawing import (
 from plugin_core.evaluation.comparison.sections import Figure, Section, Table
 
 GROUPS = 4  # of images, by number of objects
-CURVES = (0.5, 0.75)  # IoU
+CURVES = (0.5, 0.75)  # IoU or OKS
+AREAS = {"small": "below 32²", "medium": "32² to 96²", "large": "above 96²"}  # in pixels
 
 
 def curves(detectors: Mapping[str, Detections]) -> Section:
@@ -32,16 +33,25 @@ def curves(detectors: Mapping[str, Detections]) -> Section:
     numbers: dict[str, list[float | None]] = {}
     for name, d in detectors.items():
         every, *numbers[name] = d.ap(images=[None, *groups.values()])
-        sizes[name] = [every, *(d.ap(size)[0] for size in [*SIZES.values()][1:])]
+        sizes[name] = [every, *(d.ap(size)[0] for size in [*truth.sizes][1:])]
     tables = [
-        Table(f"AP by {what}", [header, "objects", *detectors], rows, "In percent, IoU 0.50:0.95.")
+        Table(
+            f"AP by {what}",
+            [header, "objects", *detectors],
+            rows,
+            f"In percent, {truth.overlap} 0.50:0.95.",
+        )
         for what, header, rows in (
             (
                 "size of the objects",
                 "area in pixels",
                 [
-                    [label, _objects(truth, size), *(values[i] for values in sizes.values())]
-                    for i, (label, size) in enumerate(SIZES.items())
+                    [
+                        f"{size} ({AREAS[size]})" if size in AREAS else size,
+                        int(truth.wanted[i].sum()),
+                        *(values[i] for values in sizes.values()),
+                    ]
+                    for i, size in enumerate(truth.sizes)
                 ],
             ),
             (
@@ -64,17 +74,19 @@ def curves(detectors: Mapping[str, Detections]) -> Section:
         "Precision over recall as the score threshold falls, and AP of parts of the ground truth.",
         tables,
         [
-            Figure("Precision over recall, mean over classes", _draw(precisions)),
-            Figure("AP by size", draw_bars([s.partition(" ")[0] for s in SIZES], sizes, "AP (%)")),
+            Figure("Precision over recall, mean over classes", _draw(precisions, truth.overlap)),
+            Figure("AP by size", draw_bars([*truth.sizes], sizes, "AP (%)")),
             Figure("AP by number of objects in the image", draw_bars(short, numbers, "AP (%)")),
         ],
         {
             "recall": RECALLS,
             "precision": {
-                name: {f"IoU {iou:g}": values for iou, values in of_iou.items()}
+                name: {f"{truth.overlap} {iou:g}": values for iou, values in of_iou.items()}
                 for name, of_iou in precisions.items()
             },
-            "ap_by_size": {name: dict(zip(SIZES, v, strict=True)) for name, v in sizes.items()},
+            "ap_by_size": {
+                name: dict(zip(truth.sizes, v, strict=True)) for name, v in sizes.items()
+            },
             "ap_by_number": {
                 name: dict(zip(groups, v, strict=True)) for name, v in numbers.items()
             },
@@ -107,25 +119,20 @@ def by_number_of_objects(truth: Truth, groups: int = GROUPS) -> dict[str, np.nda
     return result
 
 
-def _objects(truth: Truth, size: tuple[float, float]) -> int:
-    inside = (truth.area >= size[0]) & (truth.area <= size[1])
-    return int((inside & ~truth.crowd).sum())
-
-
 def _mean_over_classes(values: np.ndarray) -> np.ndarray:
     """Average precisions (K, 101) over the classes with objects; nothing if there are none."""
     values = values[~np.isnan(values).any(1)]
     return values.mean(0) if len(values) else np.zeros(0)
 
 
-def _draw(precisions: Mapping[str, Mapping[float, np.ndarray]]) -> bytes:
+def _draw(precisions: Mapping[str, Mapping[float, np.ndarray]], overlap: str) -> bytes:
     figure = new_figure(8, 3.6)
     for axes, iou in zip(figure.subplots(1, len(CURVES), sharey=True), CURVES, strict=True):
         for name, of_iou in precisions.items():
             values = of_iou[iou]
             label = no_formula(name)
             axes.plot(RECALLS[: len(values)], values, label=label, linewidth=1.5)
-        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", title=f"IoU {iou:g}")
+        axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", title=f"{overlap} {iou:g}")
         grid_and_legend(axes)
     figure.axes[0].set_ylabel("precision")
     return to_png(figure)

@@ -1,8 +1,8 @@
 """Detections beside the objects of their images, as arrays, and COCO's matching between them.
 
-Overlaps are pycocotools'. They are computed once for each detector, between all detections and
-objects of an image, whatever their classes. Matching and average precision follow COCOeval to the
-last digit, on numpy alone.
+Overlaps and the matching are computed once for each training: overlaps between all detections and
+objects of an image, whatever their classes, and matches at all thresholds and sizes of COCO. Both,
+and average precision, follow COCOeval to the last digit.
 
 Notation: G objects, D detections, P pairs, I images, K classes.
 """
@@ -15,21 +15,27 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as masks
 
 from plugin_core.errors import ArgumentError
-from plugin_core.evaluation.context_bias import load_ground_truth
+from plugin_core.evaluation.comparison import overlaps
+from plugin_core.evaluation.comparison.matching import choose, rank_in_group
+from plugin_core.evaluation.comparison.numbering import class_names, sorted_ids
 
 LEAST_OVERLAP = 0.1  # pairs below are not kept; TIDE calls them background
-MOST_DETECTIONS = 100  # of a class in an image, as in COCO's AP
+MOST_DETECTIONS = {
+    "bbox": 100,
+    "segm": 100,
+    "keypoints": 20,
+}  # of a class in an image, in COCO's AP
 RECALLS = np.linspace(0, 1, 101)
 IOUS = np.linspace(0.5, 0.95, 10)
 SIZES = {  # of an object, in pixels; both ends included
     "all": (0, 1e10),
-    "small (below 32²)": (0, 32**2),
-    "medium (32² to 96²)": (32**2, 96**2),
-    "large (above 96²)": (96**2, 1e10),
+    "small": (0, 32**2),
+    "medium": (32**2, 96**2),
+    "large": (96**2, 1e10),
 }
+KEYPOINT_SIZES = {name: SIZES[name] for name in ("all", "medium", "large")}
 
 
 class Truth:
@@ -37,44 +43,56 @@ class Truth:
 
     Args:
         content: of the file, from :func:`plugin_core.evaluation.coco_files.read_annotations`.
-        iou_type: "bbox" or "segm".
+        iou_type: "bbox", "segm" or "keypoints".
 
     Attributes:
         images: I records, in the order of their ids.
         names: of the K classes, in the order of their ids.
+        overlap: "IoU" or "OKS".
+        sizes: COCO's sizes of objects, "all" first; keypoints of small ones are not rated.
         image, category: index of each object's image and class (G,).
         crowd: whether it stands for many (G,).
         area: in pixels (G,).
-        shapes: box (4,) in x, y, width and height, or compressed mask of each object.
+        shapes: box (4,) in x, y, width and height, compressed mask, or keypoints (17, 3) of each.
+        boxes: of each object (G, 4).
+        wanted: whether each object is to be found, by size (sizes, G).
 
     Raises:
         ArgumentError: if the IoU type is another.
     """
 
     def __init__(self, content: Mapping[str, Any], iou_type: str) -> None:
-        if iou_type not in ("bbox", "segm"):
-            raise ArgumentError("iou_type", f"must be 'bbox' or 'segm', got {iou_type!r}")
+        if iou_type not in MOST_DETECTIONS:
+            choices = "'bbox', 'segm' or 'keypoints'"
+            raise ArgumentError("iou_type", f"must be {choices}, got {iou_type!r}")
         self.iou_type = iou_type
-        self.images = sorted(content["images"], key=_id)
-        categories = sorted(content["categories"], key=_id)
-        self.names = [category["name"] for category in categories]
-        self.image_index = {image["id"]: i for i, image in enumerate(self.images)}
-        self.category_index = {category["id"]: k for k, category in enumerate(categories)}
+        self.overlap = "OKS" if iou_type == "keypoints" else "IoU"
+        self.sizes = KEYPOINT_SIZES if iou_type == "keypoints" else SIZES
+        self.image_index = {id: i for i, id in enumerate(sorted_ids(content["images"]))}
+        self.images = sorted(content["images"], key=lambda image: self.image_index[image["id"]])
+        self.category_index = {id: k for k, id in enumerate(sorted_ids(content["categories"]))}
+        self.names = class_names(content)
         objects = content["annotations"]
         self.image = _integers(self.image_index[x["image_id"]] for x in objects)
         self.category = _integers(self.category_index[x["category_id"]] for x in objects)
         self.crowd = np.array([bool(x["iscrowd"]) for x in objects], bool)
         self.area = np.array([x["area"] for x in objects], float)
-        if iou_type == "bbox":
-            self.shapes: Any = np.array([x["bbox"] for x in objects], float).reshape(-1, 4)
-        else:
-            to_mask = load_ground_truth(dict(content)).annToRLE
-            self.shapes = [to_mask(x) for x in objects]
+        self.shapes = overlaps.shapes_of_objects(content, iou_type)
+        self.boxes = overlaps.numbers([x["bbox"] for x in objects], 4)
+        wanted = ~self.crowd
+        if iou_type == "keypoints":
+            wanted &= np.array([x["num_keypoints"] for x in objects], float) != 0
+        self.wanted = np.array([wanted & self.inside(self.area, name) for name in self.sizes])
+
+    def inside(self, areas: np.ndarray, size: str) -> np.ndarray:
+        """Tell whether areas are of a size."""
+        low, high = self.sizes[size]
+        return (areas >= low) & (areas <= high)
 
     @cached_property
     def objects_of_image(self) -> np.ndarray:
-        """Number of objects in each image, without crowds (I,)."""
-        return np.bincount(self.image[~self.crowd], minlength=len(self.images))
+        """Number of objects in each image that are to be found (I,)."""
+        return np.bincount(self.image[self.wanted[0]], minlength=len(self.images))
 
     def objects_of_class(self, counted: np.ndarray) -> np.ndarray:
         """Number of the objects of each class (K,) among those that are ``counted`` (G,)."""
@@ -109,7 +127,7 @@ class Match:
 
 
 class Detections:
-    """A detector's detections, by image and falling score; the best 100 of a class in an image.
+    """A detector's detections, by image and falling score; COCO's best 100 of a class in an image.
 
     Args:
         truth: objects of the same images.
@@ -117,30 +135,25 @@ class Detections:
 
     Attributes:
         image, category, score, area: of each detection (D,).
+        rank: its place by score among those of its class in its image, from 0 on (D,).
         shapes: as of the objects.
         pair_detection, pair_object, pair_iou: pairs of a detection and an object of its image whose
-            overlap is at least 0.1, by detection and then by object (P,). With a crowd the overlap
-            is the share of the detection that lies in it.
+            overlap is at least 0.1, by detection and then by object (P,).
     """
 
     def __init__(self, truth: Truth, results: Sequence[Mapping[str, Any]]) -> None:
         self.truth = truth
         image = _integers(truth.image_index[x["image_id"]] for x in results)
         category = _integers(truth.category_index[x["category_id"]] for x in results)
-        score = np.array([x["score"] for x in results], float)
-        order = np.lexsort((-score, category, image))
-        group = image[order] * len(truth.names) + category[order]
-        rank = np.arange(len(group)) - np.searchsorted(group, group)
-        order = np.sort(order[rank < MOST_DETECTIONS])
-        order = order[np.lexsort((-score[order], image[order]))]
+        score = np.fromiter((x["score"] for x in results), float, len(results))
+        order = np.lexsort((-score, image))
+        rank = rank_in_group((image * len(truth.names) + category)[order])
+        best = rank < MOST_DETECTIONS[truth.iou_type]
+        order, self.rank = order[best], rank[best]
         self.image, self.category, self.score = image[order], category[order], score[order]
-        if truth.iou_type == "bbox":
-            boxes = np.array([x["bbox"] for x in results], float).reshape(-1, 4)
-            self.shapes: Any = boxes[order]
-            self.area = self.shapes[:, 2] * self.shapes[:, 3]
-        else:
-            self.shapes = [results[i]["segmentation"] for i in order]
-            self.area = np.asarray(masks.area(self.shapes), float) if self.shapes else np.zeros(0)
+        chosen = [results[i] for i in order.tolist()]
+        self.shapes = overlaps.shapes_of_detections(chosen, truth.iou_type)
+        self.area = overlaps.areas(self.shapes, truth.iou_type)
         self.pair_detection, self.pair_object, self.pair_iou = self._pairs()
 
     def _pairs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,20 +162,23 @@ class Detections:
         limits = np.arange(len(truth.images) + 1)
         starts = np.searchsorted(truth.image[by_image], limits)
         own = np.searchsorted(self.image, limits)
-        none = (np.zeros(0, int), np.zeros(0, int), np.zeros(0))
-        pairs = [none]
-        for image in np.flatnonzero((np.diff(own) > 0) & (np.diff(starts) > 0)):
+        pairs = [(np.zeros(0, int), np.zeros(0, int), np.zeros(0))]
+        for image in np.flatnonzero((np.diff(own) > 0) & (np.diff(starts) > 0)).tolist():
             first, objects = own[image], by_image[starts[image] : starts[image + 1]]
             found = self.shapes[first : own[image + 1]]
-            if truth.iou_type == "bbox":
-                shapes = truth.shapes[objects]
+            if truth.iou_type == "keypoints":
+                there = (one[objects] for one in (truth.shapes, truth.boxes, truth.area))
+                values = overlaps.similarities(found, *there)
             else:
-                shapes = [truth.shapes[g] for g in objects]
-            overlaps = masks.iou(found, shapes, truth.crowd[objects].astype(np.uint8))
-            rows, columns = np.nonzero(overlaps >= LEAST_OVERLAP)
-            pairs.append((first + rows, objects[columns], overlaps[rows, columns]))
-        detections, others, overlaps = map(np.concatenate, zip(*pairs, strict=True))
-        return detections, others, overlaps
+                shapes = truth.shapes
+                shapes = (
+                    shapes[objects] if truth.iou_type == "bbox" else [shapes[g] for g in objects]
+                )
+                values = overlaps.overlaps(found, shapes, truth.crowd[objects])
+            rows, columns = np.nonzero(values >= LEAST_OVERLAP)
+            pairs.append((first + rows, objects[columns], values[rows, columns]))
+        detections, others, values = map(np.concatenate, zip(*pairs, strict=True))
+        return detections, others, values
 
     @cached_property
     def pair_same_class(self) -> np.ndarray:
@@ -174,61 +190,60 @@ class Detections:
         """Detections by class and falling score (D,)."""
         return np.lexsort((-self.score, self.category))
 
-    def match(
-        self,
-        iou: float,
-        size: tuple[float, float] = SIZES["all"],
-        score_threshold: float = -np.inf,
-    ) -> Match:
+    @cached_property
+    def matched(self) -> tuple[np.ndarray, np.ndarray]:
+        """COCO's matching of all sizes and thresholds.
+
+        Returns:
+            the detections that may have found an object, ascending (c,), and the object of each
+            (sizes, ``IOUS``, c), -1 for none. All others found nothing.
+        """
+        pairs = self.pair_same_class & (self.pair_iou >= IOUS[0])
+        group = self.image * len(self.truth.names) + self.category
+        return choose(self._pairs_of(pairs), group, IOUS, self.truth.wanted, self.truth.crowd)
+
+    def match(self, iou: float, size: str = "all", score_threshold: float = -np.inf) -> Match:
         """Match each detection with an object of its class, as COCOeval does.
 
-        Detections of an image choose in the order of their scores; each takes the free object that
-        it overlaps most. Crowds, and objects of another size, are taken only if nothing else is
-        left; their detections are ignored. So is what found nothing and is of another size.
+        Crowds, and objects of another size, are taken only if nothing else is left; their
+        detections are ignored. So is what found nothing and is of another size.
 
         Args:
-            iou: least overlap, from 0.1 to 1.
-            size: smallest and largest area of the objects that count, in pixels.
+            iou: least overlap, one of ``IOUS``.
+            size: name of the size of the objects that count.
             score_threshold: detections below find nothing, and are ignored.
         """
-        truth, (low, high) = self.truth, size
-        counted = ~truth.crowd & (truth.area >= low) & (truth.area <= high)
-        pairs = self.pair_same_class & (self.pair_iou >= min(iou, 1 - 1e-10))
-        if score_threshold > -np.inf:
-            pairs &= self.score[self.pair_detection] >= score_threshold
-        object_ = self.assign(pairs, counted)
-        lost = (self.area < low) | (self.area > high) | (self.score < score_threshold)
-        ignored = np.where(object_ >= 0, ~counted[object_], lost) if len(counted) else lost
-        return Match(object_, ignored, counted)
+        truth, s = self.truth, [*self.truth.sizes].index(size)
+        candidates, objects = self.matched
+        # A detection chooses after those of higher scores, so that the lower ones do not matter
+        object_ = np.full(len(self.score), -1)
+        object_[candidates] = objects[s, int(np.flatnonzero(np.isclose(IOUS, iou))[0])]
+        low = self.score < score_threshold
+        object_[low] = -1
+        ignored = ~truth.inside(self.area, size) | low
+        found = object_ >= 0
+        ignored[found] = ~truth.wanted[s, object_[found]]
+        return Match(object_, ignored, truth.wanted[s])
 
-    def assign(
-        self, pairs: np.ndarray, counted: np.ndarray, taken: np.ndarray | None = None
-    ) -> np.ndarray:
-        """Let detections choose among objects, in the order of their scores.
+    def assign(self, pairs: np.ndarray, taken: np.ndarray) -> np.ndarray:
+        """Let detections choose among the objects of their image, whatever the classes.
 
         Args:
             pairs: those to choose from (P,).
-            counted: objects to prefer (G,).
             taken: objects that are taken from the start (G,).
 
         Returns:
             Index of the object of each detection (D,); -1 for none.
         """
-        result = np.full(len(self.score), -1)
-        chosen = np.flatnonzero(pairs)
-        detections, objects = self.pair_detection[chosen], self.pair_object[chosen]
-        # Of equal overlaps COCOeval takes the last
-        preference = (-objects, -self.pair_iou[chosen], ~counted[objects], detections)
-        order = np.lexsort(preference)
-        crowd = self.truth.crowd.tolist()
-        free = [True] * len(crowd) if taken is None else (~taken).tolist()
-        done = -1
-        for detection, g in zip(detections[order].tolist(), objects[order].tolist(), strict=True):
-            if detection != done and (free[g] or crowd[g]):
-                result[detection] = g
-                free[g] = False
-                done = detection
+        result, truth = np.full(len(self.score), -1), self.truth
+        candidates, objects = choose(
+            self._pairs_of(pairs), self.image, np.zeros(1), truth.wanted[:1], truth.crowd, taken
+        )
+        result[candidates] = objects[0, 0]
         return result
+
+    def _pairs_of(self, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self.pair_detection[chosen], self.pair_object[chosen], self.pair_iou[chosen]
 
     def precision(self, match: Match, images: np.ndarray | None = None) -> np.ndarray:
         """Return the precision of each class at recall 0, 0.01 … 1 (K, 101).
@@ -248,9 +263,7 @@ class Detections:
         return precision(self.category[order], match.right[order], objects)
 
     def ap(
-        self,
-        size: tuple[float, float] = SIZES["all"],
-        images: Sequence[np.ndarray | None] = (None,),
+        self, size: str = "all", images: Sequence[np.ndarray | None] = (None,)
     ) -> list[float | None]:
         """Return COCO's AP in percent over each of some groups of images; None without objects."""
         matches = [self.match(iou, size) for iou in IOUS]
@@ -270,11 +283,14 @@ def precision(category: np.ndarray, right: np.ndarray, objects: np.ndarray) -> n
     """
     result = np.full((len(objects), len(RECALLS)), np.nan)
     starts = np.searchsorted(category, np.arange(len(objects) + 1))
+    hits = np.flatnonzero(right)
+    limits = np.searchsorted(hits, starts)
     for k in np.flatnonzero(objects):
-        hits = np.cumsum(right[starts[k] : starts[k + 1]])
-        values = hits / (np.arange(1, len(hits) + 1) + np.spacing(1))
-        values = np.maximum.accumulate(values[::-1])[::-1]
-        reached = np.searchsorted(hits / objects[k], RECALLS, side="left")
+        # Precision rises at true positives alone
+        places = hits[limits[k] : limits[k + 1]] - starts[k] + 1
+        found = np.arange(1, len(places) + 1)
+        values = np.maximum.accumulate((found / (places + np.spacing(1)))[::-1])[::-1]
+        reached = np.searchsorted(found / objects[k], RECALLS, side="left")
         result[k] = np.append(values, 0)[reached]
     return result
 
@@ -284,27 +300,6 @@ def mean_ap(*precisions: np.ndarray) -> float | None:
     values = np.stack([values.T for values in precisions])  # summed in the order of COCOeval
     values = values[~np.isnan(values)]
     return 100 * float(values.mean()) if values.size else None
-
-
-def detections_of(
-    content: Mapping[str, Any],
-    results: Mapping[str, Sequence[Mapping[str, Any]]],
-    iou_type: str,
-) -> dict[str, Detections]:
-    """Lay the results of named detectors beside one ground truth.
-
-    Raises:
-        ArgumentError: if the IoU type is neither "bbox" nor "segm", or there is no detector.
-    """
-    if not results:
-        raise ArgumentError("results", "must name at least one detector, got none")
-    truth = Truth(content, iou_type)
-    return {name: Detections(truth, detections) for name, detections in results.items()}
-
-
-def _id(record: Mapping[str, Any]) -> tuple[bool, Any]:
-    """Return a key that sorts by id, numbers before texts."""
-    return isinstance(record["id"], str), record["id"]
 
 
 def _integers(values: Any) -> np.ndarray:

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from plugin_core.evaluation.comparison.accuracy import Accuracy, accuracy, precisions_of
+from plugin_core.evaluation.comparison.accuracy import Accuracy, accuracy
 from plugin_core.evaluation.comparison.bootstrap import (
     draw_weights,
     images_with_objects,
+    matches_of,
     resampled,
+    rows_of,
 )
 from plugin_core.evaluation.comparison.inputs import Detector
-from plugin_core.evaluation.comparison.matching import match
-from plugin_core.evaluation.comparison.numbering import class_names
 from plugin_core.evaluation.comparison.sections import Section, Table
 from plugin_core.evaluation.comparison.significance import Difference, Spread, compare, holm
 from plugin_core.evaluation.comparison.verdict import overall, verdict
@@ -75,30 +75,28 @@ class Measured:
         return float(np.mean([one.metrics[metric] for one in self.accuracies[name]]))
 
 
-def measure(
-    content: Mapping[str, Any], detectors: Sequence[Detector], iou_type: str, resamples: int
-) -> Measured:
+def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
     """Evaluate detectors and compare each with the first.
 
     Args:
-        content: of the annotation file.
         detectors: the baseline first.
-        iou_type: "bbox", "segm" or "keypoints".
         resamples: number of resamples of the bootstrap.
     """
-    metrics, classes = list(precisions_of(iou_type)), class_names(content)
-    weights = draw_weights(len(content["images"]), resamples)
+    truth = detectors[0].seeds[0].truth
+    weights = draw_weights(len(truth.images), resamples)
     accuracies, values = {}, {}
     for detector in detectors:
-        accuracies[detector.name] = [accuracy(content, one, iou_type) for one in detector.seeds]
+        accuracies[detector.name] = [accuracy(one) for one in detector.seeds]
         if len(detectors) > 1:
-            matches = [match(content, one, iou_type) for one in detector.seeds]
+            matches = [matches_of(one) for one in detector.seeds]
             values[detector.name] = [resampled(one, weights) for one in matches]
             images = images_with_objects(matches[0])
-    measured = Measured(accuracies, {}, classes, resamples)
+    measured = Measured(accuracies, {}, truth.names, resamples)
     baseline, *others = (detector.name for detector in detectors)
+    metrics = rows_of(truth.iou_type)
     pairs = {
-        name: compare(values[baseline], values[name], metrics, classes, images) for name in others
+        name: compare(values[baseline], values[name], metrics, truth.names, images)
+        for name in others
     }
     return replace(measured, compared=judge(measured, pairs))
 

@@ -1,6 +1,7 @@
 """Kinds of errors, and the AP that mending each would bring (TIDE: Bolya et al., ECCV 2020).
 
-At IoU 0.5, after COCO's matching, a detection that found nothing is, in this order,
+At IoU 0.5 (of keypoints, OKS), after COCO's matching, a detection that found nothing is, in this
+order,
 
     localization    overlaps an object of its class by 0.1 to 0.5
     classification  overlaps an object of another class by at least 0.5
@@ -58,6 +59,7 @@ class Errors:
 def errors(detectors: Mapping[str, Detections]) -> Section:
     """Compare the errors of named detectors."""
     found = {name: measure(detections) for name, detections in detectors.items()}
+    overlap = next(iter(detectors.values())).truth.overlap
     headers = ["detector", "AP50", *KINDS, *TOTALS]
     gains: list[list[Cell]] = [
         [name, e.ap, *(e.gains[kind] for kind in headers[2:])] for name, e in found.items()
@@ -76,8 +78,8 @@ def errors(detectors: Mapping[str, Detections]) -> Section:
                 headers,
                 gains,
                 "Percentage points. Classification: right place, wrong class. Localization: right "
-                "class, IoU from 0.1 to 0.5. Both: neither is right. Duplicate: the object was "
-                "found already. Background: no object there. Missed: no detection comes near. "
+                f"class, {overlap} from 0.1 to 0.5. Both: neither is right. Duplicate: the object "
+                "was found already. Background: no object there. Missed: no detection comes near. "
                 "The kinds do not add up.",
                 decimals=2,
             ),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from plugin_core.evaluation.coco_files import Source, read_annotations, read_results
+from plugin_core.evaluation.comparison.detections import Detections, Truth
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,12 @@ class Detector:
 
     Attributes:
         name: unique among those that are compared.
-        seeds: a list of COCO-format detections for each seed that it was trained with.
+        seeds: the detections of each seed that it was trained with.
         files: where each seed's came from.
     """
 
     name: str
-    seeds: Sequence[Sequence[Mapping[str, Any]]]
+    seeds: Sequence[Detections]
     files: Sequence[str]
 
 
@@ -63,15 +64,15 @@ def named_files(specifications: Sequence[str]) -> dict[str, list[str]]:
 
 
 def read_detector(
-    name: str, files: Sequence[str], iou_type: str, content: dict[str, Any], annotations: Source
+    name: str, files: Sequence[str], truth: Truth, content: dict[str, Any], annotations: Source
 ) -> Detector:
     """Read the results files of a detector.
 
     Args:
         name: of the detector.
         files: a results file of Detectron2 or MMDetection for each seed.
-        iou_type: "bbox", "segm" or "keypoints"; the detections must have boxes, masks or keypoints
-            for it.
+        truth: objects of the annotation file; the detections must have boxes, masks or keypoints
+            for its type of IoU.
         content: content of the annotation file of the same images.
         annotations: the annotation file.
 
@@ -81,10 +82,10 @@ def read_detector(
     seeds = []
     for file in files:
         source = Source(f"--detector {name}", file)
-        results = read_results(source, iou_type, content, annotations)
-        if iou_type == "segm":
+        results = read_results(source, truth.iou_type, content, annotations)
+        if truth.iou_type == "segm":
             _check_masks(results, content, str(source))
-        seeds.append(results)
+        seeds.append(Detections(truth, results))
     return Detector(name, seeds, files)
 
 

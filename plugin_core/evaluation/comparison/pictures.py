@@ -87,9 +87,9 @@ def pictures(
     names = [*pair]
     return Section(
         "Images that differ most",
-        f"By the F-score of detections with a score of at least {score_threshold:g} at IoU "
-        f"{IOU:g}. Green: right. Red: found nothing. Orange, in the ground truth: missed by one "
-        "of them or both. Grey: crowd.",
+        f"By the F-score of detections with a score of at least {score_threshold:g} at "
+        f"{truth.overlap} {IOU:g}. Green: right. Red: found nothing. Orange, in the ground truth: "
+        "missed by one of them or both. Grey: crowd, or not labelled.",
         [
             Table(
                 f"{names[0]} and {names[1]}",
@@ -168,8 +168,12 @@ def draw(
         scale = small.width / picture.width
         panels = [Panel(small, scale)]
         for g in np.flatnonzero(truth.image == image):
-            colour = CROWD if truth.crowd[g] else RIGHT if found[g] else MISSED
-            panels[0].draw(truth.shapes[g], colour, truth.names[truth.category[g]])
+            wanted = truth.wanted[0, g]
+            colour = (RIGHT if found[g] else MISSED) if wanted else CROWD
+            shape = truth.shapes[g]
+            if truth.iou_type == "keypoints" and not wanted:  # without labels
+                shape = truth.boxes[g]
+            panels[0].draw(shape, colour, truth.names[truth.category[g]])
         for detections, match in zip(detectors, matches, strict=True):
             panels.append(Panel(small, scale))
             shown = np.flatnonzero((detections.image == image) & ~match.ignored)
@@ -205,13 +209,21 @@ class Panel:
         self.image, self.scale = small.copy(), scale
 
     def draw(self, shape: Any, colour: tuple[int, int, int], text: str) -> None:
-        """Draw a box (4,) in x, y, width and height, or a compressed mask, and name it."""
+        """Draw and name a box (4,) in x, y, width and height, a compressed mask, or keypoints.
+
+        Keypoints (17, 3) are drawn where their last number, the visibility or score, is above 0.
+        """
+        drawing = ImageDraw.Draw(self.image)
         if isinstance(shape, dict):
             mask = Image.fromarray(120 * masks.decode(shape)).resize(self.image.size)
             self.image.paste(colour, mask=mask)
             shape = masks.toBbox(shape)
+        elif shape.ndim == 2:
+            points = shape[shape[:, 2] > 0, :2] if (shape[:, 2] > 0).any() else shape[:, :2]
+            for x, y in self.scale * points:
+                drawing.ellipse((x - 2, y - 2, x + 2, y + 2), fill=colour)
+            shape = [*points.min(axis=0), *np.ptp(points, axis=0)]
         x, y, width, height = (self.scale * float(value) for value in shape)
-        drawing = ImageDraw.Draw(self.image)
         drawing.rectangle((x, y, x + max(width, 0), y + max(height, 0)), outline=colour, width=2)
         room = self.image.width - drawing.textlength(text, font(9)) - 2
         place = (max(min(x + 2, room), 1), max(y - 10, 0))
