@@ -17,6 +17,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 
+from d2_plugins.analysis import analyze
 from d2_plugins.block_plugins import RESNET_STAGES
 from d2_plugins.config import add_plugin_config, find_config_file, merge_config
 from d2_plugins.datasets import register_coco
@@ -25,6 +26,8 @@ from d2_plugins.mmdet_bridge import is_bridge
 from d2_plugins.preflight import WITH_PLUGINS, check_config
 from d2_plugins.trainer import PluginCheckpointer
 from plugin_core.files import replacing
+from plugin_core.inspection.building import silence
+from plugin_core.inspection.cost import Cost
 from plugin_core.training.trials import Plugin, Run
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "train_net.py"
@@ -106,7 +109,8 @@ class Detectron2Trials:
             }
         name = _in_place(WITH_PLUGINS, model, "BACKBONE.NAME", keeps=True)
         stages = [RESNET_STAGES[stage - 2] for stage in plugin.stages]
-        new = {"NAME": plugin.name, "STAGES": stages, "WARM_START": True}
+        arguments = {name.upper(): value for name, value in plugin.arguments.items()}
+        new = {"NAME": plugin.name, "STAGES": stages, "WARM_START": True, **arguments}
         lines: dict[str, Any] = {
             "BACKBONE": {"NAME": name},
             "RESNETS": {"PLUGINS": [*map(dict, model.RESNETS.PLUGINS), new]},
@@ -127,6 +131,10 @@ class Detectron2Trials:
             cfg.MODEL.DEVICE = "cpu"  # as tools/train_net.py does
         model = check_config(cfg, eval_only=False, resume=False)
         return sum(parameter.numel() for parameter in model.parameters())
+
+    def cost(self, path: Path) -> Cost:
+        with silence():
+            return analyze(self._read(str(path))).total
 
     def initialize(self, seed: int, path: Path) -> None:
         cfg = self._read(self.config)

@@ -25,6 +25,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import set_random_seed
 from mmengine.runner.checkpoint import load_checkpoint
 
+from mm_plugins.analysis import analyze
 from mm_plugins.attention_mask_consistency import AMCMixin
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.batchformer import BatchFormerMixin
@@ -34,6 +35,8 @@ from mm_plugins.roi_heads import BatchFormerBBoxHead
 from mm_plugins.training_settings import check_training_settings
 from plugin_core.block_plugins import registered_block_plugins
 from plugin_core.files import replacing
+from plugin_core.inspection.building import silence
+from plugin_core.inspection.cost import Cost
 from plugin_core.training.trials import Plugin, Run
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -151,9 +154,10 @@ class MMDetectionTrials:
             )
         known = registered_block_plugins()
         if plugin.name in known:
-            layer = {"type": known[plugin.name].__name__, "warm_start": True}
+            layer: dict[str, Any] = {"type": known[plugin.name].__name__, "warm_start": True}
         else:
             layer = {"type": "BlockPlugin", "name": plugin.name, "warm_start": True}
+        layer |= plugin.arguments
         new: dict[str, Any] = {"cfg": layer, "position": position}
         if len(layers) < count:
             new["stages"] = tuple(number in layers for number in range(1, count + 1))
@@ -173,6 +177,10 @@ class MMDetectionTrials:
             if setting.startswith("val_evaluator") and setting.endswith("ann_file"):
                 self.annotations = copy_
         return sum(parameter.numel() for parameter in model.parameters()) if model else 0
+
+    def cost(self, path: Path) -> Cost:
+        with silence():
+            return analyze(self._read(str(path))).total
 
     def initialize(self, seed: int, path: Path) -> None:
         set_random_seed(seed)

@@ -11,7 +11,8 @@ derived for each plugin, in which only the plugin's lines differ; they are print
 keeps them for tools/train_net.py and tools/train_mmdet.py. A block plugin starts as the identity
 (warm start). It is in all stages, ida in stages 4 and 5; ida@3,4,5 chooses. What would freeze a
 stage with a plugin is changed. batchformer_v1 is in the RoI head, batchformer_v2 in a DETR's
-encoder, amc among the losses.
+encoder, amc among the losses. --control adds a plain detector that costs as much: it has plain
+convolutions where the plugins are.
 
 All configs are checked before anything starts. All runs of a seed begin with the same weights but
 for the plugin's own, and see the same images in the same order for the same number of steps. The
@@ -39,7 +40,6 @@ from plugin_core.training.trials import (
     PLAIN,
     Framework,
     Plan,
-    Plugin,
     config_path,
     difference,
     digest,
@@ -62,8 +62,8 @@ COMPARE = Path(__file__).with_name("compare_detectors.py")
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        plugins, framework, plan = prepare(args)
-        show(framework, plugins, args.out)
+        framework, plan = prepare(args)
+        show(framework, plan, args.out)
         if args.plan:
             print_plan(plan, args)
             return
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
 
 
-def prepare(args: argparse.Namespace) -> tuple[list[Plugin], Framework, Plan]:
+def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
     """Check everything, then write the configs and the plan; raises ValueError."""
     for option in ("seeds", "jobs", "steps"):
         value = getattr(args, option)
@@ -90,6 +90,7 @@ def prepare(args: argparse.Namespace) -> tuple[list[Plugin], Framework, Plan]:
         "config": framework.config,
         "config_content": digest(framework.settings(Path(framework.config))),
         "plugins": args.plugins,
+        "control": args.control,
         "seeds": args.seeds,
         "steps": args.steps,
         "budget": args.budget,
@@ -97,8 +98,8 @@ def prepare(args: argparse.Namespace) -> tuple[list[Plugin], Framework, Plan]:
     }
     plan = read_plan(args.out, request)
     if plan is not None:
-        return plugins, framework, plan
-    parameters = write_configs(framework, plugins, args.out)
+        return framework, plan
+    parameters, control = write_configs(framework, plugins, args.out, args.control)
     content = read_annotations(Source("annotations", framework.annotations), "bbox")
     plan = Plan(
         request,
@@ -109,9 +110,10 @@ def prepare(args: argparse.Namespace) -> tuple[list[Plugin], Framework, Plan]:
         parameters,
         framework.batch_size,
         len(content["images"]),
+        control=control,
     )
     write_plan(plan, args.out)
-    return plugins, framework, plan
+    return framework, plan
 
 
 def load(args: argparse.Namespace) -> Any:
@@ -133,12 +135,14 @@ def load(args: argparse.Namespace) -> Any:
         raise ValueError(f"{args.config}: needs {FRAMEWORKS[side]}: {error}") from error
 
 
-def show(framework: Framework, plugins: Sequence[Plugin], out: Path) -> None:
+def show(framework: Framework, plan: Plan, out: Path) -> None:
     """Print what each derived config changes."""
     plain = framework.settings(config_path(framework, out, PLAIN))
-    for plugin in plugins:
-        path = config_path(framework, out, plugin.label)
+    for label in plan.labels[1:]:
+        path = config_path(framework, out, label)
         print(f"{path}\n{difference(plain, framework.settings(path))}")
+    if plan.control:
+        print(plan.control)
 
 
 def print_plan(plan: Plan, args: argparse.Namespace) -> None:
@@ -206,6 +210,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="PLUGIN",
         help="triplet_attention, ida, timm:eca, package.module:Class, …; several times",
+    )
+    parser.add_argument(
+        "--control", action="store_true", help="also train a plain detector of no lower cost"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of all results")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each variant (default: 3)")

@@ -13,8 +13,18 @@ from typing import Any
 
 import pytest
 
+from plugin_core.inspection.cost import Cost
 from plugin_core.training import trials
-from plugin_core.training.trials import Plan, Run, read_plan, read_plugins, run_all, write_plan
+from plugin_core.training.trials import (
+    Plan,
+    Plugin,
+    Run,
+    read_plan,
+    read_plugins,
+    run_all,
+    write_plan,
+)
+from plugin_core.training.trials.control import fit_control
 
 # Writes a log of 2 steps, one at a call where it "is killed" after the first, and then detections
 TRAINING = """
@@ -131,6 +141,22 @@ def test_plugins_are_read_with_their_stages_and_labels():
 def test_bad_plugins_are_refused(given: list[str], message: str):
     with pytest.raises(ValueError, match=message):
         read_plugins(given)
+
+
+def test_control_is_the_narrowest_that_costs_no_less_than_any_variant():
+    def cost_of(plugin: Plugin) -> Cost:
+        width = plugin.arguments["width"]
+        return Cost(1000 + 10 * width, 5000 + 100 * width)
+
+    plugins = read_plugins(["ida@4", "triplet_attention@3", "amc"])
+    plain = Cost(1000, 5000)
+    for other, width in ((Cost(1071, 5000), 8), (Cost(1070, 5401), 7), (Cost(1001, 5401), 5)):
+        costs = {"plain": plain, "other": other, "amc": plain}
+        control, sentence = fit_control(plugins, costs, cost_of)
+        assert control.arguments == {"width": width} and control.stages == (3, 4)
+        assert f"{1000 + 10 * width:,} parameters" in sentence
+    with pytest.raises(ValueError, match="--control: no plugin has parameters or GFLOPs"):
+        fit_control(plugins, {"plain": plain, "amc": plain}, cost_of)
 
 
 def test_difference_shows_the_settings_that_differ_alone():

@@ -32,12 +32,16 @@ MODEL:
   BACKBONE: {{FREEZE_AT: 2}}
   RESNETS: {{DEPTH: 18, RES2_OUT_CHANNELS: 64}}
   FPN: {{OUT_CHANNELS: 16}}
+  RPN: {{POST_NMS_TOPK_TEST: 8}}
+  RPN: {{POST_NMS_TOPK_TEST: 8}}
   ROI_HEADS: {{NUM_CLASSES: 7}}
   RETINANET: {{NUM_CLASSES: 7, NUM_CONVS: 1}}
   ROI_BOX_HEAD: {{FC_DIM: 32}}
 DATASETS: {{TRAIN: ["trials_train"], TEST: ["trials_val"]}}
 SOLVER: {{MAX_ITER: 100, STEPS: [60, 90], WARMUP_ITERS: 10, IMS_PER_BATCH: 2}}
 """
+# What takes a moment to count
+SMALL_TEST = "INPUT: {MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 64}"
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def inserted(model: torch.nn.Module) -> dict[str, str]:
 def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, tmp_path):
     trial, out = make(), tmp_path / "out"
     plugins = read_plugins(["triplet_attention", "ida", "timm:eca", "batchformer_v1", "amc"])
-    parameters = write_configs(trial, plugins, out)
+    parameters, _ = write_configs(trial, plugins, out)
     initial = tmp_path / "initial.pth"
     trial.initialize(3, initial)
     before = torch.load(initial)["model"]
@@ -113,6 +117,16 @@ def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, 
     assert any(isinstance(m, BatchFormer) for m in models["batchformer_v1"].modules())
     assert isinstance(models["amc"], AMCGeneralizedRCNN)
     assert not inserted(models["plain"])
+
+
+def test_control_costs_no_less_and_begins_as_the_plain_detector(make, tmp_path):
+    trial, out = make(more=SMALL_TEST), tmp_path / "out"
+    parameters, sentence = write_configs(trial, read_plugins(["simam@5"]), out, control=True)
+    path = config_path(trial, out, "control")
+    cost = trial.cost(path)
+    assert cost.parameters == parameters["control"] >= parameters["simam_5"]
+    assert f"{cost.parameters:,} parameters and {cost.flops / 1e9:.2f} GFLOPs" in sentence
+    assert set(inserted(build(trial, path))) == {f"res5.{b}.plain_convolutions" for b in (0, 1)}
 
 
 def test_only_the_plugins_lines_differ(make, tmp_path):

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from mmdet.registry import MODELS
-from mmengine.config import Config
 from mmengine.runner.checkpoint import load_checkpoint
 
 from mm_plugins import AMCMixin, BatchFormerBBoxHead, BatchFormerMixin
@@ -49,6 +48,11 @@ val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 """
 DEEP = '_base_ = "mmdet::{name}"\nmodel = dict(backbone=dict(init_cfg=None))\n'
+# What takes a moment to count
+SMALL_TEST = """
+model["test_cfg"] = dict(rpn=dict(nms_pre=8, max_per_img=8))
+test_dataloader = dict(dataset=dict(pipeline=[dict(type="Resize", scale=(64, 64))]))
+"""
 
 
 @pytest.fixture
@@ -71,6 +75,10 @@ def derive(trial: Any, names: list[str], out: Path) -> list[str]:
     return list(labels)
 
 
+def build(trial: Any, path: Path) -> torch.nn.Module:
+    return MODELS.build(trial._read(str(path)).model)
+
+
 def inserted(model: torch.nn.Module) -> set[str]:
     """The block plugins that start as the identity and train, by their place."""
     return {
@@ -85,14 +93,11 @@ def inserted(model: torch.nn.Module) -> set[str]:
 def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, tmp_path):
     trial, out = make(), tmp_path / "out"
     plugins = read_plugins(["triplet_attention", "ida", "timm:eca", "batchformer_v1", "amc"])
-    parameters = write_configs(trial, plugins, out)
+    parameters, _ = write_configs(trial, plugins, out)
     initial = tmp_path / "initial.pth"
     trial.initialize(3, initial)
     before = torch.load(initial)["state_dict"]
-    models = {
-        label: MODELS.build(Config.fromfile(config_path(trial, out, label)).model)
-        for label in parameters
-    }
+    models = {label: build(trial, config_path(trial, out, label)) for label in parameters}
     for label, model in models.items():
         assert sum(p.numel() for p in model.parameters()) == parameters[label]
         load_checkpoint(model, str(initial))
@@ -105,6 +110,16 @@ def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, 
     assert isinstance(models["batchformer_v1"].roi_head.bbox_head, BatchFormerBBoxHead)
     assert isinstance(models["amc"], AMCMixin)
     assert not inserted(models["plain"])
+
+
+def test_control_costs_no_less_and_begins_as_the_plain_detector(make, tmp_path):
+    trial, out = make(more=SMALL_TEST), tmp_path / "out"
+    parameters, sentence = write_configs(trial, read_plugins(["simam@5"]), out, control=True)
+    path = config_path(trial, out, "control")
+    cost = trial.cost(path)
+    assert cost.parameters == parameters["control"] >= parameters["simam_5"]
+    assert f"{cost.parameters:,} parameters and {cost.flops / 1e9:.2f} GFLOPs" in sentence
+    assert set(inserted(build(trial, path))) == {f"layer4.{b}.block_plugin" for b in (0, 1)}
 
 
 def test_only_the_plugins_lines_differ(make, tmp_path):

@@ -1,5 +1,6 @@
 """Trying plugins on one's own data; it knows neither framework."""
 
+from plugin_core.training.trials.control import PlainConvolutions
 from plugin_core.training.trials.plan import (
     Framework,
     Plan,
@@ -16,6 +17,7 @@ from plugin_core.training.trials.plan import (
     write_text,
 )
 from plugin_core.training.trials.plugins import (
+    CONTROL,
     DETECTOR_PLUGINS,
     PLAIN,
     STAGES,
@@ -33,11 +35,13 @@ from plugin_core.training.trials.running import (
 )
 
 __all__ = [
+    "CONTROL",
     "DETECTOR_PLUGINS",
     "Framework",
     "MEASURED_STEPS",
     "Outcome",
     "PLAIN",
+    "PlainConvolutions",
     "Plan",
     "Plugin",
     "Run",

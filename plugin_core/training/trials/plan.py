@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plugin_core.files import replacing
-from plugin_core.training.trials.plugins import PLAIN, Plugin
+from plugin_core.inspection.cost import Cost
+from plugin_core.training.trials.control import fit_control
+from plugin_core.training.trials.plugins import CONTROL, PLAIN, Plugin
 
 # A plan of fewer steps is done sooner than its time is measured.
 _SHORT = 20
@@ -57,6 +59,9 @@ class Framework(Protocol):
 
     def check(self, path: Path) -> int:
         """Check a config as its training would; returns the number of the model's parameters."""
+
+    def cost(self, path: Path) -> Cost:
+        """Count a config's parameters and the FLOPs of an image."""
 
     def initialize(self, seed: int, path: Path) -> None:
         """Write the weights that the user's config begins with, to a file."""
@@ -113,6 +118,7 @@ class Plan:
         seconds_a_step: measured, of each variant; empty before it is measured.
         overhead: seconds of a process besides its steps and its evaluation.
         left_out: a sentence about what the budget has no time for.
+        control: a sentence about the control, if there is one.
     """
 
     request: dict[str, Any]
@@ -126,6 +132,7 @@ class Plan:
     seconds_a_step: dict[str, float] = field(default_factory=dict)
     overhead: float = 0.0
     left_out: str = ""
+    control: str = ""
 
     def seconds(self, label: str) -> float:
         """Estimate the seconds of a run."""
@@ -181,35 +188,55 @@ class Plan:
         self.left_out = f"The budget left out {' and '.join(told)}." if told else ""
 
 
-def write_configs(framework: Framework, plugins: Sequence[Plugin], out: Path) -> dict[str, int]:
+def write_configs(
+    framework: Framework, plugins: Sequence[Plugin], out: Path, control: bool = False
+) -> tuple[dict[str, int], str]:
     """Derive a config for each plugin, check all of them, and only then write them to ``out``.
 
+    Args:
+        framework: of the config.
+        plugins: that are tried.
+        out: folder of the trial.
+        control: whether to add a plain detector that costs as much.
+
     Returns:
-        The number of parameters of each variant, "plain" first.
+        The number of parameters of each variant, "plain" first; and a sentence about the control,
+        or nothing.
 
     Raises:
         ValueError: for the config itself, or names each plugin that does not fit, and why.
     """
-    texts = {PLAIN: framework.derive(None)}
-    parameters, wrong = {}, []
+    texts: dict[str, str] = {}
+    parameters, wrong, about_control = {}, [], ""
     with tempfile.TemporaryDirectory() as folder:
-        for plugin in [None, *plugins]:
+
+        def write(plugin: Plugin | None) -> Path:
             label = plugin.label if plugin else PLAIN
+            texts[label] = framework.derive(plugin)
             path = Path(folder, f"{label}{framework.suffix}")
+            path.write_text(texts[label], encoding="utf-8")
+            return path
+
+        paths = {PLAIN: write(None)}
+        parameters[PLAIN] = framework.check(paths[PLAIN])
+        for plugin in plugins:
             try:
-                texts[label] = framework.derive(plugin)
-                path.write_text(texts[label], encoding="utf-8")
-                parameters[label] = framework.check(path)
+                paths[plugin.label] = write(plugin)
+                parameters[plugin.label] = framework.check(paths[plugin.label])
             except ValueError as error:
-                if plugin is None:
-                    raise
                 wrong.append(f"--with {plugin.name}: {error}")
-    if wrong:
-        raise ValueError("\n".join(wrong))
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        if control:
+            costs = {label: framework.cost(path) for label, path in paths.items()}
+            plain, about_control = fit_control(
+                plugins, costs, lambda plugin: framework.cost(write(plugin))
+            )
+            parameters[CONTROL] = framework.check(write(plain))
     (out / "configs").mkdir(parents=True, exist_ok=True)
     for label, text in texts.items():
         write_text(config_path(framework, out, label), text)
-    return parameters
+    return parameters, about_control
 
 
 def config_path(framework: Framework, out: Path, label: str) -> Path:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from plugin_core.block_plugins import child_name, find_block_plugin
 from plugin_core.errors import ArgumentError, did_you_mean
 
 PLAIN = "plain"
+CONTROL = "control"
 STAGES = (2, 3, 4, 5)
 # Plugins that are no block's: of an RoI head, of a DETR's encoder, of the losses
 DETECTOR_PLUGINS = ("batchformer_v1", "batchformer_v2", "amc")
@@ -24,11 +26,13 @@ class Plugin:
         name: of a block plugin as configs know it, or one of ``DETECTOR_PLUGINS``.
         stages: of a ResNet, 2 to 5, whose blocks get it; none for a plugin of the detector.
         label: that names its files.
+        arguments: of the block plugin.
     """
 
     name: str
     stages: tuple[int, ...] = ()
     label: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_plugins(given: Sequence[str]) -> list[Plugin]:
@@ -64,6 +68,8 @@ def read_plugins(given: Sequence[str]) -> list[Plugin]:
                 stages = tuple(sorted({int(number) for number in numbers.split(",")}))
             label = re.sub(r"\W", "_", child_name(name))
             plugin = Plugin(name, stages, "_".join([label, *map(str, stages)]) if at else label)
+        if plugin.label in (PLAIN, CONTROL):
+            raise ValueError(f"{setting}: a trial has a variant named {plugin.label!r} already")
         if any(plugin.label == other.label for other in plugins):
             raise ValueError(f"{setting}: is given twice")
         plugins.append(plugin)
