@@ -60,6 +60,10 @@ EXTRAS = {
         "grad-cam>=1.5",
         "matplotlib>=3.5",
     ],
+    # Trials of tools/try_plugins.py as jobs of a Slurm cluster
+    "slurm": [
+        "submitit>=1.5",
+    ],
     "dev": [
         "hypothesis>=6",
         "lvis>=0.5.3",

@@ -27,7 +27,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +38,14 @@ from plugin_core.training.run_folder import occupy
 from plugin_core.training.trials import (
     PLAIN,
     Framework,
+    Launcher,
+    LocalLauncher,
     Plan,
+    SlurmLauncher,
     config_path,
     difference,
     digest,
     duration,
-    environment_of,
     measure,
     measures_time,
     read_duration,
@@ -62,18 +63,38 @@ COMPARE = Path(__file__).with_name("compare_detectors.py")
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        launcher = launcher_of(args)
         framework, plan = prepare(args)
+        if args.jobs is None:
+            args.jobs = len(plan.labels) * plan.seeds
         show(framework, plan, args.out)
         if args.plan:
             print_plan(plan, args)
             return
-        failed = run(args, framework, plan)
+        failed = run(args, framework, plan, launcher)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
     if failed:
         sys.exit(1)
+
+
+def launcher_of(args: argparse.Namespace) -> Launcher:
+    """Choose where trainings run; raises ValueError."""
+    options = {"partition": args.partition} if args.partition else {}
+    for text in args.slurm:
+        key, is_given, value = text.partition("=")
+        if not is_given:
+            raise ValueError(f"--slurm {text}: expected KEY=VALUE such as gpus_per_node=1")
+        options[key] = value
+    if args.launcher == "slurm":
+        return SlurmLauncher(args.out / "slurm", options)
+    if options:
+        raise ValueError("--partition, --slurm: are for --launcher slurm")
+    if args.jobs is None:
+        args.jobs = 1
+    return LocalLauncher(find_gpus())
 
 
 def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
@@ -157,18 +178,16 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     )
 
 
-def run(args: argparse.Namespace, framework: Framework, plan: Plan) -> bool:
+def run(args: argparse.Namespace, framework: Framework, plan: Plan, launcher: Launcher) -> bool:
     """Train, and print what it found; returns whether a run failed."""
-    gpus = find_gpus()
-    environment = partial(environment_of, gpus=gpus)
     with occupy(str(args.out), "--out"):
         if not plan.seconds_a_step and (measures_time(plan.steps) or args.budget):
-            measure(plan, framework, args.out, environment(0))
+            measure(plan, framework, args.out, launcher)
             if args.budget:
                 plan.fit(read_duration(args.budget), args.jobs, may_shorten=args.steps is None)
             write_plan(plan, args.out)
         print_plan(plan, args)
-        outcome = run_all(plan, framework, args.out, jobs=args.jobs, environment=environment)
+        outcome = run_all(plan, framework, args.out, jobs=args.jobs, launcher=launcher)
         write_plan(plan, args.out)
     headers, rows = summary(plan, outcome, args.out)
     print(tabulate(rows, headers, "github", floatfmt=("", ".1f", ".1f", "", "", ".2f"), intfmt=","))
@@ -222,7 +241,18 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--budget", metavar="TIME", help="such as 8h; leaves out seeds, then steps, to keep it"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
+    parser.add_argument(
+        "--jobs", type=int, help="runs at a time (default: 1, or all of them as jobs of Slurm)"
+    )
+    parser.add_argument("--launcher", choices=["local", "slurm"], default="local")
+    parser.add_argument("--partition", help="of Slurm")
+    parser.add_argument(
+        "--slurm",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="option of sbatch, such as gpus_per_node=1 or timeout_min=600; several times",
+    )
     parser.add_argument("--plan", action="store_true", help="write configs and plan, and stop")
     parser.add_argument(
         "--register-coco",

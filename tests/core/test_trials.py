@@ -6,10 +6,12 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -109,11 +111,12 @@ def make_plan(annotations: str) -> Callable[..., Plan]:
     return make
 
 
-def run(plan: Plan, framework: Any, out: Path, jobs: int = 2) -> trials.Outcome:
+def run(
+    plan: Plan, framework: Any, out: Path, launcher: Any = None, jobs: int = 2
+) -> trials.Outcome:
     out.mkdir(exist_ok=True)
-    return run_all(
-        plan, framework, out, jobs=jobs, environment=lambda _: dict(os.environ), poll=0.02
-    )
+    launcher = launcher or trials.LocalLauncher()
+    return run_all(plan, framework, out, jobs=jobs, launcher=launcher, poll=0.02)
 
 
 def test_plugins_are_read_with_their_stages_and_labels():
@@ -231,6 +234,7 @@ def test_stopped_command_ends_its_trainings_and_goes_on_where_it_was(make_plan, 
     hanging.mkdir(parents=True)
     (hanging / "hang").touch()
     began: list[Any] = []
+    launcher = trials.LocalLauncher()
     log = framework.log
 
     def interrupt(folder: Path) -> list[dict[str, float]]:
@@ -239,12 +243,11 @@ def test_stopped_command_ends_its_trainings_and_goes_on_where_it_was(make_plan, 
         return log(folder)
 
     framework.log = interrupt  # type: ignore[method-assign]
-    start = trials.start
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trials, "start", lambda *a: began.append(start(*a)) or began[-1])
-        with pytest.raises(KeyboardInterrupt):
-            run(plan, framework, out)
-    assert all(process.poll() is not None for process in began)
+    start = launcher.start
+    launcher.start = lambda *a: began.append(start(*a)) or began[-1]  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, framework, out, launcher)
+    assert len(began) == 2 and all(process.poll() is not None for process in began)
     (hanging / "hang").unlink()
     outcome = run(plan, Scripted(tmp_path), out)
     assert len(outcome.finished) == 2
@@ -255,7 +258,7 @@ def test_stopped_command_ends_its_trainings_and_goes_on_where_it_was(make_plan, 
 def test_trainings_end_with_a_command_that_is_killed(tmp_path):
     command = os.fork()
     if not command:
-        child = trials.start(["sleep", "60"], tmp_path / "log", os.environ)
+        child = trials.LocalLauncher().start(["sleep", "60"], tmp_path / "log", 0)
         (tmp_path / "child").write_text(str(child.pid))
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(command, 0)
@@ -283,8 +286,96 @@ def test_folder_of_another_plan_is_refused(make_plan, tmp_path):
         read_plan(out, plan.request)
 
 
-def test_gpus_are_given_in_turn_and_each_process_has_one_thread(monkeypatch):
+def test_gpus_are_given_in_turn_and_each_process_has_one_thread(monkeypatch, tmp_path):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    places = [trials.environment_of(i, ["0", "3"]) for i in range(3)]
-    assert [p["CUDA_VISIBLE_DEVICES"] for p in places] == ["0", "3", "0"]
-    assert {p["OMP_NUM_THREADS"] for p in places} == {"1"}
+    launcher, log = trials.LocalLauncher(["0", "3"]), tmp_path / "log"
+    for place in range(3):
+        words = ["sh", "-c", "echo $CUDA_VISIBLE_DEVICES $OMP_NUM_THREADS"]
+        assert launcher.start(words, log, place).wait() == 0
+    assert log.read_text().splitlines() == ["0 1", "3 1", "0 1"]
+
+
+class Job:
+    """submitit's job, as far as it is used; it runs in a thread."""
+
+    known: ClassVar[dict[str, Job]] = {}
+    state = "FAILED"
+
+    def __init__(self, folder: Path, job_id: str, function: Callable[[], int] | None = None):
+        self.job_id, self.cancelled = job_id, False
+        self.thread = threading.Thread(target=self.work, args=(function,))
+
+    def work(self, function: Callable[[], int]) -> None:
+        self.found = function()
+
+    def done(self, force_check: bool = False) -> bool:
+        return not Job.known[self.job_id].thread.is_alive()
+
+    def result(self) -> int:
+        if not hasattr(Job.known[self.job_id], "found"):
+            raise RuntimeError("job has died\nof a reason")
+        return Job.known[self.job_id].found
+
+    def cancel(self, check: bool) -> None:
+        Job.known[self.job_id].cancelled = True
+
+
+@pytest.fixture
+def submitit(monkeypatch) -> Any:
+    """Stands in for the library, which is not among the tests' requirements."""
+
+    class AutoExecutor:
+        def __init__(self, folder: Path, cluster: str) -> None:
+            if cluster != "slurm":
+                raise RuntimeError('Could not detect "srun"')
+
+        def update_parameters(self, **parameters: Any) -> None:
+            library.parameters = parameters
+
+        def submit(self, function: Callable[[], int]) -> Job:
+            job = Job.known[str(len(Job.known))] = Job(Path(), str(len(Job.known)), function)
+            job.thread.start()
+            return job
+
+    library = SimpleNamespace(AutoExecutor=AutoExecutor, SlurmJob=Job, LocalJob=Job)
+    monkeypatch.setitem(sys.modules, "submitit", library)
+    monkeypatch.setattr(Job, "known", {})
+    return library
+
+
+def test_runs_are_jobs_of_slurm_and_a_job_that_fails_is_told(make_plan, tmp_path, submitit):
+    options = {"partition": "gpu", "gpus-per-node": "1"}
+    launcher = trials.SlurmLauncher(tmp_path / "slurm", options)
+    limit = {"slurm_timeout_min": 1440}
+    assert submitit.parameters == {"slurm_partition": "gpu", "slurm_gpus_per_node": 1, **limit}
+    plan, framework = make_plan(seeds=1), Scripted(tmp_path, failing="simam")
+    outcome = run(plan, framework, tmp_path / "out", launcher)
+    assert outcome.finished["plain-seed0"]["AP"] == pytest.approx(100)
+    assert "error: it diverged" in outcome.failed["simam-seed0"]
+    assert len(Job.known) == 2
+    launcher.executor.submit = lambda function: Job.known.setdefault("9", Job(Path(), "9"))
+    outcome = run(plan, framework, tmp_path / "out", launcher)
+    assert "error: job 9 (FAILED): job has died" in outcome.failed["simam-seed0"]
+
+
+def test_job_of_an_earlier_command_is_taken_over_and_stopped_with_this_one(tmp_path, submitit):
+    launcher, log = trials.SlurmLauncher(tmp_path, {"time": "60"}), tmp_path / "output.txt"
+    assert submitit.parameters == {"slurm_time": 60}
+    first = launcher.start(["sleep", "0.5"], log, 0)
+    again = trials.SlurmLauncher(tmp_path, {}).start(["sleep", "0.5"], log, 0)
+    assert again.job.job_id == first.job.job_id and again.poll() is None
+    launcher.stop([again])
+    assert first.job.cancelled
+    first.job.thread.join()
+    assert again.poll() == 0
+    last = launcher.start(["true"], log, 0)
+    assert last.job.job_id != first.job.job_id
+    last.job.thread.join()
+
+
+def test_slurm_without_submitit_or_cluster_is_one_line(tmp_path, submitit, monkeypatch):
+    with pytest.raises(ValueError, match='--launcher slurm: Could not detect "srun"'):
+        trials.SlurmLauncher(tmp_path, {}, cluster="local")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ValueError, match=r"--launcher slurm: needs submitit: `pip install -e"):
+        trials.SlurmLauncher(tmp_path, {})

@@ -74,6 +74,8 @@ def test_killed_trial_goes_on_and_collects_the_results(tool_server, run_tool, ar
         (["--with", "batchformer_v2"], "error: --with batchformer_v2: MODEL.META_ARCH"),
         (["--with", "simam", "--budget", "soon"], "error: --budget: must be a time"),
         (["--with", "simam", "--jobs", 0], "error: --jobs: must be 1 or more"),
+        (["--with", "simam", "--launcher", "slurm"], "error: --launcher slurm: "),
+        (["--with", "simam", "--partition", "gpu"], "are for --launcher slurm"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(

@@ -24,7 +24,7 @@ from plugin_core.training.trials.plugins import (
     Plugin,
     read_plugins,
 )
-from plugin_core.training.trials.processes import environment_of, start, stop, tail
+from plugin_core.training.trials.processes import Launcher, LocalLauncher, tail
 from plugin_core.training.trials.running import (
     MEASURED_STEPS,
     Outcome,
@@ -33,11 +33,14 @@ from plugin_core.training.trials.running import (
     run_all,
     summary,
 )
+from plugin_core.training.trials.slurm import SlurmLauncher
 
 __all__ = [
     "CONTROL",
     "DETECTOR_PLUGINS",
     "Framework",
+    "Launcher",
+    "LocalLauncher",
     "MEASURED_STEPS",
     "Outcome",
     "PLAIN",
@@ -46,20 +49,18 @@ __all__ = [
     "Plugin",
     "Run",
     "STAGES",
+    "SlurmLauncher",
     "box_ap",
     "config_path",
     "difference",
     "digest",
     "duration",
-    "environment_of",
     "measure",
     "measures_time",
     "read_duration",
     "read_plan",
     "read_plugins",
     "run_all",
-    "start",
-    "stop",
     "summary",
     "tail",
     "write_configs",

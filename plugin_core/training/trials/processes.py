@@ -1,4 +1,4 @@
-"""Processes that train: one thread each, and none outlives the command."""
+"""Where trainings run: processes of this machine, each with one thread."""
 
 from __future__ import annotations
 
@@ -7,22 +7,59 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 
-def start(
-    command: Sequence[str], log: Path, environment: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
-    """Start a process that adds to a log and ends with this process, however this one ends."""
-    with open(log, "ab") as output:
-        return subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=dict(environment),
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
+class Process(Protocol):
+    """A command that was started."""
+
+    def poll(self) -> int | None:
+        """Give its exit status; None while it runs."""
+
+
+class Launcher(Protocol):
+    """Starts commands somewhere."""
+
+    def start(self, command: Sequence[str], log: Path, place: int) -> Process:
+        """Start a command that adds what it prints to a log; ``place`` counts those that run."""
+
+    def stop(self, processes: Sequence[Any]) -> None:
+        """End what it has started and still runs."""
+
+
+class LocalLauncher:
+    """Processes of this machine. None outlives this process, however this one ends.
+
+    Args:
+        gpus: names of GPUs, of which each place has one in turn.
+    """
+
+    def __init__(self, gpus: Sequence[str] = ()) -> None:
+        self.gpus = gpus
+
+    def start(self, command: Sequence[str], log: Path, place: int) -> subprocess.Popen[bytes]:
+        gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
+        with open(log, "ab") as output:
+            return subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **one_thread(), **gpu},
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            )
+
+    def stop(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+        for process in processes:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def _end_with_parent() -> None:
@@ -30,27 +67,12 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """End processes that still run."""
-    for process in processes:
-        if process.poll() is None:
-            process.terminate()
-    for process in processes:
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def one_thread() -> dict[str, str]:
+    """Variables that give a process one thread, unless the user has chosen."""
+    return {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
 
 
 def tail(log: Path, lines: int = 15) -> str:
     """The last lines of a log."""
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
     return "\n".join(text.strip().splitlines()[-lines:])
-
-
-def environment_of(place: int, gpus: Sequence[str]) -> dict[str, str]:
-    """Give a process one thread, and the GPU of its turn where there are GPUs."""
-    threads = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    gpu = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
-    return {**os.environ, **threads, **gpu}

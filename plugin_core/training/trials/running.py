@@ -7,10 +7,8 @@ import io
 import json
 import shutil
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,12 +25,14 @@ from plugin_core.training.trials.plan import (
     write_plan,
     write_text,
 )
-from plugin_core.training.trials.processes import start, stop, tail
+from plugin_core.training.trials.processes import Launcher, Process, tail
 
 MEASURED_STEPS = 5
 
 
-def measure(plan: Plan, framework: Framework, out: Path, environment: Mapping[str, str]) -> None:
+def measure(
+    plan: Plan, framework: Framework, out: Path, launcher: Launcher, poll: float = 0.1
+) -> None:
     """Train each variant for a few steps, and note the time in the plan.
 
     Raises:
@@ -48,11 +48,12 @@ def measure(plan: Plan, framework: Framework, out: Path, environment: Mapping[st
         write_text(config, framework.run_config(base, None, folder, MEASURED_STEPS))
         began = time.monotonic()
         log = folder / "output.txt"
-        process = start(framework.command(config, folder, MEASURED_STEPS), log, environment)
+        process = launcher.start(framework.command(config, folder, MEASURED_STEPS), log, 0)
         try:
-            code = process.wait()
+            while (code := process.poll()) is None:
+                time.sleep(poll)
         finally:
-            stop([process])
+            launcher.stop([process])
         times = [record["time"] for record in framework.log(folder)]
         if code or not times:
             raise RunError(f"{label} cannot be trained:\n{tail(log)}\nsee {log}")
@@ -75,7 +76,7 @@ class Outcome:
 class _Job:
     run: Run
     place: int
-    process: subprocess.Popen[bytes]
+    process: Process
     attempts: int = 1
 
 
@@ -85,7 +86,7 @@ def run_all(
     out: Path,
     *,
     jobs: int,
-    environment: Callable[[int], Mapping[str, str]],
+    launcher: Launcher,
     poll: float = 1.0,
 ) -> Outcome:
     """Train and evaluate what a plan has left, ``jobs`` runs at a time.
@@ -98,7 +99,7 @@ def run_all(
         framework: that trains.
         out: folder of the trial.
         jobs: number of processes.
-        environment: of the process at a place, 0 to ``jobs`` - 1.
+        launcher: of the processes.
         poll: seconds between two looks at the processes.
     """
     runs, outcome = plan.runs(out), Outcome()
@@ -118,21 +119,23 @@ def run_all(
                 while waiting and len(active) < jobs:
                     place = min(set(range(jobs)) - {job.place for job in active})
                     run = waiting.pop(0)
-                    process = _begin(run, plan, framework, out, environment(place))
+                    process = _begin(run, plan, framework, out, launcher, place)
                     active.append(_Job(run, place, process))
                 time.sleep(poll)
-                for job in [job for job in active if job.process.poll() is not None]:
+                for job, code in [(job, job.process.poll()) for job in active]:
+                    if code is None:
+                        continue
                     log = job.run.folder / "output.txt"
                     results = framework.results(job.run.folder)
-                    if job.process.returncode == 0 and results is None and job.attempts == 1:
+                    if code == 0 and results is None and job.attempts == 1:
                         # It was killed before between its last checkpoint and its evaluation.
-                        env = environment(job.place)
-                        job.process = _begin(job.run, plan, framework, out, env)
+                        begin = job.run, plan, framework, out, launcher, job.place
+                        job.process = _begin(*begin)
                         job.attempts = 2
                         continue
                     active.remove(job)
                     try:
-                        if job.process.returncode or results is None:
+                        if code or results is None:
                             raise RunError(tail(log, 1) or "it has left no results")
                         found = _collect(job, results, plan, framework)
                     except (ValueError, OSError) as error:
@@ -149,7 +152,7 @@ def run_all(
                 done += sum(_steps(framework, job.run, plan) for job in active)
                 bar.update(max(0, done - bar.n))
         finally:
-            stop([job.process for job in active])
+            launcher.stop([job.process for job in active])
     return outcome
 
 
@@ -159,8 +162,8 @@ def _steps(framework: Framework, run: Run, plan: Plan) -> int:
 
 
 def _begin(
-    run: Run, plan: Plan, framework: Framework, out: Path, environment: Mapping[str, str]
-) -> subprocess.Popen[bytes]:
+    run: Run, plan: Plan, framework: Framework, out: Path, launcher: Launcher, place: int
+) -> Process:
     run.folder.mkdir(parents=True, exist_ok=True)
     run.results.parent.mkdir(parents=True, exist_ok=True)
     if not run.initial.is_file():
@@ -171,7 +174,7 @@ def _begin(
     base = config_path(framework, out, run.label)
     write_text(config, framework.run_config(base, run, run.folder, plan.steps))
     command = framework.command(config, run.folder, plan.steps)
-    return start(command, run.folder / "output.txt", environment)
+    return launcher.start(command, run.folder / "output.txt", place)
 
 
 def _collect(job: _Job, results: Path, plan: Plan, framework: Framework) -> dict[str, Any]:
