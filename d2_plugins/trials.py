@@ -36,6 +36,8 @@ _WITH_BATCHFORMER = {
     f"{kind}ROIHeads": f"{kind}PluginROIHeads" for kind in ("Standard", "Cascade", "Res5")
 }
 _WITH_AMC = {"GeneralizedRCNN": "AMCGeneralizedRCNN", "RetinaNet": "AMCRetinaNet"}
+# What switches on the head of a type of IoU
+_HEADS = {"segm": "MASK_ON", "keypoints": "KEYPOINT_ON"}
 
 
 class Detectron2Trials:
@@ -45,6 +47,7 @@ class Detectron2Trials:
         config: path of the user's yaml file, or ``model_zoo://`` and a name.
         datasets: triples of ``--register-coco``, which are registered.
         steps: of a training; the config's own by default.
+        iou_type: "bbox", "segm" or "keypoints", which detectors are compared by.
 
     Raises:
         ValueError: if the config is wrong, or evaluates no one dataset in COCO's format.
@@ -52,7 +55,13 @@ class Detectron2Trials:
 
     suffix = ".yaml"
 
-    def __init__(self, config: str, datasets: Sequence[Sequence[str]], steps: int | None) -> None:
+    def __init__(
+        self,
+        config: str,
+        datasets: Sequence[Sequence[str]],
+        steps: int | None,
+        iou_type: str = "bbox",
+    ) -> None:
         self.datasets = [list(dataset) for dataset in datasets]
         for name, json_file, images in datasets:
             register_coco(name, json_file, images)
@@ -72,6 +81,11 @@ class Detectron2Trials:
             raise ValueError(
                 "DATASETS.TEST: must name one dataset in COCO's format, on which plugins are "
                 f"compared, got {tests}"
+            )
+        head = _HEADS.get(iou_type)
+        if head and not cfg.MODEL[head]:
+            raise ValueError(
+                f"--iou-type {iou_type}: the detector finds none, MODEL.{head} is False"
             )
 
     @property

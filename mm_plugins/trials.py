@@ -52,6 +52,7 @@ class MMDetectionTrials:
     Args:
         config: path of the user's Python file.
         steps: iterations of a training; the config's own by default.
+        iou_type: "bbox" or "segm", which detectors are compared by.
 
     Raises:
         ValueError: if the config is wrong, or its evaluation is no CocoMetric's.
@@ -59,7 +60,7 @@ class MMDetectionTrials:
 
     suffix = ".py"
 
-    def __init__(self, config: str, steps: int | None) -> None:
+    def __init__(self, config: str, steps: int | None, iou_type: str = "bbox") -> None:
         register_all_modules(init_default_scope=False)
         self.config = os.path.abspath(config)
         if Config._is_lazy_import(self.config):
@@ -71,7 +72,10 @@ class MMDetectionTrials:
         self.scope = cfg.get("default_scope") or "mmdet"
         check_training_settings(cfg, train=True)
         self.batch_size = cfg.train_dataloader.batch_size
-        self.annotations = os.path.abspath(self._metric(cfg.val_evaluator)["ann_file"])
+        self.iou_type, metric = iou_type, self._metric(cfg.val_evaluator)
+        if iou_type not in (given := metric.get("metric", "bbox")):
+            raise ValueError(f"--iou-type {iou_type}: is not in val_evaluator.metric, {given!r}")
+        self.annotations = os.path.abspath(metric["ann_file"])
         self.steps = steps or self.own_steps
         self.changes_length = steps is not None
 
@@ -283,7 +287,7 @@ class MMDetectionTrials:
         return records
 
     def results(self, folder: Path) -> Path | None:
-        path = folder / "results.bbox.json"
+        path = folder / f"results.{self.iou_type}.json"
         return path if path.is_file() else None
 
     def _metric(self, evaluator: Any) -> Any:

@@ -32,7 +32,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from plugin_core.evaluation.coco_files import Source, read_annotations
+from plugin_core.evaluation.coco_files import Source
+from plugin_core.evaluation.comparison.inputs import read_truth
+from plugin_core.evaluation.comparison.numbering import FIELDS
 from plugin_core.inspection.config_kinds import FRAMEWORKS, is_lazy_config, side_of
 from plugin_core.training.run_folder import occupy
 from plugin_core.training.trials import (
@@ -112,6 +114,7 @@ def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
         "config_content": digest(framework.settings(Path(framework.config))),
         "plugins": args.plugins,
         "control": args.control,
+        "iou_type": args.iou_type if args.iou_type != "bbox" else None,
         "seeds": args.seeds,
         "steps": args.steps,
         "budget": args.budget,
@@ -121,7 +124,7 @@ def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
     if plan is not None:
         return framework, plan
     parameters, control = write_configs(framework, plugins, args.out, args.control)
-    content = read_annotations(Source("annotations", framework.annotations), "bbox")
+    content = read_truth(Source("annotations", framework.annotations), args.iou_type)
     plan = Plan(
         request,
         framework.annotations,
@@ -132,6 +135,7 @@ def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
         framework.batch_size,
         len(content["images"]),
         control=control,
+        iou_type=args.iou_type,
     )
     write_plan(plan, args.out)
     return framework, plan
@@ -146,12 +150,12 @@ def load(args: argparse.Namespace) -> Any:
         if side == "d2_plugins":
             from d2_plugins.trials import Detectron2Trials
 
-            return Detectron2Trials(args.config, args.register_coco, args.steps)
+            return Detectron2Trials(args.config, args.register_coco, args.steps, args.iou_type)
         if args.register_coco:
             raise ValueError("--register-coco: is for Detectron2; MMDetection's config names data")
         from mm_plugins.trials import MMDetectionTrials
 
-        return MMDetectionTrials(args.config, args.steps)
+        return MMDetectionTrials(args.config, args.steps, args.iou_type)
     except ImportError as error:
         raise ValueError(f"{args.config}: needs {FRAMEWORKS[side]}: {error}") from error
 
@@ -204,7 +208,7 @@ def compare(plan: Plan, out: Path, finished: Any) -> None:
     for label in plan.labels:
         files = [str(r.results) for r in plan.runs(out) if r.label == label and r.name in finished]
         words += ["--detector", f"{label}={','.join(files)}"] if files else []
-    command = [sys.executable, str(COMPARE), plan.annotations, *words]
+    command = [sys.executable, str(COMPARE), plan.annotations, *words, "--iou-type", plan.iou_type]
     subprocess.run([*command, "--out", str(out / "comparison")], check=False)
 
 
@@ -252,6 +256,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[],
         metavar="KEY=VALUE",
         help="option of sbatch, such as gpus_per_node=1 or timeout_min=600; several times",
+    )
+    parser.add_argument(
+        "--iou-type", choices=list(FIELDS), default="bbox", help="AP of what (default: bbox)"
     )
     parser.add_argument("--plan", action="store_true", help="write configs and plan, and stop")
     parser.add_argument(

@@ -215,6 +215,30 @@ def test_all_variants_of_a_seed_begin_with_the_same_weights(make_plan, tmp_path)
     assert rows == [["plain", *row], ["simam", *row]]
 
 
+def test_masks_are_compared_as_masks(make_plan, annotations, tmp_path):
+    content = json.loads(Path(annotations).read_text())
+    half = {"size": [20, 20], "counts": "05?00000000000000000X6"}
+    object_ = {**content["annotations"][0], "segmentation": [[0, 0, 10, 0, 10, 10, 0, 10]]}
+    Path(annotations).write_text(json.dumps({**content, "annotations": [object_]}))
+    box = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9}
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps([{**box, "segmentation": half}]))
+    assert trials.average_precision(annotations, results, "bbox") == pytest.approx(100)
+    assert trials.average_precision(annotations, results, "segm") < 50
+    headers, _ = trials.summary(make_plan(iou_type="segm"), trials.Outcome(), tmp_path)
+    assert headers[1] == "segm AP"
+
+
+def test_plan_of_an_earlier_version_goes_on(make_plan, tmp_path):
+    plan, out = make_plan(), tmp_path
+    write_plan(plan, out)
+    content = json.loads((out / "plan.json").read_text())
+    for added in ("control", "iou_type"):
+        del content[added]
+    (out / "plan.json").write_text(json.dumps(content))
+    assert read_plan(out, {**plan.request, "control": False, "iou_type": None}) == plan
+
+
 def test_failed_run_is_told_others_go_on_and_it_is_tried_again(make_plan, tmp_path):
     plan, out = make_plan(), tmp_path / "out"
     outcome = run(plan, Scripted(tmp_path, failing="simam-seed0"), out)

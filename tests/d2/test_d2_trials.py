@@ -46,7 +46,7 @@ SMALL_TEST = "INPUT: {MIN_SIZE_TEST: 64, MAX_SIZE_TEST: 64}"
 
 @pytest.fixture
 def make(tmp_path: Path, drawn_coco: Path):
-    def make(base: str = "faster_rcnn", more: str = "", steps: int | None = None) -> Any:
+    def make(base: str = "faster_rcnn", more: str = "", *arguments: Any) -> Any:
         config = tmp_path / "mine.yaml"
         config.write_text(SMALL.format(base=base) + more)
         datasets = [
@@ -58,7 +58,7 @@ def make(tmp_path: Path, drawn_coco: Path):
             if name in DatasetCatalog:
                 DatasetCatalog.remove(name)
                 MetadataCatalog.remove(name)
-        return Detectron2Trials(str(config), datasets, steps)
+        return Detectron2Trials(str(config), datasets, *(arguments or [None]))
 
     yield make
     for part in ("train", "val"):
@@ -163,8 +163,13 @@ def test_config_that_cannot_be_tried_is_refused(make, more, message):
         make(more=more)
 
 
+def test_what_is_compared_must_be_found_by_the_detector(make):
+    with pytest.raises(ValueError, match="--iou-type segm: .* MODEL.MASK_ON is False"):
+        make("faster_rcnn", "", None, "segm")
+
+
 def test_runs_differ_in_their_seed_weights_and_folder_and_scale_the_schedule(make, tmp_path):
-    trial, out = make(steps=50), tmp_path / "out"
+    trial, out = make("faster_rcnn", "", 50), tmp_path / "out"
     labels = derive(trial, ["amc"], out)
     plan = Plan({}, "", labels, trial.steps, 2, {}, 2, 3)
     cfgs = {}

@@ -57,10 +57,12 @@ test_dataloader = dict(dataset=dict(pipeline=[dict(type="Resize", scale=(64, 64)
 
 @pytest.fixture
 def make(tmp_path: Path, drawn_coco: Path) -> Callable[..., Any]:
-    def make(text: str = RCNN, steps: int | None = None, more: str = "") -> Any:
+    def make(
+        text: str = RCNN, steps: int | None = None, more: str = "", iou_type: str = "bbox"
+    ) -> Any:
         config = tmp_path / "mine.py"
         config.write_text(text + DATA.format(root=drawn_coco) + more)
-        return MMDetectionTrials(str(config), steps)
+        return MMDetectionTrials(str(config), steps, iou_type)
 
     return make
 
@@ -179,6 +181,15 @@ def test_plugins_that_do_not_fit_are_told_together_and_nothing_is_written(make, 
 def test_config_that_cannot_be_tried_is_refused(make, more, message):
     with pytest.raises(ValueError, match=message):
         make(more=more)
+
+
+def test_what_is_compared_must_be_evaluated(make, tmp_path):
+    with pytest.raises(ValueError, match="--iou-type segm: is not in val_evaluator.metric, 'bbox'"):
+        make(iou_type="segm")
+    masks = make(more='val_evaluator["metric"] = ["bbox", "segm"]', iou_type="segm")
+    for kind in ("bbox", "segm"):
+        (tmp_path / f"results.{kind}.json").touch()
+    assert masks.results(tmp_path).name == "results.segm.json"
 
 
 def test_runs_of_other_length_count_iterations_and_scale_the_schedule(make, tmp_path):

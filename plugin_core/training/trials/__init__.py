@@ -28,7 +28,7 @@ from plugin_core.training.trials.processes import Launcher, LocalLauncher, tail
 from plugin_core.training.trials.running import (
     MEASURED_STEPS,
     Outcome,
-    box_ap,
+    average_precision,
     measure,
     run_all,
     summary,
@@ -50,7 +50,7 @@ __all__ = [
     "Run",
     "STAGES",
     "SlurmLauncher",
-    "box_ap",
+    "average_precision",
     "config_path",
     "difference",
     "digest",

@@ -87,7 +87,7 @@ def fit_control(
     )
     return of_width(width), (
         f"The control is the plain detector with two more convolutions in each block of stages "
-        f"{', '.join(map(str, stages))}, {width} channels wide: {cost.parameters:,} parameters and "
+        f"{', '.join(map(str, stages))}, of width {width}: {cost.parameters:,} parameters and "
         f"{cost.flops / 1e9:.2f} GFLOPs an image, where the variants have up to {parameters:,} and "
         f"{flops / 1e9:.2f} (plain {plain.parameters:,} and {plain.flops / 1e9:.2f}). Its own "
         "weights are random behind a factor of 0, as those of block plugins are; so it begins as "

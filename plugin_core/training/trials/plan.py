@@ -119,6 +119,7 @@ class Plan:
         overhead: seconds of a process besides its steps and its evaluation.
         left_out: a sentence about what the budget has no time for.
         control: a sentence about the control, if there is one.
+        iou_type: "bbox", "segm" or "keypoints", what AP is of.
     """
 
     request: dict[str, Any]
@@ -133,6 +134,7 @@ class Plan:
     overhead: float = 0.0
     left_out: str = ""
     control: str = ""
+    iou_type: str = "bbox"
 
     def seconds(self, label: str) -> float:
         """Estimate the seconds of a run."""
@@ -278,13 +280,13 @@ def read_plan(out: Path, request: Mapping[str, Any]) -> Plan | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        plan = Plan(**{key: content[key] for key in Plan.__dataclass_fields__})
-    except (ValueError, KeyError, TypeError) as error:
+        plan = Plan(**{key: content[key] for key in Plan.__dataclass_fields__ if key in content})
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: is no plan of this command ({error!r})") from error
     other = [
         f"{key} was {plan.request.get(key)!r} and is {request.get(key)!r}"
         for key in dict.fromkeys([*plan.request, *request])
-        if plan.request.get(key) != request.get(key)
+        if (plan.request.get(key) or None) != (request.get(key) or None)
     ]
     if other:
         raise ValueError(

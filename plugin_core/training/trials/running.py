@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import shutil
 import statistics
@@ -15,6 +13,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from plugin_core.evaluation.coco_files import Source, read_results
+from plugin_core.evaluation.comparison.accuracy import accuracy
+from plugin_core.evaluation.comparison.inputs import read_truth
 from plugin_core.inspection.building import silence
 from plugin_core.training.errors import RunError
 from plugin_core.training.trials.plan import (
@@ -183,30 +184,19 @@ def _collect(job: _Job, results: Path, plan: Plan, framework: Framework) -> dict
     write_text(job.run.results, results.read_text(encoding="utf-8"))
     found = {
         "results": job.run.results.name,
-        "AP": box_ap(plan.annotations, job.run.results),
+        "AP": average_precision(plan.annotations, job.run.results, plan.iou_type),
         "seconds_a_step": statistics.median(times) if times else None,
     }
     write_text(job.run.marker, json.dumps(found))
     return found
 
 
-def box_ap(annotations: str, results: Path) -> float:
-    """COCO's AP of boxes, in percent; raises ValueError where no object counts."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    detections = json.loads(results.read_text(encoding="utf-8"))
-    if not detections:
-        return 0.0
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(annotations)
-        evaluation = COCOeval(truth, truth.loadRes(detections), "bbox")
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    if evaluation.stats[0] < 0:
-        raise ValueError(f"{annotations}: has no objects but crowds, so AP is not defined")
-    return 100 * float(evaluation.stats[0])
+def average_precision(annotations: str, results: Path, iou_type: str) -> float:
+    """COCO's AP, in percent; raises ValueError where no object counts, or the results are wrong."""
+    source = Source("annotations", annotations)
+    content = read_truth(source, iou_type)
+    found = read_results(Source("results", str(results)), iou_type, content, source)
+    return accuracy(content, found, iou_type).metrics["AP"]
 
 
 def summary(plan: Plan, outcome: Outcome, out: Path) -> tuple[list[str], list[list[Any]]]:
@@ -215,7 +205,8 @@ def summary(plan: Plan, outcome: Outcome, out: Path) -> tuple[list[str], list[li
     It has the mean of AP over the seeds, the sample standard deviation where there are two or more,
     the parameters, and the median of the seconds of a step where the framework has logged any.
     """
-    headers = ["", "AP", "± sd", "seeds", "parameters", "s/step"]
+    ap = "AP" if plan.iou_type == "bbox" else f"{plan.iou_type} AP"
+    headers = ["", ap, "± sd", "seeds", "parameters", "s/step"]
     rows = []
     for label in plan.labels:
         names = [run.name for run in plan.runs(out) if run.label == label]
