@@ -18,6 +18,7 @@ from torch.multiprocessing import ProcessExitedException
 from d2_plugins.checkpointer import find_resumable
 from d2_plugins.config import find_config_file
 from d2_plugins.datasets import register_coco
+from plugin_core.inspection.config_kinds import add_register_coco
 from plugin_core.training import RunError
 from plugin_core.training.checkpoint_files import check_readable
 from plugin_core.training.run_folder import occupy
@@ -29,14 +30,7 @@ def parse_args(description: str) -> argparse.Namespace:
     """Parse the arguments of Detectron2's own ``tools/train_net.py``, and ``--register-coco``."""
     parser = default_argument_parser()
     parser.description = description
-    parser.add_argument(
-        "--register-coco",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="register a COCO-format dataset; may be given several times",
-    )
+    add_register_coco(parser, "register a COCO-format dataset; may be given several times")
     return parser.parse_args()
 
 

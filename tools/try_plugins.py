@@ -35,7 +35,12 @@ from tabulate import tabulate
 from plugin_core.evaluation.coco_files import Source
 from plugin_core.evaluation.comparison.inputs import read_truth
 from plugin_core.evaluation.comparison.numbering import FIELDS
-from plugin_core.inspection.config_kinds import FRAMEWORKS, is_lazy_config, side_of
+from plugin_core.inspection.config_kinds import (
+    FRAMEWORKS,
+    add_register_coco,
+    is_lazy_config,
+    side_of,
+)
 from plugin_core.training.run_folder import occupy
 from plugin_core.training.trials import (
     PLAIN,
@@ -261,13 +266,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--iou-type", choices=list(FIELDS), default="bbox", help="AP of what (default: bbox)"
     )
     parser.add_argument("--plan", action="store_true", help="write configs and plan, and stop")
-    parser.add_argument(
-        "--register-coco",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="Detectron2: register a COCO-format dataset, as in tools/train_net.py",
+    add_register_coco(
+        parser, "Detectron2: register a COCO-format dataset, as in tools/train_net.py"
     )
     return parser.parse_args(argv)
 

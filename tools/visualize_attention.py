@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from plugin_core.inspection.attention_maps import Caption, Detector
 from plugin_core.inspection.choices import choose_baseline_layer, choose_layers, find_class
-from plugin_core.inspection.config_kinds import FRAMEWORKS, common_side
+from plugin_core.inspection.config_kinds import FRAMEWORKS, add_register_coco, common_side
 from plugin_core.inspection.phrases import choose_grounder, phrase_rows
 from plugin_core.inspection.pictures import explain
 from plugin_core.inspection.sheets import Row, write
@@ -135,13 +135,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("CONFIG", "WEIGHTS"),
         help="a detector, such as one without attention, whose Grad-CAMs to draw below",
     )
-    parser.add_argument(
-        "--register-coco",
-        nargs=3,
-        action="append",
-        default=[],
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="Detectron2: a dataset of the config, for the classes' names; as tools/train_net.py",
+    add_register_coco(
+        parser, "Detectron2: a dataset of the config, for the classes' names; as tools/train_net.py"
     )
     parser.add_argument(
         "--trust", action="store_true", help="let checkpoints run what they ask to run"

@@ -1,12 +1,30 @@
-"""Telling a config's framework, without importing either framework."""
+"""Telling a config's framework without importing either, and an option of its commands."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import os
 from pathlib import Path
 
 FRAMEWORKS = {"d2_plugins": "Detectron2", "mm_plugins": "MMDetection"}
+
+
+def add_register_coco(parser: argparse.ArgumentParser, help: str) -> None:
+    """Add the option ``--register-coco`` of Detectron2's configs; its value is a list of triples.
+
+    Args:
+        parser: of a command.
+        help: what the dataset is for.
+    """
+    parser.add_argument(
+        "--register-coco",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "JSON", "IMAGES"),
+        help=help,
+    )
 
 
 def common_side(config: str, baseline: str | None) -> str:
