@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import make_synthetic_coco
@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from synthetic_coco import (
+    THINGS,
     ArgumentError,
     Settings,
     companions,
@@ -28,6 +29,7 @@ from synthetic_coco import (
 )
 from synthetic_coco.annotations import instance_records, keypoint_records
 from synthetic_coco.scene import MIN_VISIBLE, class_frequencies, sample_categories
+from synthetic_coco.vocabulary import OBJECT_COLORS, STUFF_COLORS
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SIZE = 96
@@ -396,6 +398,25 @@ def test_classes_limits_the_categories(tmp_path: Path) -> None:
     content = annotations_of(make(tmp_path / "coco", train=12, classes=3), "instances_train")
     assert [c["name"] for c in content["categories"]] == ["person", "disk", "square"]
     assert {ann["category_id"] for ann in content["annotations"]} <= {1, 2, 3}
+
+
+def test_class_colors_change_the_colors_alone_and_each_stands_out_from_every_ground() -> None:
+    seen = defaultdict(set)
+    for index in range(40):
+        free, fixed = (
+            sample_scene(image_generator(3, "train", index), "train", Settings(class_colors=on))
+            for on in (False, True)
+        )
+        assert (free.stuff, free.horizon) == (fixed.stuff, fixed.horizon)
+        assert [t.center for t in free.things] == [t.center for t in fixed.things]
+        for thing in fixed.things:
+            seen[thing.category_id].add(thing.color)
+    assert sorted(seen) == [category.id for category in THINGS]
+    colors = [color for (color,) in seen.values()]
+    assert len(set(colors)) == len(THINGS)
+    for color in colors:
+        for ground in STUFF_COLORS.values():
+            assert np.linalg.norm(np.subtract(OBJECT_COLORS[color], ground)) > 95
 
 
 # Safe writing

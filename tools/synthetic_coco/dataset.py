@@ -59,6 +59,7 @@ def make_dataset(
     classes: int = len(THINGS),
     context_bias: float | None = None,
     imbalance: float = 1.0,
+    class_colors: bool = False,
     force: bool = False,
     progress: bool = True,
 ) -> Summary:
@@ -75,6 +76,7 @@ def make_dataset(
             companion in train, and a share 1 - P in val. None: no correlation.
         imbalance: ≥ 1; object counts of the classes fall geometrically to 1/R in train. Val
             stays balanced, so that the rare classes' AP can be measured.
+        class_colors: give each class a colour of its own. Otherwise any object may have any colour.
         force: replace a dataset that this tool wrote, once the new one is complete.
         progress: show a progress bar on stderr.
 
@@ -84,7 +86,7 @@ def make_dataset(
     Raises:
         ArgumentError: an argument is out of range, or ``out`` may not be written.
     """
-    settings = Settings(classes, context_bias, imbalance)
+    settings = Settings(classes, context_bias, imbalance, class_colors)
     _check_arguments(train, val, size, seed, settings)
     target = Path(os.path.abspath(out))
     _check_target(target, force)

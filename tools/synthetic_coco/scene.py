@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .figure import Pose, figure_outline, sample_pose
 from .shapes import Part, bounds, fill, shape_outline
 from .vocabulary import (
+    CLASS_COLORS,
     OBJECT_COLORS,
     PERSON_ID,
     RGB,
@@ -45,11 +46,13 @@ class Settings:
         context_bias: probability P (0.5…1) of a class's companion in a train image that holds the
             class; in val it is 1 - P. None: classes are drawn independently.
         imbalance: ratio (≥ 1) of the first class's frequency to the last's in train.
+        class_colors: give all objects of a class one colour.
     """
 
     classes: int = len(THINGS)
     context_bias: float | None = None
     imbalance: float = 1.0
+    class_colors: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,8 @@ def sample_scene(rng: np.random.Generator, split: str, settings: Settings) -> Sc
     stuff, horizon = _sample_background(rng, aspect)
     categories = sample_categories(rng, split, settings)
     colors = _sample_colors(rng, stuff, len(categories))
+    if settings.class_colors:
+        colors = [CLASS_COLORS[category_id] for category_id in categories]
     things: list[Thing] = []
     visible = np.zeros((round(aspect[1] * GRID), round(aspect[0] * GRID)), np.uint8)
     full: list[int] = []

@@ -63,6 +63,17 @@ OBJECT_COLORS: dict[str, RGB] = {
     "black": (32, 32, 38),
 }
 
+# Of --class-colors. Each stands out from every ground.
+CLASS_COLORS = {
+    1: "red",
+    2: "blue",
+    3: "yellow",
+    4: "green",
+    5: "black",
+    6: "cyan",
+    7: "orange",
+}
+
 TEXTURES = ("plain", "striped", "dotted", "shaded", "checkered")
 
 KEYPOINTS = (
