@@ -4,7 +4,7 @@
     benchmarks/context_bias.py
 
 draws biased scenes: of the images with a class, 9 of 10 in train also hold its companion class, and
-1 of 10 in val. It trains the demo's detector of Detectron2 plain, with triplet attention, with IDA
+1 of 10 in val. It trains a small detector of Detectron2 plain, with triplet attention, with IDA
 in its last two stages, and with IDA as the classifier of regions. Each is trained from several
 seeds with the same schedule. tools/evaluate_context_bias.py measures each detector. A plain
 detector trained on scenes without the bias shows the effect of the bias itself. Mean and spread
@@ -62,7 +62,7 @@ TEMPLATE = """# Contextual bias of detectors with and without attention
 `{command}` wrote this, but for the last section. {machine}.
 
 Drawn scenes: in train 9 of 10 images with an object of a class hold its companion class too, in val
-1 of 10. Each detector is the demo's (Faster R-CNN R18-FPN, 500 steps of 8 images of 128 px, from
+1 of 10. Each detector is a small one (Faster R-CNN R18-FPN, 500 steps of 8 images of 128 px, from
 random weights), on the same images with the same schedule, from {seeds} seeds. Mean and sample
 standard deviation over the seeds, each a mean over the classes of box AP in percent on the val
 images: all of them, those with the class and its companion ("in company"), those with the class

@@ -57,7 +57,7 @@ def schedule(steps: int) -> dict[str, Any]:
 
 
 RCNN = "faster-rcnn_r18-triplet_fpn_synthetic.py"
-# Plain, and half as wide as the demo's
+# Plain, and half as wide
 RCNN_OPTIONS = {
     "model.backbone.plugins": "[]",
     "model.backbone.stem_channels": 32,

@@ -24,7 +24,7 @@ from d2_plugins.trainer import PluginTrainer
 from plugin_core import BatchFormer, BlockPlugin, IDABlock, IDAClassifier, TripletAttention
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "d2"
-DRAWN = CONFIGS / "Synthetic-Detection"  # the demo's, which starts from random weights
+DRAWN = CONFIGS / "Synthetic-Detection"  # start from random weights
 YAML = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent != DRAWN)
 LAZY = sorted(CONFIGS.rglob("*.py"))
 SMALL = {

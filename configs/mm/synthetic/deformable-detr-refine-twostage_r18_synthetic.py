@@ -1,4 +1,4 @@
-# A small Deformable DETR on the demo's scenes, which it learns from random weights in minutes on a
+# A small Deformable DETR on drawn scenes, which it learns from random weights in minutes on a
 # CPU: two levels, narrow stages, few layers and queries. Two stages need 256 channels.
 _base_ = "faster-rcnn_r18-triplet_fpn_synthetic.py"
 

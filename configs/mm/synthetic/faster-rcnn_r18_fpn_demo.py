@@ -24,10 +24,10 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_iters=500, val_interval=500)
+train_cfg = dict(max_iters=400, val_interval=400)
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=50),
-    dict(type="MultiStepLR", by_epoch=False, begin=0, end=500, milestones=[400], gamma=0.1),
+    dict(type="MultiStepLR", by_epoch=False, begin=0, end=400, milestones=[320], gamma=0.1),
 ]
 optim_wrapper = dict(
     _delete_=True,
@@ -36,4 +36,4 @@ optim_wrapper = dict(
     paramwise_cfg=dict(norm_decay_mult=0.0),
     clip_grad=dict(max_norm=10.0),
 )
-default_hooks = dict(checkpoint=dict(interval=100))
+default_hooks = dict(checkpoint=dict(interval=200))
