@@ -26,7 +26,7 @@ from tabulate import tabulate
 
 from plugin_core.evaluation.coco_files import Source
 from plugin_core.evaluation.comparison.accuracy import accuracy
-from plugin_core.evaluation.comparison.detections import detections_of
+from plugin_core.evaluation.comparison.detections import Truth
 from plugin_core.evaluation.comparison.inputs import read_detector, read_truth
 from plugin_core.evaluation.comparison.pictures import IOU, draw
 from plugin_core.files import make_folder
@@ -120,19 +120,20 @@ def finish(trial: Trial) -> list[list[Any]]:
     plan = json.loads((trial.folder / "plan.json").read_text(encoding="utf-8"))
     annotations = Source("annotations", plan["annotations"])
     content = read_truth(annotations, "bbox")
-    rows, results = [], {}
+    truth = Truth(content, "bbox")
+    rows, names, found = [], [], []
     for one in plan["runs"]:
         label, file = one["label"], str(trial.folder / one["results"])
-        results[label] = read_detector(label, [file], "bbox", content, annotations).seeds[0]
-        metrics = accuracy(content, results[label], "bbox").metrics
+        detections = read_detector(label, [file], truth, content, annotations).seeds[0]
+        metrics = accuracy(detections).metrics
         parameters, seconds = plan["parameters"][label], one["finished"]["seconds_a_step"]
         name = label.replace("_", " ")
+        names.append(name)
+        found.append(detections)
         rows.append([trial.framework, name, parameters, seconds, metrics["AP"], metrics["AP50"]])
     make_folder("--out", trial.folder / "pictures")
-    found = [*detections_of(content, results, "bbox").values()]
     matches = [detections.match(IOU, score_threshold=SCORE) for detections in found]
-    names = [label.replace("_", " ") for label in results]
-    for index, image in enumerate(found[0].truth.images[:PICTURES]):
+    for index, image in enumerate(truth.images[:PICTURES]):
         with Image.open(SCENES / "val2017" / image["file_name"]) as picture:
             png = draw(picture.convert("RGB"), found, matches, names, index)
         name = Path(image["file_name"]).with_suffix(".png")

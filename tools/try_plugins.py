@@ -33,8 +33,8 @@ from typing import Any
 from tabulate import tabulate
 
 from plugin_core.evaluation.coco_files import Source
+from plugin_core.evaluation.comparison.detections import MOST_DETECTIONS
 from plugin_core.evaluation.comparison.inputs import read_truth
-from plugin_core.evaluation.comparison.numbering import FIELDS
 from plugin_core.inspection.config_kinds import (
     FRAMEWORKS,
     add_register_coco,
@@ -263,7 +263,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="option of sbatch, such as gpus_per_node=1 or timeout_min=600; several times",
     )
     parser.add_argument(
-        "--iou-type", choices=list(FIELDS), default="bbox", help="AP of what (default: bbox)"
+        "--iou-type",
+        choices=list(MOST_DETECTIONS),
+        default="bbox",
+        help="AP of what (default: bbox)",
     )
     parser.add_argument("--plan", action="store_true", help="write configs and plan, and stop")
     add_register_coco(

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from plugin_core.evaluation.coco_files import Source, read_results
 from plugin_core.evaluation.comparison.accuracy import accuracy
+from plugin_core.evaluation.comparison.detections import Detections, Truth
 from plugin_core.evaluation.comparison.inputs import read_truth
 from plugin_core.inspection.building import silence
 from plugin_core.training.errors import RunError
@@ -196,7 +197,7 @@ def average_precision(annotations: str, results: Path, iou_type: str) -> float:
     source = Source("annotations", annotations)
     content = read_truth(source, iou_type)
     found = read_results(Source("results", str(results)), iou_type, content, source)
-    return accuracy(content, found, iou_type).metrics["AP"]
+    return accuracy(Detections(Truth(content, iou_type), found)).metrics["AP"]
 
 
 def summary(plan: Plan, outcome: Outcome, out: Path) -> tuple[list[str], list[list[Any]]]:
