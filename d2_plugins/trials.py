@@ -22,6 +22,7 @@ from d2_plugins.block_plugins import RESNET_STAGES
 from d2_plugins.config import add_plugin_config, find_config_file, merge_config
 from d2_plugins.datasets import register_coco
 from d2_plugins.evaluation import check_evaluator
+from d2_plugins.evaluation_runs import RESULTS, TOOLS
 from d2_plugins.mmdet_bridge import is_bridge
 from d2_plugins.preflight import WITH_PLUGINS, check_config
 from d2_plugins.trainer import PluginCheckpointer
@@ -30,7 +31,6 @@ from plugin_core.inspection.building import silence
 from plugin_core.inspection.cost import Cost
 from plugin_core.training.trials import Plugin, Run
 
-TOOL = Path(__file__).resolve().parent.parent / "tools" / "train_net.py"
 # Detectron2's own classes, and the same with plugins
 _WITH_BATCHFORMER = {
     f"{kind}ROIHeads": f"{kind}PluginROIHeads" for kind in ("Standard", "Cascade", "Res5")
@@ -184,7 +184,14 @@ class Detectron2Trials:
 
     def command(self, config: Path, folder: Path, steps: int) -> list[str]:
         register = [word for d in self.datasets for word in ("--register-coco", *d)]
-        return [sys.executable, str(TOOL), "--config-file", str(config), "--resume", *register]
+        return [
+            sys.executable,
+            str(TOOLS / "train_net.py"),
+            "--config-file",
+            str(config),
+            "--resume",
+            *register,
+        ]
 
     def log(self, folder: Path) -> list[dict[str, float]]:
         records = []
@@ -198,7 +205,7 @@ class Detectron2Trials:
         return records
 
     def results(self, folder: Path) -> Path | None:
-        path = folder / "inference" / "coco_instances_results.json"
+        path = folder / RESULTS
         return path if path.is_file() else None
 
     def _read(self, config: str) -> CfgNode:

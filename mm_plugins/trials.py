@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmdet.evaluation import CocoMetric
 from mmdet.models.backbones import MobileNetV2, ResNet
 from mmdet.models.roi_heads.bbox_heads import ConvFCBBoxHead, Shared2FCBBoxHead
-from mmdet.registry import DATASETS, METRICS, MODELS
+from mmdet.registry import DATASETS, MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
@@ -30,6 +29,7 @@ from mm_plugins.attention_mask_consistency import AMCMixin
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.batchformer import BatchFormerMixin
 from mm_plugins.datasets import prepare
+from mm_plugins.evaluation_runs import TOOLS, coco_metric, results_file, results_prefix
 from mm_plugins.preflight import check_config
 from mm_plugins.roi_heads import BatchFormerBBoxHead
 from mm_plugins.training_settings import check_training_settings
@@ -39,7 +39,6 @@ from plugin_core.inspection.building import silence
 from plugin_core.inspection.cost import Cost
 from plugin_core.training.trials import Plugin, Run
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 # A MobileNetV2's layers by the stage of a ResNet that has their stride
 _LAYERS = {2: (1, 2), 3: (3,), 4: (4, 5), 5: (6, 7)}
 # Settings of schedulers that count iterations, or epochs
@@ -72,7 +71,7 @@ class MMDetectionTrials:
         self.scope = cfg.get("default_scope") or "mmdet"
         check_training_settings(cfg, train=True)
         self.batch_size = cfg.train_dataloader.batch_size
-        self.iou_type, metric = iou_type, self._metric(cfg.val_evaluator)
+        self.iou_type, metric = iou_type, coco_metric(cfg.val_evaluator, "val_evaluator")
         if iou_type not in (given := metric.get("metric", "bbox")):
             raise ValueError(f"--iou-type {iou_type}: is not in val_evaluator.metric, {given!r}")
         self.annotations = os.path.abspath(metric["ann_file"])
@@ -215,7 +214,7 @@ class MMDetectionTrials:
         settings["load_from"] = str(run.initial.absolute())
         settings.setdefault("train_cfg", {})["val_interval"] = self._length(steps)
         evaluator = _plain(cfg.val_evaluator)
-        self._metric(evaluator)["outfile_prefix"] = str((folder / "results").absolute())
+        coco_metric(evaluator, "val_evaluator")["outfile_prefix"] = results_prefix(folder)
         # Of an evaluation that a kill has prevented
         for split in ("val", "test"):
             settings[f"{split}_evaluator"] = evaluator
@@ -287,17 +286,8 @@ class MMDetectionTrials:
         return records
 
     def results(self, folder: Path) -> Path | None:
-        path = folder / f"results.{self.iou_type}.json"
+        path = results_file(folder, self.iou_type)
         return path if path.is_file() else None
-
-    def _metric(self, evaluator: Any) -> Any:
-        """Find the evaluator of boxes in COCO's format."""
-        for metric in evaluator if isinstance(evaluator, Sequence) else [evaluator]:
-            name = metric.get("type")
-            kind = METRICS.get(name) if isinstance(name, str) else name
-            if kind is CocoMetric and metric.get("ann_file"):
-                return metric
-        raise ValueError("val_evaluator: must have a CocoMetric with an ann_file to compare by")
 
     def _read(self, config: str) -> Config:
         try:

@@ -4,11 +4,15 @@
     tools/compare_detectors.py annotations/instances_val2017.json \\
         --detector plain=plain/seed0.bbox.json,plain/seed1.bbox.json \\
         --detector triplet=triplet/seed0.bbox.json,triplet/seed1.bbox.json --out comparison
+    tools/compare_detectors.py val.json --images images/ --out comparison \\
+        --detector plain=plain.yaml:plain/model_final.pth --detector ida=ida.py:ida/epoch_12.pth
 
 Takes COCO-format ground truth and results files of Detectron2 (OUTPUT_DIR/inference/
 coco_instances_results.json) or MMDetection (CocoMetric's outfile_prefix: PREFIX.bbox.json,
 PREFIX.segm.json). Several files under one name, after commas or in a --detector of their own, are
-one detector trained with several seeds. The first detector is the baseline.
+one detector trained with several seeds. The first detector is the baseline. NAME=CONFIG:WEIGHTS, a
+checkpoint, is evaluated first by its framework on GT and the images of --images; more weights after
+commas are seeds. The results stay in DIR/evaluations, and the same command takes them from there.
 
 It prints COCO's AP and AR, whether any detector beats the noise between the baseline's seeds, and
 for every other detector one sentence: better than the baseline, worse, or not told apart. The
@@ -29,7 +33,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from plugin_core.evaluation.coco_files import Source
@@ -44,6 +49,13 @@ from plugin_core.evaluation.comparison.differences import (
     measure,
 )
 from plugin_core.evaluation.comparison.errors import errors
+from plugin_core.evaluation.comparison.evaluations import (
+    Checkpoint,
+    GroundTruth,
+    Task,
+    read_seeds,
+    run_all,
+)
 from plugin_core.evaluation.comparison.inputs import (
     Detector,
     named_files,
@@ -67,17 +79,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_score_threshold(args.score_threshold)
         if args.images and not args.images.is_dir():
             raise ValueError(f"--images {args.images}: there is no such folder")
+        seeds = read_seeds(files)
         annotations = Source("annotations", args.annotations)
         content = read_truth(annotations, args.iou_type)
         truth = Truth(content, args.iou_type)
-        detectors = [
-            read_detector(name, listed, truth, content, annotations)
-            for name, listed in files.items()
-        ]
+        tasks = evaluations(seeds, args)
+        read = partial(read_detector, truth=truth, content=content, annotations=annotations)
+        # What is there already is read before evaluations, which take their time.
+        detectors = {name: read(name, files[name]) for name in files if name not in tasks}
         make_folder("--out", args.out)  # before the work, as it may fail
+        run_all([task for listed in tasks.values() for task in listed.values()])
+        for name, listed in tasks.items():
+            given = enumerate(files[name])
+            results = [listed[k].results if k in listed else file for k, file in given]
+            detectors[name] = read(name, results)
+        detectors = {name: detectors[name] for name in files}
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    measured = measure(detectors, args.resamples)
+    measured = measure([*detectors.values()], args.resamples)
     settings = {
         "annotations": args.annotations,
         "detectors": files,
@@ -89,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections = [accuracy_section(measured)]
     if measured.compared:
         sections.append(differences_section(measured))
-    sections += analyses(detectors, args)
+    sections += analyses([*detectors.values()], args)
     report = Report(f"Comparison on {args.annotations}", measured.verdict, sections, settings)
     print(report.terminal())
     try:
@@ -99,6 +118,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nwrote the report to {args.out}")
     if args.fail_below is not None and (failed := below(measured, args.fail_below)):
         sys.exit("\n".join(failed))
+
+
+def evaluations(
+    seeds: Mapping[str, Sequence[str | Checkpoint]], args: argparse.Namespace
+) -> dict[str, dict[int, Task]]:
+    """Prepare the evaluations: by the names of detectors that have any, and numbers of seeds."""
+    data = GroundTruth(args.annotations, str(args.images))
+    tasks: dict[str, dict[int, Task]] = {}
+    for name, listed in seeds.items():
+        for k, seed in enumerate(listed):
+            if not isinstance(seed, Checkpoint):
+                continue
+            if not args.images:
+                raise ValueError(
+                    f"--detector {name}: a checkpoint is evaluated on the images of --images FOLDER"
+                )
+            task = Task(name, k, seed, data, args.iou_type, args.out)
+            tasks.setdefault(name, {})[k] = task
+    return tasks
 
 
 def analyses(detectors: Sequence[Detector], args: argparse.Namespace) -> list[Section]:
@@ -137,7 +175,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         required=True,
         metavar="NAME=RESULTS[,RESULTS…]",
-        help="a detector's COCO-format detections, one file for each seed; the baseline first",
+        help="a detector's COCO-format detections, one file for each seed; or NAME=CONFIG:WEIGHTS"
+        "[,WEIGHTS…], which evaluates checkpoints; the baseline first",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the report")
     parser.add_argument(
@@ -154,7 +193,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the bootstrap, 100 or more (default: 1000)",
     )
     parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="draw the images that differ most from here"
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="of GT's images: to evaluate checkpoints, and draw the images that differ most",
     )
     parser.add_argument(
         "--score-threshold",

@@ -82,6 +82,10 @@ class ForkedTool:
             self.returncode = self.server.ask({"pid": self.pid})
         return self.returncode
 
+    def wait(self, _timeout: float | None = None) -> int | None:
+        """Give the exit code of a tool that has ended."""
+        return self.poll()
+
 
 def leave_out_of_logs() -> None:
     """Leave out of MMDetection's logs and checkpoints what takes seconds and no test reads.

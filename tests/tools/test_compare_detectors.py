@@ -13,6 +13,8 @@ from PIL import Image
 
 from plugin_core.evaluation.comparison.accuracy import Accuracy, accuracy
 from plugin_core.evaluation.comparison.detections import Detections, Truth
+from plugin_core.evaluation.comparison.evaluations import Checkpoint, read_seeds
+from plugin_core.evaluation.comparison.inputs import named_files
 
 BOXES = [[10 + 7 * i, 12, 20 + 3 * i, 30] for i in range(6)]
 
@@ -286,6 +288,40 @@ def test_masks_of_another_size_are_of_another_dataset(inputs):
 )
 def test_bad_options_are_named(inputs, options, expected):
     assert expected in error_of(inputs, *inputs.options("plain=poor"), *options)
+
+
+@pytest.mark.parametrize(
+    ("detector", "expected"),
+    [
+        ("a=none.yaml:a.pth", "--detector a: none.yaml: there is no such config file"),
+        ("a={0}/a.py:b.pth", "--detector a: there is no checkpoint 'b.pth'"),
+        ("a={0}/a.yaml:{0}/a.pth,b.pth", "--detector a: there is no checkpoint 'b.pth'"),
+        ("a={0}/a.yaml:{0}/a.pth,{0}/a.pth", "--detector a: {0}/a.pth is given twice"),
+        ("a={0}/a.yaml:{0}/a.pth", "--detector a: a checkpoint is evaluated on the images of --im"),
+    ],
+)
+def test_checkpoints_are_checked_before_any_is_evaluated(inputs, detector, expected):
+    for name in ("a.yaml", "a.py", "a.pth"):
+        (inputs.folder / name).touch()
+    options = [*inputs.options("plain=poor"), "--detector", detector.format(inputs.folder)]
+    assert expected.format(inputs.folder) in error_of(inputs, *options)
+
+
+def test_seeds_are_checkpoints_or_results(inputs):
+    (config, weights) = (str(inputs.folder / name) for name in ("b.yaml", "b.pth"))
+    for path in (config, weights):
+        Path(path).touch()
+    address = "https://host:80/a.pth"
+    files = named_files([f"a=x.json,{config}:{weights},{address}", f"a={config}:{address}?x"])
+    assert read_seeds({"a": [*files["a"], "y.json"]}) == {
+        "a": [
+            "x.json",
+            Checkpoint(config, weights),
+            Checkpoint(config, address),
+            Checkpoint(config, f"{address}?x"),
+            "y.json",
+        ]
+    }
 
 
 def test_out_that_is_a_file_is_refused_before_the_work(inputs):

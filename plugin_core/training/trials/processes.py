@@ -1,4 +1,4 @@
-"""Where trainings run: processes of this machine, each with one thread."""
+"""Where trainings and evaluations run: processes of this machine."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class LocalLauncher:
 
     Args:
         gpus: names of GPUs, of which each place has one in turn.
+        alone: whether a process may use all cores; otherwise it has one thread.
     """
 
-    def __init__(self, gpus: Sequence[str] = ()) -> None:
-        self.gpus = gpus
+    def __init__(self, gpus: Sequence[str] = (), *, alone: bool = False) -> None:
+        self.gpus, self.threads = gpus, {} if alone else one_thread()
 
     def start(self, command: Sequence[str], log: Path, place: int) -> subprocess.Popen[bytes]:
         gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
@@ -46,7 +47,7 @@ class LocalLauncher:
                 command,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **one_thread(), **gpu},
+                env={**os.environ, **self.threads, **gpu},
                 preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
 
