@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode, LazyConfig
+from detectron2.config import CfgNode
 from omegaconf import OmegaConf
 
 from d2_plugins.analysis import load_config
@@ -60,8 +60,17 @@ def prepare_evaluation(
     }
     words = [f"{key}={_quoted(str(value))}" for key, value in settings.items()]
     command = [str(TOOLS / "lazyconfig_train_net.py"), *common, *words]
-    content = digest({"config": LazyConfig.to_py(cfg)})
+    content = digest(_named(OmegaConf.to_container(cfg)))
     return Evaluation([sys.executable, *command], results, content)
+
+
+def _named(node: Any) -> Any:
+    """Put names in the place of a LazyConfig's functions and classes, whose texts vary."""
+    if isinstance(node, dict):
+        return {key: _named(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_named(value) for value in node]
+    return f"{node.__module__}.{node.__qualname__}" if callable(node) else node
 
 
 def _quoted(text: str) -> str:
