@@ -23,6 +23,7 @@ from tabulate import tabulate
 from timing import Quantity, Row, Setting
 
 from plugin_core.files import replacing
+from plugin_core.inspection.devices import cpu_name
 from plugin_core.kernels import choice
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,13 +80,6 @@ def device_name(setting: Setting) -> str:
 def slug(setting: Setting) -> str:
     """Turn the device's name into the name of a file."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(setting).lower()).strip("-")
-
-
-def cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 def cores() -> int:

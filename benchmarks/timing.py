@@ -20,8 +20,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils import benchmark
 from torch.utils.benchmark import Measurement
 from tqdm import tqdm
@@ -219,36 +217,6 @@ def slope_through_origin(sizes: Sequence[float], values: Sequence[float]) -> flo
     """Fit a straight line through the origin by least squares; returns its slope."""
     products = sum(x * y for x, y in zip(sizes, values, strict=True))
     return products / sum(x * x for x in sizes)
-
-
-def nbytes(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def peak_extra_bytes(step: Callable[[], Sequence[Tensor]], device: torch.device) -> int:
-    """Measure the peak of memory that ``step`` allocates, beyond the tensors that it returns.
-
-    Memory allocated before does not count. On a CPU, only memory of PyTorch's allocator is seen. A
-    convolution's scratch memory in oneDNN, for example, is not.
-    """
-    results = step()  # caches, workspaces and compiled kernels stay
-    del results
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        results = step()
-        torch.cuda.synchronize(device)
-        return max(0, torch.cuda.max_memory_allocated(device) - before - nbytes(*results))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
-        results = step()
-    events = trace.profiler.kineto_results.events()  # exporting them would take five times as long
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    live = peak = 0
-    for _, change in changes:
-        live += change
-        peak = max(peak, live)
-    return max(0, peak - nbytes(*results))
 
 
 @contextmanager

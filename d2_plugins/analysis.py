@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,7 +44,12 @@ def load_config(config_file: str) -> CfgNode | DictConfig:
     return lazy
 
 
-def analyze(cfg: CfgNode | DictConfig, image_size: tuple[int, int] | None = None) -> Report:
+def analyze(
+    cfg: CfgNode | DictConfig,
+    image_size: tuple[int, int] | None = None,
+    *,
+    activations: bool = True,
+) -> Report:
     """Count a detector's parameters, FLOPs and activations for one image, on the CPU.
 
     The heads work on as many proposals and detections as the config lets through at most.
@@ -50,6 +57,7 @@ def analyze(cfg: CfgNode | DictConfig, image_size: tuple[int, int] | None = None
     Args:
         cfg: of the detector; it is not changed.
         image_size: (height, width) in pixels; the config's test size by default.
+        activations: count these as well, which takes longer; otherwise they are 0.
 
     Raises:
         ValueError: if the config does not say at which size it tests, or a plugin's setting is
@@ -68,10 +76,12 @@ def analyze(cfg: CfgNode | DictConfig, image_size: tuple[int, int] | None = None
     prepare_model(model)
     regions = _let_all_through(model)
     inputs = [{"image": torch.zeros(3, height, width)}]
-    adapter = TracingAdapter(model, inputs, allow_non_tensor=True)
-    flops = FlopCountAnalysis(model, inputs)
-    activations = ActivationCountAnalysis(adapter, adapter.flattened_inputs)
-    return make_report(model, _by_module(flops), _by_module(activations), (height, width), regions)
+    flops = _by_module(FlopCountAnalysis(model, inputs))
+    counted: Mapping[str, float] = Counter()
+    if activations:
+        adapter = TracingAdapter(model, inputs, allow_non_tensor=True)
+        counted = _by_module(ActivationCountAnalysis(adapter, adapter.flattened_inputs))
+    return make_report(model, flops, counted, (height, width), regions)
 
 
 def _test_size(cfg: CfgNode | DictConfig) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Detectron2Detector(Detector):
             augmentations = build_augmentation(cfg, is_train=False)
         else:
             model = instantiate(cfg.model).to(device)
+            self.batch_size = OmegaConf.select(cfg, "dataloader.test.batch_size") or 1
             names = OmegaConf.select(cfg, "dataloader.test.dataset.names")
             datasets = [names] if isinstance(names, str) else list(names or [])
             self.input_format = model.input_format
@@ -84,6 +86,15 @@ class Detectron2Detector(Detector):
         (output,) = self.model([{"image": pixels[0], "height": height, "width": width}])
         found = output["instances"]
         return Detections(found.pred_boxes.tensor.detach(), found.scores, found.pred_classes)
+
+    def evaluate(self, pictures: Sequence[Picture]) -> None:
+        sizes = [picture.image.shape[:2] for picture in pictures]
+        self.model(
+            [
+                {"image": picture.pixels[0], "height": height, "width": width}
+                for picture, (height, width) in zip(pictures, sizes, strict=True)
+            ]
+        )
 
     def last_stage(self) -> str:
         name = "backbone"

@@ -62,6 +62,7 @@ class MMDetDetector(Detector):
         on_gpu = torch.cuda.is_available() and has_cuda_operators()
         self.model: nn.Module = model.to("cuda" if on_gpu else "cpu").eval().requires_grad_(False)
         self.reads_text = hasattr(model, "language_model")
+        self.batch_size = (cfg.get("test_dataloader") or {}).get("batch_size") or 1
         self.class_names = () if self.reads_text else self._names_of_classes(cfg, content)
 
     def _names_of_classes(self, cfg: Config, checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
@@ -97,6 +98,13 @@ class MMDetDetector(Detector):
             (sample,) = model.test_step(data)
         found = sample.pred_instances
         return Detections(get_box_tensor(found.bboxes).detach(), found.scores, found.labels)
+
+    def evaluate(self, pictures: Sequence[Picture]) -> None:
+        model: Any = self.model
+        samples = [copy.deepcopy(picture.meta) for picture in pictures]
+        pixels = [picture.pixels[0] for picture in pictures]
+        with DefaultScope.overwrite_default_scope(self._scope):
+            model.test_step({"inputs": pixels, "data_samples": samples})
 
     def grounder(self, caption: Caption, layer: str | None = None) -> Grounder:
         if not self.reads_text:

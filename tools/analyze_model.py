@@ -16,7 +16,6 @@ deformable convolutions are not counted. A norm that Detectron2 freezes has no p
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from plugin_core.files import replacing
 from plugin_core.inspection.config_kinds import FRAMEWORKS, common_side
 from plugin_core.inspection.cost import Report
 from plugin_core.inspection.cost_table import describe
+from plugin_core.inspection.opening import count
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,16 +71,6 @@ def parse_shape(shape: Sequence[str] | None) -> tuple[int, int] | None:
     if not all(side.isdecimal() and int(side) > 0 for side in shape):
         raise ValueError(f"--shape {' '.join(shape)}: expected a height and a width in pixels")
     return int(shape[0]), int(shape[1])
-
-
-def count(side: str, config: str, image_size: tuple[int, int] | None) -> Report:
-    try:
-        analysis = importlib.import_module(f"{side}.analysis")
-        return analysis.analyze(analysis.load_config(config), image_size)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{config}: {error}") from error
-    except Exception as error:  # of a config's own code, or a model that takes no image like this
-        raise ValueError(f"{config}: {error!r}") from error
 
 
 def as_json(args: argparse.Namespace, report: Report, baseline: Report | None) -> dict[str, Any]:

@@ -21,7 +21,8 @@ images, and over the seeds where there are several) and p-values. --out DIR take
 in one file, Markdown, JSON, LaTeX tables, pictures. Of boxes and masks it also shows, for each
 detector's first seed: kinds of errors, precision and recall, AP by size and by the number of
 objects, confused classes, calibration, and with --images FOLDER the images in which the first two
-detectors differ most.
+detectors differ most. Of detectors with a config (that of a checkpoint, or --config NAME=CONFIG) it
+has parameters and GFLOPs, and with weights the time an image and the memory on this machine.
 
 As a gate, --fail-below X makes the exit status 1 if the AP of another detector (mean over its
 seeds) is below the baseline's + X percentage points; --fail-below -0.5 lets 0.5 be lost. The report
@@ -37,9 +38,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from plugin_core.evaluation.coco_files import Source
+from plugin_core.evaluation.coco_files import Record, Source
 from plugin_core.evaluation.comparison.calibration import calibration
 from plugin_core.evaluation.comparison.confusion import check_score_threshold, confusion
+from plugin_core.evaluation.comparison.costs import cost_section, measure_costs, pick_images
 from plugin_core.evaluation.comparison.curves import curves
 from plugin_core.evaluation.comparison.detections import MOST_DETECTIONS, Truth
 from plugin_core.evaluation.comparison.differences import (
@@ -53,6 +55,7 @@ from plugin_core.evaluation.comparison.evaluations import (
     Checkpoint,
     GroundTruth,
     Task,
+    read_models,
     read_seeds,
     run_all,
 )
@@ -80,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.images and not args.images.is_dir():
             raise ValueError(f"--images {args.images}: there is no such folder")
         seeds = read_seeds(files)
+        models = read_models(args.config, seeds)
         annotations = Source("annotations", args.annotations)
         content = read_truth(annotations, args.iou_type)
         truth = Truth(content, args.iou_type)
@@ -108,6 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections = [accuracy_section(measured)]
     if measured.compared:
         sections.append(differences_section(measured))
+    if models:
+        sections.append(costs(models, content, measured, args))
     sections += analyses([*detectors.values()], args)
     report = Report(f"Comparison on {args.annotations}", measured.verdict, sections, settings)
     print(report.terminal())
@@ -137,6 +143,19 @@ def evaluations(
             task = Task(name, k, seed, data, args.iou_type, args.out)
             tasks.setdefault(name, {})[k] = task
     return tasks
+
+
+def costs(
+    models: Mapping[str, Checkpoint],
+    content: Record,
+    measured: Measured,
+    args: argparse.Namespace,
+) -> Section:
+    """Measure what the detectors with a config cost."""
+    images = pick_images(content, args.images)
+    what = f"{len(images)} of {args.images}" if images else "noise of the config's test size"
+    accuracies = {name: measured.mean(name) for name in models}
+    return cost_section(measure_costs(models, images), accuracies, "AP", what)
 
 
 def analyses(detectors: Sequence[Detector], args: argparse.Namespace) -> list[Section]:
@@ -204,6 +223,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.3,
         metavar="S",
         help="of a detection that counts in confusions, calibration and pictures (default: 0.3)",
+    )
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="NAME=CONFIG[:WEIGHTS]",
+        help="of a detector that is given by results, for its cost; with weights it is timed",
     )
     parser.add_argument(
         "--fail-below",

@@ -40,7 +40,6 @@ Colours go from a map's least value to its greatest.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -49,19 +48,13 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from plugin_core.inspection.attention_maps import Caption, Detector
+from plugin_core.inspection.attention_maps import Caption
 from plugin_core.inspection.choices import choose_baseline_layer, choose_layers, find_class
 from plugin_core.inspection.config_kinds import FRAMEWORKS, add_register_coco, common_side
+from plugin_core.inspection.opening import CLASSIFIER, load
 from plugin_core.inspection.phrases import choose_grounder, phrase_rows
 from plugin_core.inspection.pictures import explain
 from plugin_core.inspection.sheets import Row, write
-
-CLASSIFIER = "classifier"
-DETECTORS = {
-    "d2_plugins": ("d2_plugins.visualization", "Detectron2Detector"),
-    "mm_plugins": ("mm_plugins.visualization", "MMDetDetector"),
-    CLASSIFIER: ("plugin_core.inspection.classifier", "Classifier"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -225,16 +218,6 @@ def register(datasets: Sequence[Sequence[str]], side: str) -> None:
 
     for dataset in datasets:
         register_coco(*dataset)
-
-
-def load(side: str, config: str, weights: str, trust: bool) -> Detector:
-    try:
-        module, name = DETECTORS[side]
-        return getattr(importlib.import_module(module), name)(config, weights, trust=trust)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"{config}: {error}") from error
-    except Exception as error:  # of a config's own code
-        raise ValueError(f"{config}: {error!r}") from error
 
 
 def warn(text: str) -> None:

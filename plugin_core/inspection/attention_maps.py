@@ -13,7 +13,7 @@ import logging
 import re
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,7 @@ class Detector(ABC):
         class_names: names of the classes, or "0", "1", … where they have none; empty if the
             detector reads a text.
         reads_text: whether it looks for the phrases of a text.
+        batch_size: number of images in a batch of the config's test.
         what: it is, in a word.
     """
 
@@ -143,6 +144,7 @@ class Detector(ABC):
     model: nn.Module
     class_names: tuple[str, ...]
     reads_text: bool = False
+    batch_size: int = 1
 
     @abstractmethod
     def read(self, path: str) -> Picture:
@@ -151,6 +153,10 @@ class Detector(ABC):
     @abstractmethod
     def detect(self, picture: Picture, pixels: Tensor) -> Detections:
         """Detect in ``pixels``, those of the picture or others of their shape."""
+
+    def evaluate(self, pictures: Sequence[Picture]) -> None:
+        """Detect in a batch of pictures as the framework's own evaluation does."""
+        raise ValueError(f"a {self.what} is not evaluated in batches")
 
     def grounder(self, caption: Caption, layer: str | None = None) -> Grounder:
         """Make a function that finds a caption's phrases in a picture.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_try_plugins import CONFIG as D2_CONFIG
 
-from plugin_core.evaluation.comparison import evaluations
+from plugin_core.evaluation.comparison import costs, evaluations
 
 MM_CONFIG = """
 _base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
@@ -35,6 +35,7 @@ test_pipeline = [
     ),
 ]
 test_dataloader = dict(
+    batch_size=2,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
@@ -75,6 +76,11 @@ def write_mmdetection(folder: Path) -> str:
     return f"{folder / 'tiny.py'}:{folder / 'epoch_1.pth'}"
 
 
+def weights_of(checkpoint: str) -> dict[str, torch.Tensor]:
+    content = torch.load(checkpoint.rpartition(":")[2], weights_only=True)
+    return content.get("model") or content["state_dict"]
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch, tool_server: Any) -> list[str]:
     """The commands of evaluations, which the tool server starts."""
@@ -95,17 +101,28 @@ def options(drawn_coco: Path, out: Path, *detectors: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("write", "tool"),
-    [(write_detectron2, "train_net.py"), (write_mmdetection, "test_mmdet.py")],
+    ("write", "tool", "batches"),
+    [
+        (write_detectron2, "train_net.py", {"1": 2}),
+        (write_mmdetection, "test_mmdet.py", {"1": 2, "2": 2}),
+    ],
 )
-def test_checkpoint_is_evaluated_once(drawn_coco, tmp_path, started, monkeypatch, write, tool):
+def test_checkpoint_is_evaluated_once(
+    drawn_coco, tmp_path, started, monkeypatch, write, tool, batches
+):
     monkeypatch.setattr(compare_detectors, "analyses", lambda *_: [])
+    monkeypatch.setattr(costs, "ROUNDS", (1, 2))
     checkpoint = write(tmp_path)
     out = tmp_path / "out of it, here"
     arguments = options(drawn_coco, out, f"a/b={checkpoint}")
     compare_detectors.main(arguments)
-    (measured,) = json.loads((out / "report.json").read_text())["sections"][0]["data"].values()
-    assert len(measured) == 1 and measured[0]["metrics"]["AP"] >= 0
+    accuracy, cost = json.loads((out / "report.json").read_text())["sections"]
+    assert len(accuracy["data"]["a/b"]) == 1 and accuracy["data"]["a/b"][0]["metrics"]["AP"] >= 0
+    found = cost["data"]["a/b"]
+    assert found["size"][0] == 64 and found["notes"] == []
+    parameters = sum(one.numel() for one in weights_of(checkpoint).values())
+    assert 0.9 * parameters < found["parameters"] <= parameters < found["memory"] / 4
+    assert {batch: len(rounds) for batch, rounds in found["seconds"].items()} == batches
     (results,) = (out / "evaluations").rglob("*results*.json")
     detections = json.loads(results.read_text())
     assert len({one["image_id"] for one in detections}) == 3

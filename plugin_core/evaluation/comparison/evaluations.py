@@ -76,7 +76,9 @@ def read_seeds(files: Mapping[str, Sequence[str]]) -> dict[str, list[str | Check
             found = _CONFIG.fullmatch(file)
             config = found[1] if found else config
             if config and (found or not file.endswith(".json")):
-                seed: str | Checkpoint = _checked(found[2] if found else file, config, name)
+                seed: str | Checkpoint = _checked(
+                    found[2] if found else file, config, f"--detector {name}"
+                )
             else:
                 seed = file
             if seed in seeds.setdefault(name, []):
@@ -85,14 +87,48 @@ def read_seeds(files: Mapping[str, Sequence[str]]) -> dict[str, list[str | Check
     return seeds
 
 
-def _checked(weights: str, config: str, name: str) -> Checkpoint:
-    option = f"--detector {name}"
+def read_models(
+    configs: Sequence[str], seeds: Mapping[str, Sequence[str | Checkpoint]]
+) -> dict[str, Checkpoint]:
+    """Find the model of each detector: its first checkpoint, or what is given for its results.
+
+    Args:
+        configs: each ``NAME=CONFIG`` or ``NAME=CONFIG:WEIGHTS``.
+        seeds: as :func:`read_seeds` gives them.
+
+    Returns:
+        The models of those detectors that have one; empty weights for a config alone.
+
+    Raises:
+        ValueError: if a config is of no detector, or of one that has a config, or files are
+            missing.
+    """
+    given: dict[str, Checkpoint] = {}
+    for text in configs:
+        name, _, value = text.partition("=")
+        name = name.strip()
+        if name not in seeds:
+            raise ValueError(f"--config {text}: no --detector is called {name!r}")
+        if name in given or any(isinstance(seed, Checkpoint) for seed in seeds[name]):
+            raise ValueError(f"--config {name}: the detector has a config already")
+        found = _CONFIG.fullmatch(value)
+        config, weights = (found[1], found[2]) if found else (value, "")
+        given[name] = _checked(weights, config, f"--config {name}")
+    models = {}
+    for name, listed in seeds.items():
+        checkpoints = [seed for seed in listed if isinstance(seed, Checkpoint)]
+        if name in given or checkpoints:
+            models[name] = given[name] if name in given else checkpoints[0]
+    return models
+
+
+def _checked(weights: str, config: str, option: str) -> Checkpoint:
     try:
         side_of(config)
     except ValueError as error:
         raise ValueError(f"{option}: {error}") from error
     path = weights.partition("?")[0]  # Detectron2's options for loading follow
-    if "://" not in path and not os.path.isfile(path):
+    if path and "://" not in path and not os.path.isfile(path):
         raise ValueError(f"{option}: there is no checkpoint {path!r}")
     return Checkpoint(config, weights)
 
