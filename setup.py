@@ -117,7 +117,12 @@ setup(
     ),
     ext_modules=[KERNELS],
     package_data={
-        "plugin_core": ["py.typed", "kernels/*.c", "kernels/*.h"],
+        "plugin_core": [
+            "py.typed",
+            "kernels/*.c",
+            "kernels/*.h",
+            "evaluation/comparison/published_results.json",
+        ],
         "d2_plugins": ["py.typed"],
         "mm_plugins": ["py.typed"],
     },

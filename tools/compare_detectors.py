@@ -66,6 +66,7 @@ from plugin_core.evaluation.comparison.inputs import (
     read_truth,
 )
 from plugin_core.evaluation.comparison.pictures import pictures
+from plugin_core.evaluation.comparison.published import published_section
 from plugin_core.evaluation.comparison.report import Report
 from plugin_core.evaluation.comparison.sections import Section
 from plugin_core.files import make_folder
@@ -112,6 +113,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sections = [accuracy_section(measured)]
     if measured.compared:
         sections.append(differences_section(measured))
+    if beside := papers(seeds, models, content, measured, args.iou_type):
+        sections.append(beside)
     if models:
         sections.append(costs(models, content, measured, args))
     sections += analyses([*detectors.values()], args)
@@ -143,6 +146,28 @@ def evaluations(
             task = Task(name, k, seed, data, args.iou_type, args.out)
             tasks.setdefault(name, {})[k] = task
     return tasks
+
+
+def papers(
+    seeds: Mapping[str, Sequence[str | Checkpoint]],
+    models: Mapping[str, Checkpoint],
+    content: Record,
+    measured: Measured,
+    iou_type: str,
+) -> Section | None:
+    """Set detectors beside what is published of their configs, if all seeds are of one config."""
+    configs = {
+        name: model.config
+        for name, model in models.items()
+        if all(isinstance(s, str) or s.config == model.config for s in seeds[name])
+    }
+    metrics = {
+        name: {
+            metric: measured.mean(name, metric) for metric in measured.accuracies[name][0].metrics
+        }
+        for name in configs
+    }
+    return published_section(configs, metrics, iou_type, content)
 
 
 def costs(

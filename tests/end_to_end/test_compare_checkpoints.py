@@ -127,11 +127,14 @@ def test_checkpoint_is_evaluated_once(
     detections = json.loads(results.read_text())
     assert len({one["image_id"] for one in detections}) == 3
     assert all(set(one) >= {"bbox", "score", "category_id"} for one in detections)
+    monkeypatch.setattr(compare_detectors, "read_models", lambda *_: {})
     compare_detectors.main(arguments)
     assert started == [tool]
-    os.utime(checkpoint.rpartition(":")[2], (0, 0))  # other weights
-    compare_detectors.main(arguments)
-    assert started == [tool, tool]
+    config, _, weights = checkpoint.rpartition(":")
+    truth = evaluations.Truth(arguments[0], arguments[2])
+    os.utime(weights, (0, 0))  # other weights
+    changed = evaluations.Checkpoint(config, weights)
+    assert not evaluations.Task("a/b", 0, changed, truth, "bbox", out).is_done()
 
 
 def test_failed_evaluation_ends_with_its_log(drawn_coco, tmp_path, started):
