@@ -92,6 +92,10 @@ class Detectron2Trials:
     def annotations(self) -> str:
         return os.path.abspath(MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).json_file)
 
+    @property
+    def images(self) -> str | None:
+        return MetadataCatalog.get(self.cfg.DATASETS.TEST[0]).get("image_root")
+
     def derive(self, plugin: Plugin | None) -> str:
         lines: dict[str, Any] = {}
         if plugin is not None:
@@ -206,6 +210,10 @@ class Detectron2Trials:
 
     def results(self, folder: Path) -> Path | None:
         path = folder / RESULTS
+        return path if path.is_file() else None
+
+    def weights(self, folder: Path, steps: int) -> Path | None:
+        path = folder / "model_final.pth"
         return path if path.is_file() else None
 
     def _read(self, config: str) -> CfgNode:

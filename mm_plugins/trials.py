@@ -28,6 +28,7 @@ from mm_plugins.analysis import analyze
 from mm_plugins.attention_mask_consistency import AMCMixin
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.batchformer import BatchFormerMixin
+from mm_plugins.dataset_nodes import find_datasets
 from mm_plugins.datasets import prepare
 from mm_plugins.evaluation_runs import TOOLS, coco_metric, results_file, results_prefix
 from mm_plugins.preflight import check_config
@@ -77,6 +78,12 @@ class MMDetectionTrials:
         self.annotations = os.path.abspath(metric["ann_file"])
         self.steps = steps or self.own_steps
         self.changes_length = steps is not None
+
+    @property
+    def images(self) -> str | None:
+        node = self.cfg.val_dataloader.dataset
+        datasets = find_datasets(node, "val_dataloader.dataset", files=False)
+        return next((dataset.images for dataset in datasets), None)
 
     def derive(self, plugin: Plugin | None) -> str:
         settings: dict[str, Any] = {}
@@ -268,9 +275,7 @@ class MMDetectionTrials:
         return loop.max_epochs * math.ceil(images / self.batch_size)
 
     def command(self, config: Path, folder: Path, steps: int) -> list[str]:
-        unit = "epoch" if self._length(steps) != steps else "iter"
-        last = folder / f"{unit}_{self._length(steps)}.pth"
-        if last.is_file():
+        if last := self.weights(folder, steps):
             return [sys.executable, str(TOOLS / "test_mmdet.py"), str(config), str(last)]
         return [sys.executable, str(TOOLS / "train_mmdet.py"), str(config), "--resume"]
 
@@ -287,6 +292,11 @@ class MMDetectionTrials:
 
     def results(self, folder: Path) -> Path | None:
         path = results_file(folder, self.iou_type)
+        return path if path.is_file() else None
+
+    def weights(self, folder: Path, steps: int) -> Path | None:
+        unit = "epoch" if self._length(steps) != steps else "iter"
+        path = folder / f"{unit}_{self._length(steps)}.pth"
         return path if path.is_file() else None
 
     def _read(self, config: str) -> Config:

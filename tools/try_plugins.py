@@ -203,16 +203,22 @@ def run(args: argparse.Namespace, framework: Framework, plan: Plan, launcher: La
     for name, reason in outcome.failed.items():
         print(f"failed: {name}: {reason}")
     if COMPARE.is_file() and outcome.finished:
-        compare(plan, args.out, outcome.finished)
+        compare(framework, plan, args.out, outcome.finished)
     return bool(outcome.failed)
 
 
-def compare(plan: Plan, out: Path, finished: Any) -> None:
+def compare(framework: Framework, plan: Plan, out: Path, finished: Any) -> None:
     """Hand the results over to tools/compare_detectors.py, the plain ones first."""
     words: list[str] = []
     for label in plan.labels:
-        files = [str(r.results) for r in plan.runs(out) if r.label == label and r.name in finished]
-        words += ["--detector", f"{label}={','.join(files)}"] if files else []
+        runs = [run for run in plan.runs(out) if run.label == label and run.name in finished]
+        if runs:
+            words += ["--detector", f"{label}={','.join(str(run.results) for run in runs)}"]
+            config = str(config_path(framework, out, label))
+            weights = framework.weights(runs[0].folder, plan.steps)
+            words += ["--config", f"{label}={config}:{weights}" if weights else f"{label}={config}"]
+    if framework.images and Path(framework.images).is_dir():
+        words += ["--images", framework.images]
     command = [sys.executable, str(COMPARE), plan.annotations, *words, "--iou-type", plan.iou_type]
     subprocess.run([*command, "--out", str(out / "comparison")], check=False)
 

@@ -61,6 +61,10 @@ def test_killed_trial_goes_on_and_collects_the_results(tool_server, run_tool, ar
     for run in plan["runs"]:
         assert run["finished"]["AP"] >= 0
         assert isinstance(json.loads((out / run["results"]).read_text()), list)
+    report = json.loads((out / "comparison/report.json").read_text())
+    (costs,) = (s["data"] for s in report["sections"] if s["title"] == "What it costs")
+    assert costs["simam"]["parameters"] > costs["plain"]["parameters"] > 0
+    assert all(len(cost["seconds"]["1"]) >= 3 for cost in costs.values())
     other = run_tool("try_plugins.py", *command, "--with", "ida", check=False)
     assert other.returncode == 1
     assert "holds another plan (plugins was ['simam'] and is ['simam', 'ida'])" in other.stderr

@@ -41,6 +41,7 @@ class Framework(Protocol):
         suffix: of config files, such as ".yaml".
         annotations: COCO-format file of the images that are evaluated. After :meth:`check` it is
             the copy that the framework reads, where the user's file needs one.
+        images: folder of these images; None if there is none on this machine.
         steps: of the config's training.
         batch_size: images in a step.
     """
@@ -48,6 +49,7 @@ class Framework(Protocol):
     config: str
     suffix: str
     annotations: str
+    images: str | None
     steps: int
     batch_size: int
 
@@ -77,6 +79,9 @@ class Framework(Protocol):
 
     def results(self, folder: Path) -> Path | None:
         """Find the file of a run's detections."""
+
+    def weights(self, folder: Path, steps: int) -> Path | None:
+        """Find the last checkpoint of a run that has ended."""
 
 
 @dataclass(frozen=True)
