@@ -190,13 +190,14 @@ def repeated(case: Case, weights: list[int]) -> Case:
 def test_a_weight_is_that_many_copies_of_the_image(iou_type):
     case = random_case(21, iou_type, ties=False)
     weights = draw_weights(len(case[0]["images"]), 6)
-    actual = resampled(matches_of(load(*case, iou_type)), weights, workers=2)
-    for values, row in zip(actual.T, weights.astype(int).tolist(), strict=True):
+    matches = matches_of(load(*case, iou_type))
+    exact, rough = resampled(matches, weights.astype(float)), resampled(matches, weights)
+    for values, row in zip(exact.T, weights.astype(int).tolist(), strict=True):
         np.testing.assert_allclose(values, as_row(*repeated(case, row), iou_type), atol=1e-9)
+    np.testing.assert_allclose(rough, exact, atol=0.5)  # a rounded recall may move one of 101
 
 
 def test_resamples_are_drawn_with_replacement_and_repeatably():
     weights = draw_weights(50, 20)
-    assert (weights[0] == 1).all()
     assert (weights.sum(axis=1) == 50).all() and weights.max() > 1 and weights.min() == 0
     np.testing.assert_array_equal(weights, draw_weights(50, 20))

@@ -56,8 +56,9 @@ def ap50_difference(
     """Compare detectors of these hit rates, a pair for each seed, on 20 fresh images."""
     quality = rng.normal(0, 0.15, 20)
     weights = draw_weights(20, resamples, seed=int(rng.integers(1 << 30)))
+    weights = np.concatenate([np.ones((1, 20), np.float32), weights])
     both = [
-        [resampled(simulated(rng, 20, rate, quality), weights, workers=1) for rate in rates]
+        [resampled(simulated(rng, 20, rate, quality), weights) for rate in rates]
         for rates in zip(*pairs, strict=True)
     ]
     return compare(*both, rows_of("bbox"), ["cup"], np.full(13, 20))[0][1]
@@ -80,7 +81,7 @@ def test_interval_covers_the_true_difference_of_ap(num_seeds, noise, trials):
 def test_interval_covers_the_true_difference_whatever_the_seeds(num_seeds, noise):
     # 400 comparisons at once, as rows. Images shift both detectors, and each training by itself.
     rng, rows, images, resamples = np.random.default_rng(1), 400, 30, 60
-    weights = draw_weights(images, resamples) / images
+    weights = np.concatenate([np.ones((1, images)), draw_weights(images, resamples)]) / images
     difficulty = rng.normal(0, 3, (rows, images))
     both = []
     for seeds in num_seeds:
@@ -99,7 +100,7 @@ def test_interval_covers_the_true_difference_whatever_the_seeds(num_seeds, noise
 def test_equal_detectors_do_not_differ():
     case = random_case(3)
     matches = matches_of(Detections(Truth(case[0], "bbox"), case[1]))
-    values = resampled(matches, draw_weights(len(case[0]["images"]), 20))
+    values = resampled(matches, draw_weights(len(case[0]["images"]), 21))
     images = images_with_objects(matches)
     differences, spread = compare([values], [values], rows_of("bbox"), [*"abcde"], images)
     measured = [d for d in differences if d.difference == d.difference]

@@ -89,7 +89,10 @@ def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
         accuracies[detector.name] = [accuracy(one) for one in detector.seeds]
         if len(detectors) > 1:
             matches = [matches_of(one) for one in detector.seeds]
-            values[detector.name] = [resampled(one, weights) for one in matches]
+            values[detector.name] = [
+                np.column_stack([_row(known), resampled(one, weights)])
+                for known, one in zip(accuracies[detector.name], matches, strict=True)
+            ]
             images = images_with_objects(matches[0])
     measured = Measured(accuracies, {}, truth.names, resamples)
     baseline, *others = (detector.name for detector in detectors)
@@ -99,6 +102,11 @@ def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
         for name in others
     }
     return replace(measured, compared=judge(measured, pairs))
+
+
+def _row(known: Accuracy) -> list[float]:
+    """The numbers of a training in the order of the resamples'."""
+    return [*known.metrics.values(), *(of_class["AP"] for of_class in known.by_class.values())]
 
 
 def judge(

@@ -77,7 +77,8 @@ def compare(
     """Compare two detectors by their numbers in the same resamples.
 
     Args:
-        baseline: of one array of :func:`bootstrap.resampled` for each seed.
+        baseline: an array for each seed: the numbers on the images as they are in the first column,
+            in each resample in the others (rows, 1 + resamples).
         other: those of the detector that is compared with it.
         metrics: names of the first rows.
         class_names: of the other rows.
