@@ -9,20 +9,21 @@
 
 Takes COCO-format ground truth and results files of Detectron2 (OUTPUT_DIR/inference/
 coco_instances_results.json) or MMDetection (CocoMetric's outfile_prefix: PREFIX.bbox.json,
-PREFIX.segm.json). Several files under one name, after commas or in a --detector of their own, are
-one detector trained with several seeds. The first detector is the baseline. NAME=CONFIG:WEIGHTS, a
-checkpoint, is evaluated first by its framework on GT and the images of --images; more weights after
-commas are seeds. The results stay in DIR/evaluations, and the same command takes them from there.
+PREFIX.segm.json, PREFIX.keypoints.json). Several files under one name, after commas or in a
+--detector of their own, are one detector trained with several seeds. The first detector is the
+baseline. NAME=CONFIG:WEIGHTS, a checkpoint, is evaluated first by its framework on GT and the
+images of --images; more weights after commas are seeds. The results stay in DIR/evaluations, and
+the same command takes them from there.
 
 It prints COCO's AP and AR, whether any detector beats the noise between the baseline's seeds, and
 for every other detector one sentence: better than the baseline, worse, or not told apart. The
 differences in all metrics and in each class's AP come with 95% intervals (paired bootstrap over the
 images, and over the seeds where there are several) and p-values. --out DIR takes the report: HTML
-in one file, Markdown, JSON, LaTeX tables, pictures. Of boxes and masks it also shows, for each
-detector's first seed: kinds of errors, precision and recall, AP by size and by the number of
-objects, confused classes, calibration, and with --images FOLDER the images in which the first two
-detectors differ most. Of detectors with a config (that of a checkpoint, or --config NAME=CONFIG) it
-has parameters and GFLOPs, and with weights the time an image and the memory on this machine.
+in one file, Markdown, JSON, LaTeX tables, pictures. It also shows, for each detector's first seed:
+kinds of errors, precision and recall, AP by size and by the number of objects, confused classes,
+calibration, and with --images FOLDER the images in which the first two detectors differ most. Of
+detectors with a config (that of a checkpoint, or --config NAME=CONFIG) it has parameters and
+GFLOPs, and with weights the time an image and the memory on this machine.
 
 As a gate, --fail-below X makes the exit status 1 if the AP of another detector (mean over its
 seeds) is below the baseline's + X percentage points; --fail-below -0.5 lets 0.5 be lost. The report

@@ -104,12 +104,32 @@ def with_masks(
     return whole, results
 
 
-@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def with_keypoints(
+    whole: dict[str, Any], found: list[dict[str, Any]]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Keypoints from the upper left to the lower right corner; every fifth object has no labels."""
+
+    def points(box: list[float], seen: int) -> list[float]:
+        x, y, w, h = box
+        return [v for i in range(17) for v in (x + w * i / 16, y + h * i / 16, seen)]
+
+    for n, annotation in enumerate(whole["annotations"]):
+        seen = 2 * int(n % 5 != 4)
+        annotation["keypoints"] = points(annotation["bbox"], seen)
+        annotation["num_keypoints"] = 17 * (seen > 0)
+    return whole, [
+        {k: v for k, v in one.items() if k != "bbox"} | {"keypoints": points(one["bbox"], 1)}
+        for one in found
+    ]
+
+
+SHAPES = {"bbox": lambda *case: case, "segm": with_masks, "keypoints": with_keypoints}
+
+
+@pytest.mark.parametrize("iou_type", list(SHAPES))
 @pytest.mark.parametrize("seed", range(4))
 def test_ap_is_that_of_pycocotools_to_the_last_digit(seed, iou_type):
-    whole, found = random_case(seed)
-    if iou_type == "segm":
-        whole, found = with_masks(whole, found)
+    whole, found = SHAPES[iou_type](*random_case(seed))
     truth = context_bias.load_ground_truth(whole)
     with redirect_stdout(io.StringIO()):
         evaluation = COCOeval(truth, truth.loadRes([dict(one) for one in found]), iou_type)
@@ -311,12 +331,11 @@ def test_differing_images_are_taken_from_both_sides_and_ties_go_by_mistakes():
     assert most_different(scores[3:], mistakes[3:], 3) == [2, 0]
 
 
-@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+@pytest.mark.parametrize("iou_type", list(SHAPES))
 def test_differing_images_are_drawn_and_those_that_cannot_be_read_are_named(tmp_path, iou_type):
     whole, found = content([(CAT, BOX)], [(DOG, FAR)], [(CAT, BOX)]), [result(CAT, BOX, 0.9)]
     found.append(result(DOG, FAR, 0.9, 1))
-    if iou_type == "segm":
-        whole, found = with_masks(whole, found)
+    whole, found = SHAPES[iou_type](whole, found)
     Image.new("RGB", (100, 100), "white").save(tmp_path / "0.png")
     (tmp_path / "1.png").write_bytes(b"no image")
     detectors = detections_of(whole, {"first": [], "second": found}, iou_type)
@@ -332,6 +351,22 @@ def test_differing_images_are_drawn_and_those_that_cannot_be_read_are_named(tmp_
     orange = [(panel[..., 0] - panel[..., 2] > 60).any() for panel in (truth, first, second)]
     assert green == [False, False, True]
     assert orange == [True, False, False]  # the first detector missed it
+
+
+def test_analyses_of_keypoints_say_oks_and_have_no_small_objects():
+    whole, found = with_keypoints(*random_case(1))
+    detectors = detections_of(whole, {"it": found}, "keypoints")
+    sections = [analysis(detectors) for analysis in (errors, curves, confusion, calibration)]
+    said = " ".join(s.text + " ".join(table.note for table in s.tables) for s in sections)
+    assert "OKS" in said and "IoU" not in said
+    by_size, by_number = sections[1].tables
+    assert [row[0] for row in by_size.rows] == ["all", "medium (32² to 96²)", "large (above 96²)"]
+    labelled = sum(a["num_keypoints"] > 0 and not a["iscrowd"] for a in whole["annotations"])
+    assert by_size.rows[0][1] == sum(row[1] for row in by_number.rows) == labelled
+    found_or_not = sections[2].data["matrices"]["it"][:-1].sum()
+    assert found_or_not == labelled
+    right = sections[3].data["it"]
+    assert right["counts"].sum() > 0 and np.nanmax(right["right"]) > 0
 
 
 def test_every_analysis_takes_no_detections_and_names_that_look_like_formulas():

@@ -181,6 +181,7 @@ def test_one_detector_is_measured_without_a_comparison(inputs, capsys):
     assert "better" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_no_detection_at_all_is_an_ap_of_zero(inputs):
     inputs.poor = []
     compare_detectors.main(inputs.options("plain=good", "triplet=poor"))
@@ -230,6 +231,7 @@ def test_crowds_alone_leave_nothing_to_measure(inputs):
     assert message.endswith("truth.json: no object to be found; all are crowds")
 
 
+@pytest.mark.usefixtures("numbers_alone")
 def test_one_image_has_no_interval(inputs):
     inputs.truth["images"], inputs.truth["annotations"] = (
         inputs.truth[key][:n] for key, n in (("images", 1), ("annotations", 2))
@@ -265,6 +267,22 @@ def test_boxes_have_no_masks_and_no_keypoints(inputs):
     )
     assert f"{inputs.folder}/truth.json, --iou-type keypoints: annotation 0 has no num_keyp" in (
         error_of(inputs, *options, "--iou-type", "keypoints")
+    )
+
+
+def test_keypoints_are_compared_with_all_analyses(inputs, capsys):
+    for record in inputs.truth["annotations"] + inputs.poor + inputs.good:
+        x, y, w, h = record["bbox"]
+        record["keypoints"] = [v for i in range(17) for v in (x + w * i / 16, y + h * i / 16, 2)]
+    for annotation in inputs.truth["annotations"]:
+        annotation["num_keypoints"] = 17
+    options = inputs.options("plain=poor", "triplet=good")
+    compare_detectors.main([*options, "--iou-type", "keypoints"])
+    assert "triplet is better than plain: AP " in capsys.readouterr().out
+    report = report_of(inputs)
+    assert len(report["sections"]) == 7
+    assert report["sections"][0]["tables"][0]["headers"] == (
+        ["detector", "AP", "AP50", "AP75", "APm", "APl", "AR", "AR50", "AR75", "ARm", "ARl"]
     )
 
 
