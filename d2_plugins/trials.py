@@ -98,15 +98,34 @@ class Detectron2Trials:
 
     def derive(self, plugin: Plugin | None) -> str:
         lines: dict[str, Any] = {}
+        if plugin is not None and plugin.config:
+            self._check_alike(plugin.config)
+            return yaml.safe_dump({"_BASE_": plugin.config})
         if plugin is not None:
             lines = {"MODEL": self._lines(plugin)}
         return yaml.safe_dump({"_BASE_": self.config, **lines}, sort_keys=False)
+
+    def _check_alike(self, config: str) -> None:
+        """Check that the user's own variant has the same steps, images a step and test images."""
+        cfg = self._read(config)
+        for node, key in (
+            ("SOLVER", "MAX_ITER"),
+            ("SOLVER", "IMS_PER_BATCH"),
+            ("DATASETS", "TEST"),
+        ):
+            if cfg[node][key] != self.cfg[node][key]:
+                raise ValueError(
+                    f"{config}: {node}.{key} must be {self.cfg[node][key]} as in {self.config}, "
+                    f"got {cfg[node][key]}"
+                )
 
     def _lines(self, plugin: Plugin) -> dict[str, Any]:
         """Give what a plugin changes below MODEL."""
         model: Any = self.cfg.MODEL
         if plugin.name == "amc":
             return {"META_ARCHITECTURE": _in_place(_WITH_AMC, model, "META_ARCHITECTURE")}
+        if plugin.name == "functional_entropy":
+            raise ValueError("is for detectors of MMDetection that read a text")
         if plugin.name == "batchformer_v2":
             raise ValueError(
                 f"MODEL.META_ARCHITECTURE: BatchFormer V2 is for DETRs, got "
@@ -164,7 +183,7 @@ class Detectron2Trials:
             torch.save({"model": model.state_dict()}, file)
 
     def run_config(self, base: Path, run: Run | None, folder: Path, steps: int) -> str:
-        solver: Any = self.cfg.SOLVER
+        solver: Any = self._read(str(base)).SOLVER
         settings: dict[str, Any] = {
             "_BASE_": str(base.absolute()),
             "OUTPUT_DIR": str(folder.absolute()),

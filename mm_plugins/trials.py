@@ -31,6 +31,7 @@ from mm_plugins.batchformer import BatchFormerMixin
 from mm_plugins.dataset_nodes import find_datasets
 from mm_plugins.datasets import prepare
 from mm_plugins.evaluation_runs import TOOLS, coco_metric, results_file, results_prefix
+from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
 from mm_plugins.preflight import check_config
 from mm_plugins.roi_heads import BatchFormerBBoxHead
 from mm_plugins.training_settings import check_training_settings
@@ -87,6 +88,9 @@ class MMDetectionTrials:
 
     def derive(self, plugin: Plugin | None) -> str:
         settings: dict[str, Any] = {}
+        if plugin is not None and plugin.config:
+            self._check_alike(plugin.config)
+            return _text(plugin.config, {})
         if plugin is not None:
             settings["model"] = self._lines(plugin)
             imports = self.cfg.get("custom_imports") or {}
@@ -96,6 +100,18 @@ class MMDetectionTrials:
                 settings["custom_imports"] = {"imports": [*names, "mm_plugins"]}
         return _text(self.config, settings)
 
+    def _check_alike(self, config: str) -> None:
+        """Check that the user's own variant has the same steps, images a step and test images."""
+        cfg = self._read(config)
+        for key, of in (
+            ("train_cfg", lambda cfg: cfg.train_cfg),
+            ("train_dataloader.batch_size", lambda cfg: cfg.train_dataloader.batch_size),
+            ("val_dataloader", lambda cfg: cfg.val_dataloader),
+            ("val_evaluator", lambda cfg: cfg.val_evaluator),
+        ):
+            if of(cfg) != of(self.cfg):
+                raise ValueError(f"{config}: {key} must be as in {self.config}")
+
     def _lines(self, plugin: Plugin) -> dict[str, Any]:
         """Give what a plugin changes of the model."""
         model = self.cfg.model
@@ -104,6 +120,10 @@ class MMDetectionTrials:
                 raise ValueError("model.attention_mask_consistency: the config has it already")
             margins = {"mean_margin": 0.1, "max_margin": 0.5}
             return {**self._detector(AMCMixin), "attention_mask_consistency": margins}
+        if plugin.name == "functional_entropy":
+            if model.get("functional_entropy") is not None:
+                raise ValueError("model.functional_entropy: the config has it already")
+            return {**self._detector(FunctionalEntropyMixin), "functional_entropy": {}}
         if plugin.name == "batchformer_v2":
             if model.get("batchformer") is not None:
                 raise ValueError("model.batchformer: the config has it already")
@@ -203,7 +223,7 @@ class MMDetectionTrials:
             torch.save({"state_dict": model.state_dict(), "meta": {}}, file)
 
     def run_config(self, base: Path, run: Run | None, folder: Path, steps: int) -> str:
-        cfg = self.cfg
+        cfg = self._read(str(base))
         hooks = _plain(cfg.get("custom_hooks") or [])
         if not any(hook.get("type") == "ExactResumeHook" for hook in hooks):
             hooks.append({"type": "ExactResumeHook"})
@@ -213,7 +233,7 @@ class MMDetectionTrials:
             "custom_hooks": hooks,
         }
         if run is None or self.changes_length:
-            settings |= self._schedule(steps)
+            settings |= self._schedule(cfg, steps)
         if run is None:
             settings |= dict.fromkeys(("val_dataloader", "val_cfg", "val_evaluator"))
             settings["default_hooks"]["logger"] = {"interval": 1}
@@ -234,9 +254,8 @@ class MMDetectionTrials:
         own = self.cfg.train_cfg
         return own.max_epochs if not self.changes_length and "max_epochs" in own else steps
 
-    def _schedule(self, steps: int) -> dict[str, Any]:
+    def _schedule(self, cfg: Config, steps: int) -> dict[str, Any]:
         """Scale the schedule to a number of iterations."""
-        cfg = self.cfg
         total = self.own_steps
         schedulers = []
         for scheduler in _plain(cfg.get("param_scheduler") or []):

@@ -5,6 +5,7 @@
         --register-coco my_val val.json images/ \\
         --with triplet_attention --with ida --with timm:eca --with batchformer_v1 --out trial
     tools/try_plugins.py your_config.py --with amc --seeds 5 --budget 8h --jobs 2 --out trial
+    tools/try_plugins.py your_config.py --with wide_ida=your_ida.py --out trial
 
 CONFIG is yours: a yaml file of Detectron2 or a Python file of MMDetection. From it one config is
 derived for each plugin, in which only the plugin's lines differ; they are printed, and DIR/configs
@@ -12,7 +13,8 @@ keeps them for tools/train_net.py and tools/train_mmdet.py. A block plugin start
 (warm start). It is in all stages, ida in stages 4 and 5; ida@3,4,5 chooses. What would freeze a
 stage with a plugin is changed. batchformer_v1 is in the RoI head, batchformer_v2 in a DETR's
 encoder, amc among the losses. --control adds a plain detector that costs as much: it has plain
-convolutions where the plugins are.
+convolutions where the plugins are. NAME=CONFIG is a variant of your own, with the same number of
+steps, images a step and test images.
 
 All configs are checked before anything starts. All runs of a seed begin with the same weights but
 for the plugin's own, and see the same images in the same order for the same number of steps. The
@@ -114,7 +116,7 @@ def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
         read_duration(args.budget)
     plugins = read_plugins(args.plugins)
     framework = load(args)
-    request = {
+    request: dict[str, Any] = {
         "config": framework.config,
         "config_content": digest(framework.settings(Path(framework.config))),
         "plugins": args.plugins,
@@ -125,6 +127,9 @@ def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
         "budget": args.budget,
         "datasets": args.register_coco,
     }
+    for plugin in plugins:
+        if plugin.config:
+            request[plugin.config] = digest(framework.settings(Path(plugin.config)))
     plan = read_plan(args.out, request)
     if plan is not None:
         return framework, plan
@@ -243,7 +248,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="PLUGIN",
-        help="triplet_attention, ida, timm:eca, package.module:Class, …; several times",
+        help="triplet_attention, ida, timm:eca, package.module:Class, …, or NAME=CONFIG, a config "
+        "of your own; several times",
     )
     parser.add_argument(
         "--control", action="store_true", help="also train a plain detector of no lower cost"

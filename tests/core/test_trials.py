@@ -138,6 +138,8 @@ def test_plugins_are_read_with_their_stages_and_labels():
         (["simam", "simam"], "--with simam: is given twice"),
         (["ida@6"], "stages must be numbers from 2 to 5"),
         (["amc@4"], "takes no stages"),
+        (["mine=missing.yaml"], "there is no such config file"),
+        (["a/b=missing.yaml"], "expected a name of letters"),
         ([], "name at least one plugin"),
     ],
 )

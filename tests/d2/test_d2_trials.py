@@ -163,6 +163,21 @@ def test_config_that_cannot_be_tried_is_refused(make, more, message):
         make(more=more)
 
 
+def test_own_variant_keeps_its_settings_and_must_be_as_long(make, tmp_path):
+    trial, out = make("faster_rcnn", "", 50), tmp_path / "out"
+    mine, longer = tmp_path / "own.yaml", tmp_path / "longer.yaml"
+    mine.write_text("_BASE_: mine.yaml\nSOLVER: {STEPS: [20], BASE_LR: 0.5}")
+    longer.write_text("_BASE_: mine.yaml\nSOLVER: {MAX_ITER: 200}")
+    derive(trial, [f"faster-lr={mine}"], out)
+    base = config_path(trial, out, "faster-lr")
+    run = Run("faster-lr", 0, tmp_path / "w.pth", tmp_path / "run", tmp_path / "r.json")
+    (tmp_path / "run.yaml").write_text(trial.run_config(base, run, tmp_path, 50))
+    solver = trial.settings(tmp_path / "run.yaml").SOLVER
+    assert (solver.BASE_LR, tuple(solver.STEPS), solver.MAX_ITER) == (0.5, (10,), 50)
+    with pytest.raises(ValueError, match=r"--with x: .*longer.yaml: SOLVER.MAX_ITER must be 100"):
+        write_configs(trial, read_plugins([f"x={longer}"]), out)
+
+
 def test_what_is_compared_must_be_found_by_the_detector(make):
     with pytest.raises(ValueError, match="--iou-type segm: .* MODEL.MASK_ON is False"):
         make("faster_rcnn", "", None, "segm")
@@ -192,4 +207,6 @@ def test_runs_differ_in_their_seed_weights_and_folder_and_scale_the_schedule(mak
 def test_whole_schedule_stays_as_it_is(make, tmp_path):
     trial = make()
     run = Run("plain", 0, tmp_path / "w.pth", tmp_path / "run", tmp_path / "r.json")
-    assert "SOLVER" not in yaml.safe_load(trial.run_config(tmp_path / "b", run, tmp_path, 100))
+    assert "SOLVER" not in yaml.safe_load(
+        trial.run_config(tmp_path / "mine.yaml", run, tmp_path, 100)
+    )

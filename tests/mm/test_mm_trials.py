@@ -183,6 +183,32 @@ def test_config_that_cannot_be_tried_is_refused(make, more, message):
         make(more=more)
 
 
+def test_own_variant_keeps_its_settings_and_must_be_as_long(make, tmp_path):
+    trial, out = make(steps=60), tmp_path / "out"
+    mine, longer = tmp_path / "own.py", tmp_path / "longer.py"
+    hook = "custom_hooks = [dict(type='EMAHook')]"
+    mine.write_text(f"_base_ = 'mine.py'\n{hook}\noptim_wrapper = dict(optimizer=dict(lr=0.5))")
+    longer.write_text("_base_ = 'mine.py'\ntrain_cfg = dict(max_epochs=24)")
+    derive(trial, [f"own={mine}"], out)
+    run = Run("own", 0, tmp_path / "w.pth", tmp_path / "run", tmp_path / "r.json")
+    path = tmp_path / "run.py"
+    path.write_text(trial.run_config(config_path(trial, out, "own"), run, tmp_path, 60))
+    settings = trial.settings(path)
+    assert settings["optim_wrapper"]["optimizer"]["lr"] == 0.5
+    assert [hook["type"] for hook in settings["custom_hooks"]] == ["EMAHook", "ExactResumeHook"]
+    with pytest.raises(ValueError, match=r"longer.py: train_cfg must be as in .*mine.py"):
+        trial.derive(*read_plugins([f"x={longer}"]))
+
+
+def test_functional_entropy_is_for_detectors_that_read_a_text(make):
+    (entropy,) = read_plugins(["functional_entropy"])
+    dino = "mmdet::grounding_dino/grounding_dino_swin-t_finetune_16xb2_1x_coco.py"
+    lines = make(f"_base_ = {dino!r}\n")._lines(entropy)
+    assert lines == {"type": "PluginGroundingDINO", "functional_entropy": {}}
+    with pytest.raises(ValueError, match="'FasterRCNN' takes no such plugin; these do: GLIP, Gro"):
+        make()._lines(entropy)
+
+
 def test_what_is_compared_must_be_evaluated(make, tmp_path):
     with pytest.raises(ValueError, match="--iou-type segm: is not in val_evaluator.metric, 'bbox'"):
         make(iou_type="segm")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ PLAIN = "plain"
 CONTROL = "control"
 STAGES = (2, 3, 4, 5)
 # Plugins that are no block's: of an RoI head, of a DETR's encoder, of the losses
-DETECTOR_PLUGINS = ("batchformer_v1", "batchformer_v2", "amc")
+DETECTOR_PLUGINS = ("batchformer_v1", "batchformer_v2", "amc", "functional_entropy")
 _DEFAULT_STAGES = {"ida": (4, 5)}  # as in configs/: earlier maps are large for its attention
 
 
@@ -27,25 +28,36 @@ class Plugin:
         stages: of a ResNet, 2 to 5, whose blocks get it; none for a plugin of the detector.
         label: that names its files.
         arguments: of the block plugin.
+        config: path of a config of the user's own that takes the place of a derived one.
     """
 
     name: str
     stages: tuple[int, ...] = ()
     label: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    config: str = ""
 
 
 def read_plugins(given: Sequence[str]) -> list[Plugin]:
     """Read the values of ``--with``: names of plugins, maybe with stages as in "ida@4,5".
 
+    "NAME=CONFIG" is a config of the user's own.
+
     Raises:
-        ValueError: if there is no such plugin or stage, or one is given twice.
+        ValueError: if there is no such plugin, stage or config, or one is given twice.
     """
     plugins: list[Plugin] = []
     for text in given:
         name, at, numbers = text.partition("@")
         setting = f"--with {text}"
-        if name in DETECTOR_PLUGINS:
+        own, has_config, config = text.partition("=")
+        if has_config:
+            if not re.fullmatch(r"\w[\w-]*", own):
+                raise ValueError(f"{setting}: expected a name of letters, digits, _ and -")
+            if not os.path.isfile(config):
+                raise ValueError(f"{setting}: there is no such config file")
+            plugin = Plugin(own, label=own, config=os.path.abspath(config))
+        elif name in DETECTOR_PLUGINS:
             if at:
                 raise ValueError(f"{setting}: {name} is no block plugin and takes no stages")
             plugin = Plugin(name, (), name)
