@@ -14,12 +14,17 @@ from plugin_core.evaluation.comparison.bootstrap import (
     images_with_objects,
     matches_of,
     resampled,
-    rows_of,
 )
 from plugin_core.evaluation.comparison.inputs import Detector
 from plugin_core.evaluation.comparison.sections import Section, Table
 from plugin_core.evaluation.comparison.significance import Difference, Spread, compare, holm
 from plugin_core.evaluation.comparison.verdict import overall, verdict
+
+_DESCRIPTIONS = {
+    "AP": "COCO's average precision (AP) and recall (AR), in percent.",
+    "PQ": "Panoptic quality (PQ), of segmentation (SQ) and of recognition (RQ), in percent; of all "
+    "classes, of things (th) and of stuff (st).",
+}
 
 
 @dataclass(frozen=True)
@@ -37,9 +42,9 @@ class Compared:
     verdict: str
 
     @property
-    def ap(self) -> Difference:
-        """The difference in AP over all classes."""
-        return next(d for d in self.differences if d.metric == "AP")
+    def main(self) -> Difference:
+        """The difference in AP, or in PQ, over all classes."""
+        return self.differences[0]
 
 
 @dataclass(frozen=True)
@@ -64,15 +69,20 @@ class Measured:
         if not self.compared:
             return ""
         baseline, *_ = self.accuracies
-        values = [one.metrics["AP"] for one in self.accuracies[baseline]]
+        values = [one.metrics[self.main] for one in self.accuracies[baseline]]
         noise = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        of_ap = {name: one.ap for name, one in self.compared.items()}
-        first = overall(baseline, len(values), of_ap, noise)
+        differences = {name: one.main for name, one in self.compared.items()}
+        first = overall(baseline, len(values), differences, noise)
         return " ".join([first, *(one.verdict for one in self.compared.values())]).strip()
 
-    def mean(self, name: str, metric: str = "AP") -> float:
-        """Mean of a detector's metric over its seeds, in percent."""
-        return float(np.mean([one.metrics[metric] for one in self.accuracies[name]]))
+    @property
+    def main(self) -> str:
+        """The metric that decides: "AP" or "PQ"."""
+        return next(iter(next(iter(self.accuracies.values()))[0].metrics))
+
+    def mean(self, name: str) -> float:
+        """Mean of a detector's AP or PQ over its seeds, in percent."""
+        return float(np.mean([one.metrics[self.main] for one in self.accuracies[name]]))
 
 
 def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
@@ -85,6 +95,7 @@ def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
     truth = detectors[0].seeds[0].truth
     weights = draw_weights(len(truth.images), resamples)
     accuracies, values = {}, {}
+    images = np.zeros(0)
     for detector in detectors:
         accuracies[detector.name] = [accuracy(one) for one in detector.seeds]
         if len(detectors) > 1:
@@ -94,12 +105,31 @@ def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
                 for known, one in zip(accuracies[detector.name], matches, strict=True)
             ]
             images = images_with_objects(matches[0])
-    measured = Measured(accuracies, {}, truth.names, resamples)
-    baseline, *others = (detector.name for detector in detectors)
-    metrics = rows_of(truth.iou_type)
+    return measured_of(accuracies, values, images, truth.names, resamples)
+
+
+def measured_of(
+    accuracies: Mapping[str, Sequence[Accuracy]],
+    values: Mapping[str, Sequence[np.ndarray]],
+    images: np.ndarray,
+    classes: Sequence[str],
+    resamples: int,
+) -> Measured:
+    """Compare each detector with the first.
+
+    Args:
+        accuracies: detector → one for each seed.
+        values: detector → for each seed the numbers and those of the resamples, in the rows of
+            :func:`significance.compare`.
+        images: number of images that each row is measured on.
+        classes: names of the classes.
+        resamples: number of resamples.
+    """
+    measured = Measured(accuracies, {}, classes, resamples)
+    baseline, *others = accuracies
+    metrics = list(accuracies[baseline][0].metrics)
     pairs = {
-        name: compare(values[baseline], values[name], metrics, truth.names, images)
-        for name in others
+        name: compare(values[baseline], values[name], metrics, classes, images) for name in others
     }
     return replace(measured, compared=judge(measured, pairs))
 
@@ -114,20 +144,19 @@ def judge(
 ) -> dict[str, Compared]:
     """Correct the p-values of AP for the number of detectors, and say what each difference is."""
     baseline = next(iter(measured.accuracies))
-    index = [d.metric for d in next(iter(pairs.values()))[0]].index("AP") if pairs else 0
-    corrected = holm(np.array([differences[index].p for differences, _ in pairs.values()]))
+    corrected = holm(np.array([differences[0].p for differences, _ in pairs.values()]))
     compared = {}
     for (name, (differences, spread)), p in zip(pairs.items(), corrected.tolist(), strict=True):
-        differences[index] = replace(differences[index], p_holm=p)
+        differences[0] = replace(differences[0], p_holm=p)
         means = measured.mean(name), measured.mean(baseline)
-        sentence = verdict(name, baseline, means, differences[index], spread, len(pairs))
+        sentence = verdict(name, baseline, means, differences[0], spread, len(pairs))
         compared[name] = Compared(differences, spread, sentence)
     return compared
 
 
 def accuracy_section(measured: Measured) -> Section:
     """Lay out COCO's numbers: over all classes, and each class's AP."""
-    names = list(measured.accuracies)
+    names, main = list(measured.accuracies), measured.main
     seeds = max(map(len, measured.accuracies.values()))
     metrics = list(measured.accuracies[names[0]][0].metrics)
     rows = [
@@ -138,16 +167,16 @@ def accuracy_section(measured: Measured) -> Section:
         for name in names
     ]
     by_class = [
-        [k, *(_over_seeds([a.by_class[k]["AP"] for a in measured.accuracies[n]]) for n in names)]
+        [k, *(_over_seeds([a.by_class[k][main] for a in measured.accuracies[n]]) for n in names)]
         for k in measured.classes
     ]
     note = "Mean ± standard deviation over the seeds." if seeds > 1 else ""
     return Section(
         "Accuracy",
-        "COCO's average precision (AP) and recall (AR), in percent.",
+        _DESCRIPTIONS[main],
         [
             Table("Accuracy", ["detector", *metrics], rows, note),
-            Table("AP of each class", ["class", *names], by_class, note),
+            Table(f"{main} of each class", ["class", *names], by_class, note),
         ],
         data={name: [asdict(one) for one in measured.accuracies[name]] for name in names},
     )
@@ -163,10 +192,10 @@ def differences_section(measured: Measured) -> Section:
         note += f" p (Holm) is corrected for {len(measured.compared)} comparisons."
     tables.append(
         Table(
-            f"AP less that of {baseline}",
+            f"{measured.main} less that of {baseline}",
             ["detector", *headers, "p (Holm)"],
             [
-                [name, *_numbers(one.ap), _p(one.ap.p_holm)]
+                [name, *_numbers(one.main), _p(one.main.p_holm)]
                 for name, one in measured.compared.items()
             ],
             note,
@@ -183,7 +212,7 @@ def differences_section(measured: Measured) -> Section:
                 f"In percentage points. {one.verdict}",
             ),
             Table(
-                f"{name} less {baseline}, AP of each class",
+                f"{name} less {baseline}, {measured.main} of each class",
                 ["class", *headers, "p (Holm)"],
                 [[d.class_name, *_numbers(d), _p(d.p_holm)] for d in classes],
                 "In percentage points. A class with few objects has a rough interval.",

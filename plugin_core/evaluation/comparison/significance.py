@@ -40,8 +40,8 @@ class Difference:
         low: lower end of the 95% interval.
         high: its upper end.
         p: two-sided, of no difference; below 0.05 where the interval leaves out 0.
-        p_holm: p with Holm's correction: of a class over the classes, of AP over the detectors that
-            are compared with the baseline; None for the other metrics.
+        p_holm: p with Holm's correction: of a class over the classes, of AP or PQ over the
+            detectors that are compared with the baseline; None for the other metrics.
     """
 
     metric: str
@@ -55,7 +55,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Spread:
-    """What the resamples say of a difference in AP, in percentage points.
+    """What the resamples say of a difference in AP or PQ, in percentage points.
 
     Attributes:
         over_images: standard error from the images alone.
@@ -80,12 +80,12 @@ def compare(
         baseline: an array for each seed: the numbers on the images as they are in the first column,
             in each resample in the others (rows, 1 + resamples).
         other: those of the detector that is compared with it.
-        metrics: names of the first rows.
+        metrics: names of the first rows; the first one, AP or PQ, is that of the classes, too.
         class_names: of the other rows.
         images: number of images that each row is measured on.
 
     Returns:
-        a difference for each metric, then one in AP for each class; and the spread of AP.
+        a difference for each metric, then one in the first metric for each class; and its spread.
     """
     both = [np.stack(one) for one in (baseline, other)]  # (seeds, rows, 1 + resamples)
     means = both[1].mean(axis=0) - both[0].mean(axis=0)
@@ -111,13 +111,12 @@ def compare(
     ]
     rows = zip(class_names, numbers[first:], corrected, strict=True)
     differences += [
-        Difference("AP", name, by, lowest, highest, of_class, of_all)
+        Difference(metrics[0], name, by, lowest, highest, of_class, of_all)
         for name, (by, lowest, highest, of_class), of_all in rows
     ]
-    ap = list(metrics).index("AP")
-    spreads = [float(values[:, ap, 0].std(ddof=1)) if len(values) > 1 else None for values in both]
-    of_ap = float(by_images[known == ap][0]) if ap in known else math.nan
-    return differences, Spread(of_ap, (spreads[0], spreads[1]))
+    spreads = [float(values[:, 0, 0].std(ddof=1)) if len(values) > 1 else None for values in both]
+    of_main = float(by_images[0]) if known[:1] == [0] else math.nan
+    return differences, Spread(of_main, (spreads[0], spreads[1]))
 
 
 def _errors(

@@ -20,14 +20,15 @@ def overall(baseline: str, seeds: int, differences: Mapping[str, Difference], no
     Args:
         baseline: its name.
         seeds: number of the baseline's.
-        differences: of each other detector in AP, corrected for the number of detectors.
-        noise: standard deviation of AP between the baseline's seeds.
+        differences: of each other detector in AP or PQ, corrected for the number of detectors.
+        noise: standard deviation between the baseline's seeds.
     """
     better = [name for name, d in differences.items() if d.difference > 0 and _holds(d)]
     count, end = len(differences), "."
+    metric = next(iter(differences.values())).metric
     if seeds > 1:
         verbs = ("beats", "beat", "does not beat")
-        what = f"the noise of {baseline}, whose AP varies by {noise:.1f} between seeds"
+        what = f"the noise of {baseline}, whose {metric} varies by {noise:.1f} between seeds"
         what += f" (standard deviation of {seeds})"
     elif count == 1:
         return ""
@@ -58,15 +59,16 @@ def verdict(
     Args:
         name: of the detector.
         baseline: name of the other one.
-        means: their APs, the baseline's last.
-        difference: of the two in AP.
+        means: their APs or PQs, the baseline's last.
+        difference: of the two.
         spread: of the difference.
         comparisons: number of detectors that are compared with the baseline.
     """
     interval = "no interval"
     if not math.isnan(difference.low):
         interval = f"95% interval {difference.low:+.1f} to {difference.high:+.1f}"
-    numbers = f"AP {means[0]:.1f} against {means[1]:.1f}, {difference.difference:+.1f} ({interval})"
+    numbers = f"{difference.metric} {means[0]:.1f} against {means[1]:.1f}"
+    numbers += f", {difference.difference:+.1f} ({interval})"
     if difference.p < LEVEL:
         word = "better" if difference.difference > 0 else "worse"
         if not _holds(difference):
