@@ -7,6 +7,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from detectron2.evaluation import COCOPanopticEvaluator
@@ -18,17 +19,18 @@ from plugin_core.evaluation.panoptic_quality import (
     PanopticPrediction,
     encode_png,
     panoptic_quality,
+    write_predictions,
 )
 
 logger = logging.getLogger(__name__)
 
 
 class PanopticQualityEvaluator(COCOPanopticEvaluator):
-    """``COCOPanopticEvaluator`` that computes by hotcoco. It writes no predictions.
+    """``COCOPanopticEvaluator`` that computes by hotcoco.
 
     Args:
         dataset_name: with ``panoptic_json`` and ``panoptic_root`` in its metadata.
-        output_dir: as of ``COCOPanopticEvaluator``.
+        output_dir: takes predictions.json and its PNGs in predictions/; None to write nothing.
     """
 
     def process(self, inputs: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> None:
@@ -54,13 +56,15 @@ class PanopticQualityEvaluator(COCOPanopticEvaluator):
 
     def evaluate(self) -> OrderedDict[str, dict[str, float]] | None:
         comm.synchronize()
-        predictions = chain(*comm.gather(self._predictions))
+        predictions = [*chain(*comm.gather(self._predictions))]
         if not comm.is_main_process():
             return None
         with PathManager.open(self._metadata.panoptic_json) as file:
             annotations = json.load(file)
         folder = PathManager.get_local_path(self._metadata.panoptic_root)
         quality = panoptic_quality(annotations, folder, predictions)
+        if self._output_dir:
+            write_predictions(Path(self._output_dir, "predictions.json"), predictions)
         table = tabulate(quality.table(), headers="firstrow", tablefmt="pipe")
         logger.info("Panoptic evaluation results:\n%s", table)
         return OrderedDict(panoptic_seg=quality.scores)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from plugin_core.evaluation.panoptic_quality import (
     encode_png,
     id_of_color,
     panoptic_quality,
+    write_predictions,
 )
 
 
@@ -71,6 +73,8 @@ class PanopticQualityMetric(BaseMetric):
         ann_file: panoptic annotations in COCO's format.
         seg_prefix: folder of their PNGs.
         classwise: print the numbers of each class, too.
+        outfile_prefix: of PREFIX.panoptic.json and the folder PREFIX.panoptic, which take the
+            predictions; None to write nothing.
         backend_args: of mmengine's file client, for ``ann_file``.
         collect_device: "cpu" or "gpu", of a distributed evaluation.
         prefix: of the metrics' names.
@@ -87,6 +91,7 @@ class PanopticQualityMetric(BaseMetric):
         ann_file: str,
         seg_prefix: str,
         classwise: bool = False,
+        outfile_prefix: str | None = None,
         backend_args: dict[str, Any] | None = None,
         collect_device: str = "cpu",
         prefix: str | None = None,
@@ -100,6 +105,7 @@ class PanopticQualityMetric(BaseMetric):
         self.ann_file = ann_file
         self.seg_prefix = seg_prefix
         self.classwise = classwise
+        self.outfile_prefix = outfile_prefix
         self.backend_args = backend_args
         self._annotations: dict[str, Any] | None = None
 
@@ -129,6 +135,8 @@ class PanopticQualityMetric(BaseMetric):
 
     def compute_metrics(self, results: list[PanopticPrediction]) -> dict[str, float]:
         quality = panoptic_quality(self.annotations, self.seg_prefix, results)
+        if self.outfile_prefix:
+            write_predictions(Path(f"{self.outfile_prefix}.panoptic.json"), results)
         print_log("\n" + AsciiTable(quality.table()).table, "current")
         if self.classwise:
             names = {

@@ -124,6 +124,30 @@ def panoptic_quality(
         return _in_percent(evaluation.results())
 
 
+def write_predictions(file: Path, predictions: Iterable[PanopticPrediction]) -> None:
+    """Write predictions in COCO's panoptic format, for tools/compare_detectors.py.
+
+    Args:
+        file: a JSON file, whose name ends with ".json"; the PNGs go into the folder of its name
+            without it.
+        predictions: at most one of an image.
+    """
+    folder = file.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for number, prediction in enumerate(predictions):
+        name = f"{number:06}.png"
+        (folder / name).write_bytes(prediction.png)
+        records.append(
+            {
+                "image_id": prediction.image_id,
+                "file_name": name,
+                "segments_info": prediction.segments,
+            }
+        )
+    file.write_text(json.dumps({"annotations": records}))
+
+
 def _in_percent(results: Mapping[str, Any]) -> PanopticQuality:
     def percent(group: Mapping[str, Any], counted: bool, suffix: str = "") -> dict[str, float]:
         return {

@@ -17,6 +17,8 @@ from detectron2.data import MetadataCatalog
 from PIL import Image
 
 from d2_plugins.panoptic_quality import PanopticQualityEvaluator
+from plugin_core.evaluation.coco_files import Source
+from plugin_core.evaluation.comparison import panoptic
 
 DIVISOR = 1000
 
@@ -66,8 +68,10 @@ def truth(annotations: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, A
     return pairs
 
 
-def evaluate(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, float]:
-    evaluator = PanopticQualityEvaluator("drawn_quality")
+def evaluate(
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]], output_dir: Path | None = None
+) -> dict[str, float]:
+    evaluator = PanopticQualityEvaluator("drawn_quality", output_dir and str(output_dir))
     evaluator.reset()
     for given, output in pairs:
         evaluator.process([given], [output])
@@ -78,6 +82,15 @@ def test_true_segments_have_the_full_quality(annotations):
     scores = evaluate(truth(annotations))
     names = {f"{key}{group}" for key in ("PQ", "SQ", "RQ") for group in ("", "_th", "_st")}
     assert set(scores) == names and all(score == 100 for score in scores.values())
+
+
+def test_predictions_are_written_for_a_comparison(annotations, drawn_coco, tmp_path):
+    evaluate(truth(annotations), tmp_path)
+    file = drawn_coco / "annotations" / "panoptic_val2017.json"
+    segments = panoptic.read_truth(Source("", str(file)), None)
+    written = panoptic.read_predictions(Source("", str(tmp_path / "predictions.json")), segments)
+    measured = panoptic.measure(segments, {"it": [written]}, 100)
+    assert measured.mean("it") == 100
 
 
 def test_segments_of_no_pixel_are_not_needed_and_missing_ones_cost_quality(annotations):

@@ -26,6 +26,8 @@ from mm_plugins.datasets import prepare
 from mm_plugins.preflight import check_config
 from mm_plugins.training_settings import check_training_settings
 from plugin_core.errors import ArgumentError
+from plugin_core.evaluation.coco_files import Source
+from plugin_core.evaluation.comparison import panoptic
 
 THINGS = ("person", "disk", "square", "triangle", "star", "ring", "cross")
 STUFF = ("grass", "sand", "water", "brick", "stone", "sky")
@@ -98,6 +100,15 @@ def test_loader_gives_masks_of_things_and_a_map_of_classes(drawn_coco):
             assert (classes == label).sum() == sum(same)
         for mask, label in zip(masks, labels, strict=True):
             assert (classes[mask.astype(bool)] == label).all()
+
+
+def test_predictions_are_written_for_a_comparison(drawn_coco, tmp_path):
+    evaluate(drawn_coco, samples(drawn_coco), outfile_prefix=str(tmp_path / "results"))
+    file = drawn_coco / "annotations" / "panoptic_val2017.json"
+    segments = panoptic.read_truth(Source("", str(file)), None)
+    results = Source("", str(tmp_path / "results.panoptic.json"))
+    written = panoptic.read_predictions(results, segments)
+    assert panoptic.measure(segments, {"it": [written]}, 100).mean("it") == 100
 
 
 def test_true_segments_have_the_full_quality(drawn_coco, monkeypatch):
