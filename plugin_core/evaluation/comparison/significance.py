@@ -115,7 +115,7 @@ def compare(
         for name, (by, lowest, highest, of_class), of_all in rows
     ]
     spreads = [float(values[:, 0, 0].std(ddof=1)) if len(values) > 1 else None for values in both]
-    of_main = float(by_images[0]) if known[:1] == [0] else math.nan
+    of_main = float(by_images[0]) if 0 in known else math.nan
     return differences, Spread(of_main, (spreads[0], spreads[1]))
 
 
