@@ -21,11 +21,16 @@ differences in all metrics and in each class's AP come with 95% intervals (paire
 images, and over the seeds where there are several) and p-values. --out DIR takes the report: HTML
 in one file, Markdown, JSON, LaTeX tables, pictures. It also shows, for each detector's first seed:
 kinds of errors, precision and recall, AP by size and by the number of objects, confused classes,
-calibration, and with --images FOLDER the images in which the first two detectors differ most. Of
+calibration, and with --images FOLDER the images in which the first two detectors differ most. With
+--pairs or --train-annotations, as of tools/evaluate_context_bias.py, it shows contextual bias. Of
 detectors with a config (that of a checkpoint, or --config NAME=CONFIG) it has parameters and
 GFLOPs, and with weights the time an image and the memory on this machine.
 
-As a gate, --fail-below X makes the exit status 1 if the AP of another detector (mean over its
+--iou-type panoptic compares panoptic quality: GT and the results are JSON files in COCO's panoptic
+format, each with its PNGs in the folder of its name without .json (PREFIX.panoptic.json and
+PREFIX.panoptic of MMDetection). Such a report has numbers and differences alone.
+
+As a gate, --fail-below X makes the exit status 1 if the AP or PQ of another detector (mean over its
 seeds) is below the baseline's + X percentage points; --fail-below -0.5 lets 0.5 be lost. The report
 is written all the same.
 """
@@ -35,11 +40,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from plugin_core.evaluation.coco_files import Record, Source
+from plugin_core.evaluation.companions import choose_companions
+from plugin_core.evaluation.comparison import panoptic
+from plugin_core.evaluation.comparison.bias import contextual_bias
 from plugin_core.evaluation.comparison.calibration import calibration
 from plugin_core.evaluation.comparison.confusion import check_score_threshold, confusion
 from plugin_core.evaluation.comparison.costs import cost_section, measure_costs, pick_images
@@ -70,39 +78,25 @@ from plugin_core.evaluation.comparison.pictures import pictures
 from plugin_core.evaluation.comparison.published import published_section
 from plugin_core.evaluation.comparison.report import Report
 from plugin_core.evaluation.comparison.sections import Section
+from plugin_core.evaluation.context_bias_report import GEOMETRY
 from plugin_core.files import make_folder
+
+Files = Mapping[str, Sequence[str]]
+Analyse = Callable[[], list[Section]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        if args.resamples < 100:
-            raise ValueError(f"--resamples {args.resamples}: expected at least 100")
         files = named_files(args.detector)
-        if args.fail_below is not None and (math.isnan(args.fail_below) or len(files) < 2):
-            raise ValueError("--fail-below: expected a number, and a detector beside the baseline")
-        check_score_threshold(args.score_threshold)
-        if args.images and not args.images.is_dir():
-            raise ValueError(f"--images {args.images}: there is no such folder")
-        seeds = read_seeds(files)
-        models = read_models(args.config, seeds)
-        annotations = Source("annotations", args.annotations)
-        content = read_truth(annotations, args.iou_type)
-        truth = Truth(content, args.iou_type)
-        tasks = evaluations(seeds, args)
-        read = partial(read_detector, truth=truth, content=content, annotations=annotations)
-        # What is there already is read before evaluations, which take their time.
-        detectors = {name: read(name, files[name]) for name in files if name not in tasks}
-        make_folder("--out", args.out)  # before the work, as it may fail
-        run_all([task for listed in tasks.values() for task in listed.values()])
-        for name, listed in tasks.items():
-            given = enumerate(files[name])
-            results = [listed[k].results if k in listed else file for k, file in given]
-            detectors[name] = read(name, results)
-        detectors = {name: detectors[name] for name in files}
+        check(args, len(files))
+        compare = of_segments if args.iou_type == "panoptic" else of_objects
+        measured, analyse = compare(files, args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    measured = measure([*detectors.values()], args.resamples)
+    sections = [accuracy_section(measured)]
+    if measured.compared:
+        sections.append(differences_section(measured))
     settings = {
         "annotations": args.annotations,
         "detectors": files,
@@ -111,14 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "score_threshold": args.score_threshold,
         "fail_below": args.fail_below,
     }
-    sections = [accuracy_section(measured)]
-    if measured.compared:
-        sections.append(differences_section(measured))
-    if beside := papers(seeds, models, content, measured, args.iou_type):
-        sections.append(beside)
-    if models:
-        sections.append(costs(models, content, measured, args))
-    sections += analyses([*detectors.values()], args)
+    sections += analyse()
     report = Report(f"Comparison on {args.annotations}", measured.verdict, sections, settings)
     print(report.terminal())
     try:
@@ -128,6 +115,81 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"\nwrote the report to {args.out}")
     if args.fail_below is not None and (failed := below(measured, args.fail_below)):
         sys.exit("\n".join(failed))
+
+
+def check(args: argparse.Namespace, detectors: int) -> None:
+    """Check the arguments that are no files of detectors; raises ValueError."""
+    if args.resamples < 100:
+        raise ValueError(f"--resamples {args.resamples}: expected at least 100")
+    if args.fail_below is not None and (math.isnan(args.fail_below) or detectors < 2):
+        raise ValueError("--fail-below: expected a number, and a detector beside the baseline")
+    check_score_threshold(args.score_threshold)
+    if args.images and not args.images.is_dir():
+        raise ValueError(f"--images {args.images}: there is no such folder")
+    if (args.pairs or args.train_annotations) and args.iou_type not in GEOMETRY:
+        raise ValueError(f"--pairs and --train-annotations: not of --iou-type {args.iou_type}")
+
+
+def of_segments(files: Files, args: argparse.Namespace) -> tuple[Measured, Analyse]:
+    """Compare panoptic segments; raises ValueError for wrong input."""
+    if args.config or any(
+        isinstance(s, Checkpoint) for of in read_seeds(files).values() for s in of
+    ):
+        raise ValueError("--iou-type panoptic: takes results files, no configs and checkpoints")
+    segments = panoptic.read_truth(Source("annotations", args.annotations), args.gt_masks)
+    predictions = panoptic.read_detectors(files, segments)
+    make_folder("--out", args.out)  # before the work, as it may fail
+    return panoptic.measure(segments, predictions, args.resamples), list
+
+
+def of_objects(files: Files, args: argparse.Namespace) -> tuple[Measured, Analyse]:
+    """Compare boxes, masks or keypoints, evaluating checkpoints first.
+
+    Returns:
+        The numbers, and a function that shows where they come from.
+
+    Raises:
+        ValueError: for wrong input, or an evaluation that fails.
+    """
+    seeds = read_seeds(files)
+    models = read_models(args.config, seeds)
+    annotations = Source("annotations", args.annotations)
+    content = read_truth(annotations, args.iou_type)
+    companions = None
+    if args.pairs or args.train_annotations:
+        companions = choose_companions(
+            content, annotations, pairs=args.pairs, train=args.train_annotations
+        )
+    read = partial(
+        read_detector,
+        truth=Truth(content, args.iou_type),
+        content=content,
+        annotations=annotations,
+    )
+    tasks = evaluations(seeds, args)
+    # What is there already is read before evaluations, which take their time.
+    found = {name: read(name, files[name]) for name in files if name not in tasks}
+    make_folder("--out", args.out)  # before the work, as it may fail
+    run_all([task for listed in tasks.values() for task in listed.values()])
+    for name, listed in tasks.items():
+        given = enumerate(files[name])
+        found[name] = read(name, [listed[k].results if k in listed else f for k, f in given])
+    detectors = [found[name] for name in files]
+    measured = measure(detectors, args.resamples)
+
+    def analyse() -> list[Section]:
+        sections = []
+        if beside := papers(seeds, models, content, measured, args.iou_type):
+            sections.append(beside)
+        if models:
+            sections.append(costs(models, content, measured, args))
+        sections += analyses(detectors, args)
+        if companions:
+            threshold = args.score_threshold
+            sections.append(contextual_bias(detectors, content, annotations, companions, threshold))
+        return sections
+
+    return measured, analyse
 
 
 def evaluations(
@@ -203,7 +265,7 @@ def below(measured: Measured, margin: float) -> list[str]:
     baseline = next(iter(measured.accuracies))
     bound = measured.mean(baseline) + margin
     return [
-        f"failed: AP of {name} is {measured.mean(name):.2f}, below {baseline}'s "
+        f"failed: {measured.main} of {name} is {measured.mean(name):.2f}, below {baseline}'s "
         f"{measured.mean(baseline):.2f} {margin:+g} (--fail-below)"
         for name in measured.compared
         if not measured.mean(name) >= bound
@@ -226,9 +288,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the report")
     parser.add_argument(
         "--iou-type",
-        choices=list(MOST_DETECTIONS),
+        choices=[*MOST_DETECTIONS, "panoptic"],
         default="bbox",
         help="what is matched (default: bbox)",
+    )
+    parser.add_argument(
+        "--gt-masks",
+        type=Path,
+        metavar="FOLDER",
+        help="panoptic: PNGs of the ground truth (default: the folder of GT's name beside it)",
     )
     parser.add_argument(
         "--resamples",
@@ -243,12 +311,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="of GT's images: to evaluate checkpoints, and draw the images that differ most",
     )
+    company = parser.add_mutually_exclusive_group()
+    company.add_argument(
+        "--pairs", metavar="FILE", help="companions of classes, for a section on contextual bias"
+    )
+    company.add_argument(
+        "--train-annotations", metavar="FILE", help="the same, with companions counted here"
+    )
     parser.add_argument(
         "--score-threshold",
         type=float,
         default=0.3,
         metavar="S",
-        help="of a detection that counts in confusions, calibration and pictures (default: 0.3)",
+        help="of a detection that counts in confusions, calibration, pictures, bias (default: 0.3)",
     )
     parser.add_argument(
         "--config",

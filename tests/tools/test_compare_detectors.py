@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import compare_detectors
+import evaluate_context_bias
 import pytest
 from PIL import Image
 
@@ -131,6 +132,36 @@ def test_report_shows_where_the_difference_comes_from(inputs, tmp_path):
     assert all(html.escape(title) in page for title in titles)
     assert page.count("data:image/png;base64,") == len([*(out / "figures").iterdir()]) > 4
     assert (out / "report.md").is_file() and (out / "tables.tex").is_file()
+
+
+@pytest.mark.usefixtures("numbers_alone")
+def test_contextual_bias_is_that_of_the_tool_for_it_on_the_same_pairs(inputs, tmp_path):
+    inputs.truth["annotations"] = [
+        one
+        for one in inputs.truth["annotations"]
+        if one["category_id"] == 1 or one["image_id"] % 3  # tables in company alone
+    ]
+    inputs.poor = inputs.detections(range(0, 20, 2))
+    inputs.good = inputs.detections(range(19))
+    options = inputs.options("plain=poor,other_poor", "triplet=good")
+    train = ["--train-annotations", options[0]]
+    compare_detectors.main([*options, *train])
+    section = report_of(inputs)["sections"][-1]
+    assert section["title"] == "Contextual bias"
+    mean, gaps = section["tables"]
+    assert [row[0] for row in mean["rows"]] == ["plain", "triplet", "classes in the mean"]
+    assert [row[:2] for row in gaps["rows"]] == [["cup", "table"], ["table", "cup"]]
+    out, results = tmp_path / "bias", str(inputs.folder / "good.json")
+    options_of_it = ["--results", results, "--score-threshold", "0.3", "--out", str(out)]
+    evaluate_context_bias.main(["--annotations", options[0], *options_of_it, *train])
+    expected = json.loads((out / "context_bias.json").read_text())
+    found = section["data"]["triplet"]
+    assert found["classes"] == expected["classes"] and found["classes"][0]["gap"] is not None
+    assert found["mean"] == {number: one["value"] for number, one in expected["mean"].items()}
+    assert mean["rows"][1][1:] == list(found["mean"].values())
+    pairs = ["--pairs", str(tmp_path / "bias" / "context_bias.json")]
+    compare_detectors.main([*options, *pairs])
+    assert report_of(inputs)["sections"][-1]["data"] == section["data"]
 
 
 @pytest.mark.usefixtures("numbers_alone")
@@ -300,6 +331,11 @@ def test_masks_of_another_size_are_of_another_dataset(inputs):
         (["--detector", "good.json"], "--detector good.json: expected NAME=FILE or NAME=FILE,FILE"),
         (["--detector", "a="], "--detector a=: expected NAME=FILE or NAME=FILE,FILE"),
         (["--detector", "a=b,b"], "--detector a: b is given twice; a file is one seed"),
+        (["--pairs", "none.json"], "--pairs none.json: No such file"),
+        (
+            ["--pairs", "p.json", "--iou-type", "keypoints"],
+            "--pairs and --train-annotations: not of --iou-type keypoints",
+        ),
         (["--resamples", "5"], "--resamples 5: expected at least 100"),
         (["--fail-below", "1"], "--fail-below: expected a number, and a detector beside"),
     ],
