@@ -223,7 +223,7 @@ def test_a_difference_that_does_not_stand_after_correction_says_so():
     one = Difference("AP", None, 1.2, 0.1, 2.3, 0.03, 0.18)
     assert verdict("ida", "plain", (41.2, 40), one, Spread(0.3, (0.2, 0.2)), 6) == (
         "ida is better than plain taken alone, but not after correction for 6 comparisons "
-        "(Holm, p = 0.18): AP 41.2 against 40.0, +1.2 (95% interval +0.1 to +2.3)."
+        "(Holm, p = 0.180): AP 41.2 against 40.0, +1.2 (95% interval +0.1 to +2.3)."
     )
 
 

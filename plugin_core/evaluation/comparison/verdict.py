@@ -73,7 +73,7 @@ def verdict(
         word = "better" if difference.difference > 0 else "worse"
         if not _holds(difference):
             word += f" than {baseline} taken alone, but not after correction for {comparisons}"
-            return f"{name} is {word} comparisons (Holm, p = {difference.p_holm:.2f}): {numbers}."
+            return f"{name} is {word} comparisons (Holm, p = {difference.p_holm:.3f}): {numbers}."
         single = None in spread.over_seeds
         caution = "; with one seed, this is of these trainings alone" if single else ""
         return f"{name} is {word} than {baseline}: {numbers}{caution}."
