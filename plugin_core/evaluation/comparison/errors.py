@@ -116,7 +116,9 @@ def measure(detections: Detections) -> Errors:
         category: np.ndarray = detections.category,
         counted: np.ndarray = match.counted,
     ) -> float | None:
-        order = np.lexsort((-detections.score, category))
+        order = detections.by_class
+        if category is not detections.category:
+            order = np.lexsort((-detections.score, category))
         order = order[keep[order]]
         values = precision(category[order], right[order], truth.objects_of_class(counted))
         # A class whose objects are all missed remains, with AP 0
