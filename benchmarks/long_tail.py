@@ -4,13 +4,13 @@
     benchmarks/long_tail.py
 
 draws train scenes with numbers of objects that fall geometrically over the classes, to 1/100, and
-val scenes with equally frequent classes. It trains MMDetection's Faster R-CNN with and without
-BatchFormer over the regions, and a small Deformable DETR with and without BatchFormerV2 in its
-encoder, from several seeds. It measures AP of the frequent, the common and the rare classes. Mean
+val scenes with equally frequent classes. tools/try_plugins.py trains MMDetection's Faster R-CNN
+with and without BatchFormer over the regions, and a small Deformable DETR with and without
+BatchFormerV2 in its encoder. AP of the frequent, the common and the rare classes is measured. Mean
 and spread over the seeds go to benchmarks/results/long_tail.md and .json.
 
-Complete runs are kept: started again, this goes on where it was stopped. 12 runs; two at a time
-(--jobs 2) take about an hour on 2 CPU cores.
+Started again, this goes on where it was stopped. 12 runs; two at a time (--jobs 2) take about an
+hour on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import study  # noqa: E402
-from study import folder  # noqa: E402
+import try_plugins  # noqa: E402
 
 from plugin_core.evaluation.context_bias import (  # noqa: E402
     average_precision,
@@ -41,8 +41,7 @@ from plugin_core.evaluation.context_bias import (  # noqa: E402
     load_ground_truth,
 )
 
-RESULTS = Path("benchmarks/results")
-CONFIGS = "configs/mm/synthetic"
+CONFIGS = ROOT / "configs/mm/synthetic"
 CLASSES = ("person", "disk", "square", "triangle", "star", "ring", "cross")
 DATA = {"--train": 1000, "--val": 700, "--imbalance": 100, "--size": 128, "--seed": 0}
 GROUPS = ("frequent", "common", "rare")
@@ -52,17 +51,18 @@ def schedule(steps: int) -> dict[str, Any]:
     return {
         "train_cfg.max_iters": steps,
         "param_scheduler.1.end": steps,
-        "param_scheduler.1.milestones": f"[{steps * 3 // 4},{steps * 11 // 12}]",
+        "train_cfg.val_interval": steps,
+        "param_scheduler.1.milestones": [steps * 3 // 4, steps * 11 // 12],
+        "default_hooks.checkpoint.max_keep_ckpts": 1,
     }
 
 
-RCNN = "faster-rcnn_r18-triplet_fpn_synthetic.py"
 # Plain, and half as wide
 RCNN_OPTIONS = {
-    "model.backbone.plugins": "[]",
+    "model.backbone.plugins": [],
     "model.backbone.stem_channels": 32,
     "model.backbone.base_channels": 32,
-    "model.neck.in_channels": "[32,64,128,256]",
+    "model.neck.in_channels": [32, 64, 128, 256],
     "model.neck.out_channels": 64,
     "model.rpn_head.in_channels": 64,
     "model.rpn_head.feat_channels": 64,
@@ -72,19 +72,23 @@ RCNN_OPTIONS = {
     "model.roi_head.bbox_head.num_classes": len(CLASSES),
     **schedule(800),
 }
-V1 = {"model.roi_head.bbox_head.type": "BatchFormerBBoxHead"}
-DETR = "deformable-detr-refine-twostage_r18_synthetic.py"
-DETR_V2 = "deformable-detr-refine-twostage_r18-batchformer_synthetic.py"
 DETR_OPTIONS = {"model.bbox_head.num_classes": len(CLASSES), **schedule(1500)}
-# Name of the detector → its config, and changes of the config on the command line
-DETECTORS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
-    "Faster R-CNN": (RCNN, RCNN_OPTIONS),
-    "Faster R-CNN, BatchFormer": (RCNN, {**RCNN_OPTIONS, **V1}),
-    "Deformable DETR": (DETR, DETR_OPTIONS),
-    "Deformable DETR, BatchFormerV2": (DETR_V2, DETR_OPTIONS),
+# Trial → its config, changes of the config, and the plugin
+TRIALS: Mapping[str, tuple[str, Mapping[str, Any], str]] = {
+    "rcnn": ("faster-rcnn_r18-triplet_fpn_synthetic.py", RCNN_OPTIONS, "batchformer_v1"),
+    "detr": (
+        "deformable-detr-refine-twostage_r18_synthetic.py",
+        DETR_OPTIONS,
+        "batchformer_v2",
+    ),
 }
-# Evaluation is a command of its own
-TRAIN_ONLY = {"train_cfg.val_begin": 100000, "default_hooks.checkpoint.max_keep_ckpts": 1}
+# Name of the detector → its trial and label there
+DETECTORS = {
+    "Faster R-CNN": ("rcnn", "plain"),
+    "Faster R-CNN, BatchFormer": ("rcnn", "batchformer_v1"),
+    "Deformable DETR": ("detr", "plain"),
+    "Deformable DETR, BatchFormerV2": ("detr", "batchformer_v2"),
+}
 
 TEMPLATE = """# A long tail of classes, with and without BatchFormer
 
@@ -94,11 +98,11 @@ Drawn scenes: the numbers of objects of the classes fall geometrically in train,
 val. MMDetection's Faster R-CNN with FPN (64 channels) and a small Deformable DETR (two-stage, with
 refinement, two levels, 2 encoder and 2 decoder layers), both on a ResNet-18 of half the width, are
 trained on 1000 images of 128 px in batches of 8, from random weights, {rcnn_steps} and {detr_steps}
-steps, with BatchFormer or without on the same schedule. It is as in the papers (4 heads, dropout
-0.5): over the regions of a batch, or as V2 after the first encoder layer. In evaluation there is
-none. Box AP in percent (COCO, IoU 0.50:0.95) on 700 val images: of all classes, of thirds of them
-by their number of train objects, each a mean over the classes, and of each class. Mean and sample
-standard deviation over {seeds} seeds.
+steps, with BatchFormer or without on the same schedule and from the same weights but its own. It is
+as in the papers (4 heads, dropout 0.5): over the regions of a batch, or as V2 after the first
+encoder layer. In evaluation there is none. Box AP in percent (COCO, IoU 0.50:0.95) on 700 val
+images: of all classes, of thirds of them by their number of train objects, each a mean over the
+classes, and of each class. Mean and sample standard deviation over {seeds} seeds.
 
 {classes}
 
@@ -110,8 +114,6 @@ Every run:
 
 ## Commands
 
-The first seed's; another differs in `randomness.seed` and the folder.
-
 ```
 {commands}
 ```
@@ -122,7 +124,10 @@ The first seed's; another differs in `randomness.seed` and the folder.
 def main() -> None:
     args = study.parse_args(__doc__, Path("work_dirs/long_tail"))
     study.draw(draw_command(args.work_dir))
-    study.run_all(DETECTORS, steps, args)
+    for name, (config, options, _) in TRIALS.items():
+        of_data = data_options(args.work_dir)
+        study.write_config(args.work_dir / f"{name}.py", CONFIGS / config, {**options, **of_data})
+        try_plugins.main(trial_command(name, args)[1:])
     write(args)
 
 
@@ -130,48 +135,20 @@ def draw_command(work_dir: Path) -> study.Command:
     return study.draw_command(work_dir / "coco", DATA)
 
 
+def trial_command(name: str, args: argparse.Namespace) -> study.Command:
+    config, out = args.work_dir / f"{name}.py", args.work_dir / f"trial_{name}"
+    return study.trial_command(config, [TRIALS[name][2]], out, args)
+
+
 def annotations(work_dir: Path, split: str) -> Path:
     return work_dir / "coco" / "annotations" / f"instances_{split}2017.json"
 
 
-def steps(name: str, seed: int, work_dir: Path) -> list[tuple[study.Command, Path]]:
-    """List training and evaluation apart: MMDetection does not evaluate a finished training."""
-    config, options = DETECTORS[name]
-    out = folder(work_dir, name, seed)
-    checkpoint = out / f"iter_{options['train_cfg.max_iters']}.pth"
-    detections = out / "val.bbox.json"
-    train = {**data_options(work_dir, "train", "val"), "randomness.seed": seed, **TRAIN_ONLY}
-    test = {**data_options(work_dir, "test"), "test_evaluator.outfile_prefix": out / "val"}
-    return [
-        # A finished training ends at once when it is resumed. A checkpoint may be half written.
-        (command("train", config, "--resume", out, {**options, **train}), detections),
-        (command("test", config, checkpoint, out, {**options, **test}), detections),
-    ]
-
-
-def command(
-    tool: str, config: str, argument: str | Path, out: Path, options: Mapping[str, Any]
-) -> study.Command:
-    pairs = [f"{key}={value}" for key, value in options.items()]
-    words = [
-        f"tools/{tool}_mmdet.py",
-        f"{CONFIGS}/{config}",
-        argument,
-        "--work-dir",
-        out,
-        "--cfg-options",
-        *pairs,
-    ]
-    return [str(word) for word in words]
-
-
-def data_options(work_dir: Path, *parts: str) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for part in parts:
+def data_options(work_dir: Path) -> dict[str, Any]:
+    options: dict[str, Any] = {"val_evaluator.ann_file": str(annotations(work_dir, "val"))}
+    for part in ("train", "val"):
         options[f"{part}_dataloader.dataset.data_root"] = f"{work_dir / 'coco'}/"
-        options[f"{part}_dataloader.dataset.metainfo.classes"] = f"[{','.join(CLASSES)}]"
-        if part != "train":
-            options[f"{part}_evaluator.ann_file"] = annotations(work_dir, "val")
+        options[f"{part}_dataloader.dataset.metainfo.classes"] = CLASSES
     return options
 
 
@@ -187,11 +164,9 @@ def groups(content: Mapping[str, Any]) -> dict[int, str]:
     return {c: GROUPS[rank * len(GROUPS) // len(ranked)] for rank, c in enumerate(ranked)}
 
 
-def measured(
-    name: str, seed: int, truth: COCO, thirds: Mapping[int, str], work_dir: Path
-) -> dict[str, float]:
+def measured(path: Path, truth: COCO, thirds: Mapping[int, str]) -> dict[str, float]:
     """Compute AP of all classes, of each third and of each class, in percent."""
-    results = json.loads((folder(work_dir, name, seed) / "val.bbox.json").read_text())
+    results = json.loads(path.read_text())
     detections = load_detections(truth, results)
     aps = {
         category_id: average_precision(
@@ -213,15 +188,16 @@ def write(args: argparse.Namespace) -> None:
     train, val = (json.loads(annotations(args.work_dir, s).read_text()) for s in ("train", "val"))
     third, truth = groups(train), load_ground_truth(val)
     runs = {
-        name: {seed: measured(name, seed, truth, third, args.work_dir) for seed in args.seeds}
-        for name in DETECTORS
+        name: {
+            seed: measured(path, truth, third)
+            for seed, path in study.results(args.work_dir / f"trial_{trial}", label, args).items()
+        }
+        for name, (trial, label) in DETECTORS.items()
     }
-    commands = [draw_command(args.work_dir)]
-    for name in DETECTORS:
-        commands += [command for command, _ in steps(name, args.seeds[0], args.work_dir)]
+    commands = [draw_command(args.work_dir), *(trial_command(name, args) for name in TRIALS)]
     headers = list(next(iter(next(iter(runs.values())).values())))
     study.write(
-        RESULTS / "long_tail",
+        args.results / "long_tail",
         TEMPLATE,
         runs,
         headers,

@@ -1,4 +1,4 @@
-"""Shared parts of the studies: trainings from several seeds, and tables of mean and spread."""
+"""Shared parts of the studies: their data, their trials, and tables of mean and spread."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
-from tqdm import tqdm
 
 from plugin_core.files import replacing
 
-ROOT = Path(__file__).resolve().parent.parent
 FINDINGS = "## Findings\n"
 Command = list[str]
 # Detector → seed → number's name → number
@@ -32,15 +29,13 @@ def parse_args(description: str | None, work_dir: Path) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="SEED")
+    parser.add_argument("--seeds", type=int, default=3, help="of each detector (default: 3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: 1)")
+    parser.add_argument("--steps", type=int, help="of each training, for a try")
     parser.add_argument("--work-dir", type=Path, default=work_dir)
-    return parser.parse_args()
-
-
-def folder(work_dir: Path, name: str, seed: int) -> Path:
-    """Name the folder of a detector's run."""
-    return work_dir / name.replace(" ", "_").replace(",", "") / f"seed{seed}"
+    args = parser.parse_args()
+    args.results = args.work_dir if args.steps else Path("benchmarks/results")
+    return args
 
 
 def draw_command(out: Path, options: Mapping[str, Any]) -> Command:
@@ -54,40 +49,38 @@ def draw(command: Command) -> None:
         subprocess.run([sys.executable, *command], check=True)
 
 
-def run_all(
-    detectors: Collection[str],
-    steps: Callable[[str, int, Path], Iterable[tuple[Command, Path]]],
-    args: argparse.Namespace,
-) -> None:
-    """Run every detector from every seed, without the steps that were done before.
+def write_config(path: Path, base: Path, options: Mapping[str, Any]) -> None:
+    """Write a config of MMDetection with other settings, by their names with dots."""
+    from mmengine.config import Config
+
+    cfg = Config.fromfile(base)
+    cfg.merge_from_dict(dict(options))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # As Config.dump does, but without laying out the text, which takes seconds
+    path.write_text("".join(f"{name} = {value!r}\n" for name, value in cfg.to_dict().items()))
+
+
+def trial_command(
+    config: Path, variants: Collection[str], out: Path, args: argparse.Namespace, *more: object
+) -> Command:
+    """The command that trains a config as it is and its variants.
 
     Args:
-        detectors: names of the detectors.
-        steps: called with a detector's name, a seed and ``args.work_dir``. It gives commands, each
-            with the file that the command writes last.
+        config: of the plain detector.
+        variants: values of ``--with``.
+        out: folder of the trial.
         args: of :func:`parse_args`.
+        more: further arguments.
     """
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    words = [word for variant in variants for word in ("--with", variant)]
+    words += ["--seeds", args.seeds, "--jobs", args.jobs, "--out", out, *more]
+    words += ["--steps", args.steps] if args.steps else []
+    return ["tools/try_plugins.py", *map(str, [config, *words])]
 
-    def run(name: str, seed: int) -> None:
-        out = folder(args.work_dir, name, seed)
-        out.mkdir(parents=True, exist_ok=True)
-        for command, written_last in steps(name, seed, args.work_dir):
-            if written_last.exists():
-                continue
-            with open(out / "output.txt", "a") as log:
-                subprocess.run(
-                    [sys.executable, *command],
-                    check=True,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-                )
 
-    runs = [(name, seed) for seed in args.seeds for name in detectors]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(lambda pair: run(*pair), runs)
-        list(tqdm(done, total=len(runs), unit="run"))
+def results(out: Path, label: str, args: argparse.Namespace) -> dict[int, Path]:
+    """Name the files of a variant's results in a trial's folder, by its seeds."""
+    return {seed: out / "results" / f"{label}-seed{seed}.json" for seed in range(args.seeds)}
 
 
 def write(
@@ -106,7 +99,7 @@ def write(
             the fields in ``values``.
         runs: numbers of every detector and seed.
         headers: of the numbers.
-        commands: of the first seed.
+        commands: that repeat it.
     """
     lines = []
     for name, by_seed in runs.items():

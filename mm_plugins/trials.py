@@ -73,7 +73,7 @@ class MMDetectionTrials:
         self.scope = cfg.get("default_scope") or "mmdet"
         check_training_settings(cfg, train=True)
         self.batch_size = cfg.train_dataloader.batch_size
-        self.iou_type, metric = iou_type, coco_metric(cfg.val_evaluator, "val_evaluator")
+        self.iou_type, metric = iou_type, self._metric(cfg.val_evaluator)
         if iou_type not in (given := metric.get("metric", "bbox")):
             raise ValueError(f"--iou-type {iou_type}: is not in val_evaluator.metric, {given!r}")
         self.annotations = os.path.abspath(metric["ann_file"])
@@ -103,13 +103,10 @@ class MMDetectionTrials:
     def _check_alike(self, config: str) -> None:
         """Check that the user's own variant has the same steps, images a step and test images."""
         cfg = self._read(config)
-        for key, of in (
-            ("train_cfg", lambda cfg: cfg.train_cfg),
-            ("train_dataloader.batch_size", lambda cfg: cfg.train_dataloader.batch_size),
-            ("val_dataloader", lambda cfg: cfg.val_dataloader),
-            ("val_evaluator", lambda cfg: cfg.val_evaluator),
-        ):
-            if of(cfg) != of(self.cfg):
+        if cfg.train_dataloader.batch_size != self.batch_size:
+            raise ValueError(f"{config}: train_dataloader.batch_size must be {self.batch_size}")
+        for key in ("train_cfg", "val_dataloader", "val_evaluator"):
+            if cfg[key] != self.cfg[key]:
                 raise ValueError(f"{config}: {key} must be as in {self.config}")
 
     def _lines(self, plugin: Plugin) -> dict[str, Any]:
@@ -241,7 +238,7 @@ class MMDetectionTrials:
         settings["load_from"] = str(run.initial.absolute())
         settings.setdefault("train_cfg", {})["val_interval"] = self._length(steps)
         evaluator = _plain(cfg.val_evaluator)
-        coco_metric(evaluator, "val_evaluator")["outfile_prefix"] = results_prefix(folder)
+        self._keep_results(evaluator, folder)
         # Of an evaluation that a kill has prevented
         for split in ("val", "test"):
             settings[f"{split}_evaluator"] = evaluator
@@ -312,6 +309,14 @@ class MMDetectionTrials:
     def results(self, folder: Path) -> Path | None:
         path = results_file(folder, self.iou_type)
         return path if path.is_file() else None
+
+    def _keep_results(self, evaluator: Any, folder: Path) -> None:
+        """Let the evaluator of a config write what :meth:`results` finds."""
+        self._metric(evaluator)["outfile_prefix"] = results_prefix(folder)
+
+    def _metric(self, evaluator: Any) -> Any:
+        """Find the evaluator whose annotation file is that of the images."""
+        return coco_metric(evaluator, "val_evaluator")
 
     def weights(self, folder: Path, steps: int) -> Path | None:
         unit = "epoch" if self._length(steps) != steps else "iter"

@@ -8,7 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
-from mmengine.config import Config
+import try_plugins
+
+from mm_plugins.trials import MMDetectionTrials
+from plugin_core.training.trials import read_plugins
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +22,6 @@ def benchmark(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("long_tail_benchmark", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
     monkeypatch.setattr("sys.argv", ["benchmarks/long_tail.py"])
     return module
 
@@ -54,20 +56,22 @@ def test_classes_fall_into_thirds_by_their_number_of_train_objects(benchmark):
 
 
 def test_table_has_mean_and_spread_of_each_third_and_findings_stay(benchmark, tmp_path, capsys):
-    args = argparse.Namespace(seeds=[0, 1], work_dir=tmp_path / "work")
+    args = argparse.Namespace(
+        seeds=2, jobs=1, steps=None, work_dir=tmp_path / "work", results=tmp_path / "results"
+    )
     val = annotations({1: 2, 2: 2, 3: 2})
     for split, content in (("train", annotations({1: 9, 2: 3, 3: 1})), ("val", val)):
         path = benchmark.annotations(args.work_dir, split)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
-    for name in benchmark.DETECTORS:
-        for seed in args.seeds:
+    for trial, label in benchmark.DETECTORS.values():
+        for seed in range(2):
             # All of class 1, of class 2 all with the first seed and else none, and none of class 3
             found = [1, 2] if seed == 0 else [1]
             results = [{**a, "score": 0.9} for a in val["annotations"] if a["category_id"] in found]
-            folder = benchmark.folder(args.work_dir, name, seed)
-            folder.mkdir(parents=True)
-            (folder / "val.bbox.json").write_text(json.dumps(results))
+            folder = args.work_dir / f"trial_{trial}" / "results"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{label}-seed{seed}.json").write_text(json.dumps(results))
     path = tmp_path / "results" / "long_tail.md"
     benchmark.write(args)
     path.write_text(path.read_text() + "\nWritten by hand.\n")
@@ -84,39 +88,17 @@ def test_table_has_mean_and_spread_of_each_third_and_findings_stay(benchmark, tm
     assert runs["Faster R-CNN"]["1"]["AP common"] == runs["Faster R-CNN"]["1"]["class2"] == 0
 
 
-def test_a_detector_is_trained_and_evaluated_in_its_folder_on_the_same_images(benchmark):
-    work_dir = Path("work")
-    for name in benchmark.DETECTORS:
-        (train, before), (test, results) = benchmark.steps(name, 1, work_dir)
-        out = benchmark.folder(work_dir, name, 1)
-        assert before == results and results.parent == out
-        assert "randomness.seed=1" in train and "--resume" in train
-        last = benchmark.DETECTORS[name][1]["train_cfg.max_iters"]
-        assert f"train_cfg.max_iters={last}" in train
-        assert f"{out}/iter_{last}.pth" in test
-        assert f"test_evaluator.outfile_prefix={out}/val" in test
-        for command, part in ((train, "train"), (test, "test")):
-            assert f"{part}_dataloader.dataset.data_root=work/coco/" in command
-            assert (ROOT / command[0]).is_file() and (ROOT / command[1]).is_file()
-            assert command[command.index("--work-dir") + 1] == str(out)
-
-
-def test_with_batchformer_nothing_else_changes(benchmark):
-    for plain, related in (
-        ("Faster R-CNN", "Faster R-CNN, BatchFormer"),
-        ("Deformable DETR", "Deformable DETR, BatchFormerV2"),
-    ):
-        config, options = benchmark.DETECTORS[plain]
-        other_config, other_options = benchmark.DETECTORS[related]
-        if config == other_config:
-            assert other_options == {**options, **benchmark.V1}
-        else:
-            assert other_options == options
-            folder = ROOT / benchmark.CONFIGS
-            settings, others = (
-                Config.fromfile(folder / name).to_dict() for name in (config, other_config)
-            )
-            model = others["model"]
-            assert model.pop("batchformer")
-            model["type"] = model["type"].removeprefix("Plugin")
-            assert others == settings
+def test_detectors_are_variants_of_trials_on_the_drawn_images(benchmark, tmp_path, drawn_coco):
+    args = argparse.Namespace(seeds=3, jobs=2, steps=None, work_dir=tmp_path)
+    (tmp_path / "coco").symlink_to(drawn_coco)
+    for name, (config, options, plugin) in benchmark.TRIALS.items():
+        own = {**options, **benchmark.data_options(tmp_path)}
+        benchmark.study.write_config(tmp_path / f"{name}.py", benchmark.CONFIGS / config, own)
+        words = try_plugins.parse_args(benchmark.trial_command(name, args)[1:])
+        assert (words.config, words.out) == (f"{tmp_path / name}.py", tmp_path / f"trial_{name}")
+        assert (name, plugin) in benchmark.DETECTORS.values() and words.plugins == [plugin]
+        trial = MMDetectionTrials(words.config, None)
+        assert trial.steps == options["train_cfg.max_iters"]
+        derived = tmp_path / f"{plugin}.py"
+        derived.write_text(trial.derive(*read_plugins([plugin])))
+        assert trial.check(derived) > trial.check(tmp_path / f"{name}.py")

@@ -7,7 +7,9 @@ import shutil
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ def run_all(
     jobs: int,
     launcher: Launcher,
     poll: float = 1.0,
+    score: Callable[[Path], float] | None = None,
 ) -> Outcome:
     """Train and evaluate what a plan has left, ``jobs`` runs at a time.
 
@@ -103,7 +106,9 @@ def run_all(
         jobs: number of processes.
         launcher: of the processes.
         poll: seconds between two looks at the processes.
+        score: of a file of results; COCO's AP by default.
     """
+    score = score or partial(average_precision, plan.annotations, iou_type=plan.iou_type)
     runs, outcome = plan.runs(out), Outcome()
     for run in runs:
         if (found := run.finished()) is not None:
@@ -139,14 +144,14 @@ def run_all(
                     try:
                         if code or results is None:
                             raise RunError(tail(log, 1) or "it has left no results")
-                        found = _collect(job, results, plan, framework)
+                        found = _collect(job, results, framework, score)
                     except (ValueError, OSError) as error:
                         outcome.failed[job.run.name] = f"{error} (see {log})"
                         bar.write(f"{job.run.name} failed: {outcome.failed[job.run.name]}")
                     else:
                         outcome.finished[job.run.name] = found
                         bar.write(
-                            f"{job.run.name}: AP {found['AP']:.1f} "
+                            f"{job.run.name}: {found['AP']:.1f} "
                             f"({len(outcome.finished)} of {len(runs)} runs)"
                         )
                     write_plan(plan, out)
@@ -179,13 +184,15 @@ def _begin(
     return launcher.start(command, run.folder / "output.txt", place)
 
 
-def _collect(job: _Job, results: Path, plan: Plan, framework: Framework) -> dict[str, Any]:
+def _collect(
+    job: _Job, results: Path, framework: Framework, score: Callable[[Path], float]
+) -> dict[str, Any]:
     """Copy a run's detections, and write its marker."""
     times = [record["time"] for record in framework.log(job.run.folder)]
     write_text(job.run.results, results.read_text(encoding="utf-8"))
     found = {
         "results": job.run.results.name,
-        "AP": average_precision(plan.annotations, job.run.results, plan.iou_type),
+        "AP": score(job.run.results),
         "seconds_a_step": statistics.median(times) if times else None,
     }
     write_text(job.run.marker, json.dumps(found))
