@@ -10,6 +10,10 @@ from several seeds. Its accuracy is measured with texts as in training, and with
 tell nothing. Validation samples choose the weight. Tables go to
 benchmarks/results/functional_entropy.md and .json, a picture to .png. It takes three to four
 minutes on a CPU core; --quick is for a look at it.
+
+It is no trial of tools/try_plugins.py, as it has no detector and no framework: the paper's setting
+is a classifier of two modalities, of which this is the smallest. For detectors that read a text,
+tools/try_plugins.py has --with functional_entropy.
 """
 
 from __future__ import annotations
