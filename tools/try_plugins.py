@@ -26,12 +26,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import compare_detectors
 from tabulate import tabulate
 
 from plugin_core.evaluation.coco_files import Source
@@ -65,8 +65,6 @@ from plugin_core.training.trials import (
     write_configs,
     write_plan,
 )
-
-COMPARE = Path(__file__).with_name("compare_detectors.py")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -207,7 +205,7 @@ def run(args: argparse.Namespace, framework: Framework, plan: Plan, launcher: La
     print(tabulate(rows, headers, "github", floatfmt=("", ".1f", ".1f", "", "", ".2f"), intfmt=","))
     for name, reason in outcome.failed.items():
         print(f"failed: {name}: {reason}")
-    if COMPARE.is_file() and outcome.finished:
+    if outcome.finished:
         compare(framework, plan, args.out, outcome.finished)
     return bool(outcome.failed)
 
@@ -224,8 +222,11 @@ def compare(framework: Framework, plan: Plan, out: Path, finished: Any) -> None:
             words += ["--config", f"{label}={config}:{weights}" if weights else f"{label}={config}"]
     if framework.images and Path(framework.images).is_dir():
         words += ["--images", framework.images]
-    command = [sys.executable, str(COMPARE), plan.annotations, *words, "--iou-type", plan.iou_type]
-    subprocess.run([*command, "--out", str(out / "comparison")], check=False)
+    words += ["--iou-type", plan.iou_type, "--out", str(out / "comparison")]
+    try:
+        compare_detectors.main([plan.annotations, *words])
+    except SystemExit as end:
+        print(end.code)
 
 
 def find_gpus() -> list[str]:

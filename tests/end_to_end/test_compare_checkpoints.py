@@ -131,7 +131,7 @@ def test_checkpoint_is_evaluated_once(
     compare_detectors.main(arguments)
     assert started == [tool]
     config, _, weights = checkpoint.rpartition(":")
-    truth = evaluations.Truth(arguments[0], arguments[2])
+    truth = evaluations.GroundTruth(arguments[0], arguments[2])
     os.utime(weights, (0, 0))  # other weights
     changed = evaluations.Checkpoint(config, weights)
     assert not evaluations.Task("a/b", 0, changed, truth, "bbox", out).is_done()
