@@ -74,6 +74,7 @@ from plugin_core.evaluation.comparison.inputs import (
     read_detector,
     read_truth,
 )
+from plugin_core.evaluation.comparison.logs import LOGS, check_log, write_log
 from plugin_core.evaluation.comparison.pictures import pictures
 from plugin_core.evaluation.comparison.published import published_section
 from plugin_core.evaluation.comparison.report import Report
@@ -113,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         sys.exit(f"error: --out {args.out}: {error}")
     print(f"\nwrote the report to {args.out}")
+    if args.log:
+        metrics = {name: [a.metrics for a in of] for name, of in measured.accuracies.items()}
+        write_log(args.log, args.out, metrics, sections)
     if args.fail_below is not None and (failed := below(measured, args.fail_below)):
         sys.exit("\n".join(failed))
 
@@ -126,6 +130,8 @@ def check(args: argparse.Namespace, detectors: int) -> None:
     check_score_threshold(args.score_threshold)
     if args.images and not args.images.is_dir():
         raise ValueError(f"--images {args.images}: there is no such folder")
+    if args.log:
+        check_log(args.log)
     if (args.pairs or args.train_annotations) and args.iou_type not in GEOMETRY:
         raise ValueError(f"--pairs and --train-annotations: not of --iou-type {args.iou_type}")
 
@@ -324,6 +330,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.3,
         metavar="S",
         help="of a detection that counts in confusions, calibration, pictures, bias (default: 0.3)",
+    )
+    parser.add_argument(
+        "--log", choices=LOGS, help="log the metrics and the report's figures there as well"
     )
     parser.add_argument(
         "--config",

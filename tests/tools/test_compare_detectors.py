@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +377,25 @@ def test_seeds_are_checkpoints_or_results(inputs):
             "y.json",
         ]
     }
+
+
+def test_package_of_the_log_is_asked_for_before_the_work(inputs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    message = error_of(inputs, *inputs.options("plain=poor"), "--log", "wandb")
+    assert message == "error: --log wandb: is not installed: pip install wandb"
+
+
+@pytest.mark.usefixtures("numbers_alone")
+def test_each_detector_is_a_run_of_tensorboard(inputs):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    compare_detectors.main([*inputs.options("a/b=poor,other_poor"), "--log", "tensorboard"])
+    events = reader.EventAccumulator(str(inputs.folder / "out/tensorboard/a-b")).Reload()
+    of_seeds = [
+        of_boxes(inputs.truth, one).metrics["AP"] for one in (inputs.poor, inputs.other_poor)
+    ]
+    logged = [(event.step, event.value) for event in events.Scalars("AP")]
+    assert logged == [(0, pytest.approx(of_seeds[0])), (1, pytest.approx(of_seeds[1]))]
+    assert "AP50" in events.Tags()["scalars"]
 
 
 def test_out_that_is_a_file_is_refused_before_the_work(inputs):
