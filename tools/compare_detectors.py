@@ -106,6 +106,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "score_threshold": args.score_threshold,
         "fail_below": args.fail_below,
     }
+    for name in ("gt_masks", "pairs", "train_annotations"):
+        if given := getattr(args, name):
+            settings[name] = str(given)
     sections += analyse()
     report = Report(f"Comparison on {args.annotations}", measured.verdict, sections, settings)
     print(report.terminal())
