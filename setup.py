@@ -19,6 +19,7 @@ EXTRAS = {
         "pycocotools>=2.0.6",
         "msgspec>=0.18",  # reads annotation files of GB
         "Pillow>=9.0",
+        "scipy>=1.7",  # intervals and p-values of a comparison
         "tabulate>=0.9",
         "tqdm>=4.60",
     ],
@@ -30,6 +31,7 @@ EXTRAS = {
         "pycocotools>=2.0.6",
         "msgspec>=0.18",  # reads annotation files of GB
         "Pillow>=9.0",
+        "scipy>=1.7",  # intervals and p-values of a comparison
         "tabulate>=0.9",
         "tqdm>=4.60",
         "six",  # mmdet needs it

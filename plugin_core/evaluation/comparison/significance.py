@@ -23,8 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from plugin_core.evaluation.comparison import student
+from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.05  # p below is a difference
 
@@ -95,10 +94,10 @@ def compare(
     known = np.flatnonzero((drawn > 1) & (images > 1))
     by_images, error, freedom = _errors(both, over_images, known, images[known])
     distance = np.abs(difference[known])
-    margin = student.quantile(freedom) * error
+    margin = stdtrit(freedom, 0.975) * error
     low[known] = (difference[known] - margin).clip(-100, 100)
     high[known] = (difference[known] + margin).clip(-100, 100)
-    p[known] = student.two_sided(distance / np.maximum(error, 1e-9), freedom)
+    p[known] = 2 * stdtr(freedom, -distance / np.maximum(error, 1e-9))
     # Where all resamples say the same, as with all objects in one image, they say nothing
     unsaid = known[(error < 1e-9) & (distance > 1e-9)]
     low[unsaid] = high[unsaid] = p[unsaid] = np.nan
