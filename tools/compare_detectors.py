@@ -95,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measured, analyse = compare(files, args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
     sections = [accuracy_section(measured)]
     if measured.compared:
         sections.append(differences_section(measured))
