@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 
 from plugin_core.inspection.cost import Cost
-from plugin_core.training import trials
+from plugin_core.training import RunError, trials
 from plugin_core.training.trials import (
     Plan,
     Plugin,
@@ -177,6 +177,16 @@ def test_estimate_counts_steps_evaluation_and_the_rest(make_plan):
     )
     assert plan.seconds("plain") == pytest.approx(5 + 100 + 10)
     assert plan.total(jobs=2) == pytest.approx(2 * (5 + 110 + 5 + 220) / 2)
+
+
+def test_measurement_takes_the_median_step_of_each_variant_and_leaves_nothing(make_plan, tmp_path):
+    plan, out = make_plan(steps=100), tmp_path / "out"
+    trials.measure(plan, Scripted(tmp_path), out, trials.LocalLauncher(), poll=0.02)
+    assert plan.seconds_a_step == {"plain": 0.5, "simam": 0.5}
+    assert not list(out.iterdir())
+    with pytest.raises(RunError, match=r"simam cannot be trained:\nerror: it diverged"):
+        failing = Scripted(tmp_path, failing="simam")
+        trials.measure(plan, failing, out, trials.LocalLauncher(), poll=0.02)
 
 
 def test_budget_leaves_out_seeds_first_then_steps(make_plan):
