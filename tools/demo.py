@@ -4,7 +4,7 @@
 The demo draws a small COCO-format dataset. In each framework tools/try_plugins.py trains a Faster
 R-CNN on it, plain and with triplet attention, with two processes of one thread each. The report of
 tools/compare_detectors.py says whether the difference is real. The demo ends with a table, and
-draws detections on val images. Everything is written below work_dirs/demo. It takes about 20
+draws detections on val images. Everything is written below work_dirs/demo. It takes about 15
 minutes on 2 CPU cores, and goes on where it was stopped.
 """
 
@@ -106,9 +106,11 @@ def say(text: str) -> None:
 def run(command: Sequence[str]) -> None:
     """Run a command of this project as a user would type it."""
     print("$", shlex.join(command), flush=True)
-    code = subprocess.run([sys.executable, *command], check=False).returncode
+    # Which the frameworks' own imports bring about in every process
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore:pkg_resources is deprecated"}
+    code = subprocess.run([sys.executable, *command], check=False, env=environment).returncode
     if code:
-        sys.exit(f"failed: {command[0]} (see above); make demo goes on, make clean begins anew")
+        sys.exit(f"failed: {command[0]}, see above; the same command goes on (without {OUT}: anew)")
 
 
 HEADERS = ("framework", "detector", "parameters", "s/step", "AP", "AP50")
@@ -146,4 +148,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("stopped; make demo goes on")
+        sys.exit("stopped; the same command goes on")

@@ -145,7 +145,7 @@ def test_scenes_are_drawn_first_where_they_are_not_there(commands, monkeypatch):
 
 def test_failed_command_ends_the_demo_with_a_sentence(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match="make demo goes on, make clean begins anew"):
+    with pytest.raises(SystemExit, match="synthetic_coco.py, see above; the same command goes on"):
         demo.run(
             [str(ROOT / "tools/make_synthetic_coco.py"), "scenes", "--train", "0", "--val", "0"]
         )
