@@ -7,7 +7,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -15,7 +14,6 @@ from tool_server import ROOT, become
 
 sys.path.insert(0, str(ROOT / "tools"))
 
-import compare_detectors
 import try_plugins
 
 from plugin_core.training.trials import LocalLauncher
@@ -52,7 +50,4 @@ class ForkingLauncher(LocalLauncher):
 
 if __name__ == "__main__":
     try_plugins.LocalLauncher = ForkingLauncher
-    try_plugins.subprocess = SimpleNamespace(
-        run=lambda words, **_: compare_detectors.main(words[2:])
-    )
     try_plugins.main()

@@ -80,9 +80,9 @@ class Measured:
         """The metric that decides: "AP" or "PQ"."""
         return next(iter(next(iter(self.accuracies.values()))[0].metrics))
 
-    def mean(self, name: str) -> float:
-        """Mean of a detector's AP or PQ over its seeds, in percent."""
-        return float(np.mean([one.metrics[self.main] for one in self.accuracies[name]]))
+    def mean(self, name: str, metric: str = "") -> float:
+        """Mean of a detector's metric over its seeds, in percent; AP or PQ by default."""
+        return float(np.mean([one.metrics[metric or self.main] for one in self.accuracies[name]]))
 
 
 def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
