@@ -94,12 +94,19 @@ def lazy_arguments(sample, output, *flags: str, **options: object) -> list[str]:
 TOOL = "lazyconfig_train_net.py"
 
 
-def test_lazy_config_trains_resumes_and_evaluates(photographs, run_tool, tmp_path):
-    line = lazy_arguments(photographs, tmp_path, **{"train.max_iter": 2})
-    first = run_tool(TOOL, *line)
+def test_lazy_config_trains_resumes_with_new_settings_and_evaluates(
+    photographs, run_tool, tmp_path
+):
+    few = {"train.max_iter": 2, "dataloader.train.mapper.skip_bad_images": True}
+    first = run_tool(TOOL, *lazy_arguments(photographs, tmp_path, **few))
     assert reported(first.stdout) == {"bbox": BOXES, "segm": BOXES}
-    resumed = run_tool(TOOL, *lazy_arguments(photographs, tmp_path, "--resume"))
+    line = lazy_arguments(photographs, tmp_path, "--resume", **{"optimizer.lr": 0.001})
+    resumed = run_tool(TOOL, *line)
     assert "Starting training from iteration 2" in resumed.stdout
+    changed = "Resumed at iteration 2 with other settings, which hold from here on: "
+    assert changed in resumed.stdout
+    assert "optimizer.lr 0.0005 -> 0.001" in resumed.stdout
+    assert "train.max_iter 2 -> 4" in resumed.stdout
     checkpoint = {"train.init_checkpoint": tmp_path / "model_final.pth"}
     line = lazy_arguments(photographs, tmp_path / "again", "--eval-only", **checkpoint)
     again = run_tool(TOOL, *line)

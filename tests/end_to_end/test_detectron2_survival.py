@@ -36,12 +36,3 @@ def test_a_second_training_and_mixed_precision_without_a_gpu_are_one_clear_line(
     result = run_tool("train_net.py", *line, check=False)
     assert "error: SOLVER.AMP.ENABLED: mixed precision needs a GPU" in result.stderr
     assert not (tmp_path / "amp").exists()
-
-
-def test_a_lazy_config_takes_new_settings_when_it_is_resumed(photographs, run_tool, tmp_path):
-    few = {"train.max_iter": 2, "dataloader.train.mapper.skip_bad_images": True}
-    run_tool(TOOL, *lazy_arguments(photographs, tmp_path, **few))
-    line = lazy_arguments(photographs, tmp_path, "--resume", **{"optimizer.lr": 0.001})
-    printed = run_tool(TOOL, *line).stdout
-    assert "Resumed at iteration 2 with other settings, which hold from here on: " in printed
-    assert "optimizer.lr 0.0005 -> 0.001" in printed and "train.max_iter 2 -> 4" in printed

@@ -51,7 +51,7 @@ def test_evaluation_writes_results_for_every_image(trained, photographs):
 def test_evaluating_the_checkpoint_gives_the_same_numbers(trained, photographs, run_tool, tmp_path):
     output, printed = trained
     line = options(photographs, tmp_path)
-    again = run_tool("test_mmdet.py", CONFIG, output / "iter_10.pth", *line, anew=True).stdout
+    again = run_tool("test_mmdet.py", CONFIG, output / "iter_10.pth", *line).stdout
     numbers = re.compile(r"bbox_mAP_copypaste: (.*)")
     assert numbers.findall(again) == numbers.findall(printed) != []
     assert results(tmp_path) == results(output)

@@ -49,7 +49,7 @@ def test_detectron2s_processes_end_with_the_same_weights(photographs, run_tool, 
     }
     flags = ("--num-gpus", "2", "--dist-url", "auto")
     line = arguments(photographs, tmp_path, *flags, config=CONFIG, **small)
-    run_tool("../tests/end_to_end/train_net_saving_processes.py", *line, anew=True)
+    run_tool("../tests/end_to_end/train_net_saving_processes.py", *line)
     assert_trained_together(tmp_path, r"\.res[23]\.")
 
 
