@@ -36,9 +36,9 @@ from plugin_core.training.run_folder import occupy  # noqa: E402
 from plugin_core.training.trials import (  # noqa: E402
     LocalLauncher,
     Plan,
+    derive_configs,
     read_plugins,
     run_all,
-    write_configs,
 )
 
 DATA = {"--train": 800, "--val": 200, "--size": 128, "--seed": 0}
@@ -119,9 +119,10 @@ def main() -> None:
         [f"{DETECTORS[name][0]}={write_detector(name, args.work_dir)}" for name in others]
     )
     out = args.work_dir / "trial"
-    parameters, _ = write_configs(trial, plugins, out)
-    size = trial.steps, args.seeds, parameters, trial.batch_size, DATA["--val"]
-    plan = Plan({}, trial.annotations, list(parameters), *size)
+    configs = derive_configs(trial, plugins)
+    configs.write(trial, out)
+    size = trial.steps, args.seeds, configs.parameters, trial.batch_size, DATA["--val"]
+    plan = Plan({}, trial.annotations, list(configs.parameters), *size)
     with occupy(str(out), "--work-dir"):
         outcome = run_all(
             plan, trial, out, jobs=args.jobs, launcher=LocalLauncher(), score=accuracy

@@ -52,6 +52,7 @@ from plugin_core.training.trials import (
     Plan,
     SlurmLauncher,
     config_path,
+    derive_configs,
     difference,
     digest,
     duration,
@@ -62,7 +63,6 @@ from plugin_core.training.trials import (
     read_plugins,
     run_all,
     summary,
-    write_configs,
     write_plan,
 )
 
@@ -131,20 +131,21 @@ def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
     plan = read_plan(args.out, request)
     if plan is not None:
         return framework, plan
-    parameters, control = write_configs(framework, plugins, args.out, args.control)
+    configs = derive_configs(framework, plugins, args.control)
     content = read_truth(Source("annotations", framework.annotations), args.iou_type)
     plan = Plan(
         request,
         framework.annotations,
-        list(parameters),
+        list(configs.parameters),
         framework.steps,
         args.seeds,
-        parameters,
+        configs.parameters,
         framework.batch_size,
         len(content["images"]),
-        control=control,
+        control=configs.control,
         iou_type=args.iou_type,
     )
+    configs.write(framework, args.out)
     write_plan(plan, args.out)
     return framework, plan
 

@@ -164,6 +164,28 @@ def test_control_is_the_narrowest_that_costs_no_less_than_any_variant():
         fit_control(plugins, {"plain": plain, "amc": plain}, cost_of)
 
 
+def test_control_is_among_the_variants(tmp_path):
+    class Counted(Scripted):
+        def derive(self, plugin: Plugin | None) -> str:
+            return f"{plugin.label} {plugin.arguments.get('width')}" if plugin else "plain 0"
+
+        def check(self, path: Path) -> int:
+            label, width = path.read_text().split()
+            return 107 if label == "simam" else 100 + 3 * int(width)
+
+        def cost(self, path: Path) -> Cost:
+            return Cost(self.check(path), 1000)
+
+    framework: Any = Counted(tmp_path)
+    configs = trials.derive_configs(framework, read_plugins(["simam"]), control=True)
+    assert configs.parameters == {"plain": 100, "simam": 107, "control": 109}
+    configs.write(framework, tmp_path)
+    assert (tmp_path / "configs" / "control.txt").read_text() == "control 3"
+    framework.cost = lambda path: 1 / 0
+    with pytest.raises(ValueError, match="--control: plain cannot be counted: ZeroDivision"):
+        trials.derive_configs(framework, read_plugins(["simam"]), control=True)
+
+
 def test_difference_shows_the_settings_that_differ_alone():
     before = {"MODEL": {"A": 1, "B": [1]}, "SEED": 0}
     after = {"MODEL": {"A": 1, "B": [1, 2], "C": "x"}, "SEED": 0}

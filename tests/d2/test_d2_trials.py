@@ -17,13 +17,15 @@ from d2_plugins.trials import Detectron2Trials
 from plugin_core import BatchFormer, BlockPlugin
 from plugin_core.training.trials import (
     PLAIN,
+    PlainConvolutions,
     Plan,
     Run,
     config_path,
+    derive_configs,
     difference,
     read_plugins,
-    write_configs,
 )
+from plugin_core.training.trials.control import control_of_width
 
 SMALL = """
 _BASE_: "model_zoo://COCO-Detection/{base}_R_50_FPN_1x.yaml"
@@ -97,7 +99,9 @@ def inserted(model: torch.nn.Module) -> dict[str, str]:
 def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, tmp_path):
     trial, out = make(), tmp_path / "out"
     plugins = read_plugins(["triplet_attention", "ida", "timm:eca", "batchformer_v1", "amc"])
-    parameters, _ = write_configs(trial, plugins, out)
+    configs = derive_configs(trial, plugins)
+    configs.write(trial, out)
+    parameters = configs.parameters
     initial = tmp_path / "initial.pth"
     trial.initialize(3, initial)
     before = torch.load(initial)["model"]
@@ -119,14 +123,16 @@ def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, 
     assert not inserted(models["plain"])
 
 
-def test_control_costs_no_less_and_begins_as_the_plain_detector(make, tmp_path):
-    trial, out = make(more=SMALL_TEST), tmp_path / "out"
-    parameters, sentence = write_configs(trial, read_plugins(["simam@5"]), out, control=True)
-    path = config_path(trial, out, "control")
+def test_control_begins_as_the_plain_detector_and_is_counted(make, tmp_path):
+    trial, path = make(more=SMALL_TEST), (tmp_path / "control").with_suffix(".yaml")
+    path.write_text(trial.derive(control_of_width(3, (5,))))
+    model = build(trial, path)
+    assert set(inserted(model)) == {f"res5.{b}.plain_convolutions" for b in (0, 1)}
+    assert {
+        m.layers[0].out_channels for m in model.modules() if isinstance(m, PlainConvolutions)
+    } == {3}
     cost = trial.cost(path)
-    assert cost.parameters == parameters["control"] >= parameters["simam_5"]
-    assert f"{cost.parameters:,} parameters and {cost.flops / 1e9:.2f} GFLOPs" in sentence
-    assert set(inserted(build(trial, path))) == {f"res5.{b}.plain_convolutions" for b in (0, 1)}
+    assert cost.parameters == trial.check(path) and cost.flops > 0
 
 
 def test_only_the_plugins_lines_differ(make, tmp_path):
@@ -143,12 +149,11 @@ def test_only_the_plugins_lines_differ(make, tmp_path):
     assert ida.MODEL.BACKBONE.FREEZE_AT == 2
 
 
-def test_plugins_that_do_not_fit_are_told_together_and_nothing_is_written(make, tmp_path):
-    trial, out = make("retinanet"), tmp_path / "out"
+def test_plugins_that_do_not_fit_are_told_together(make):
+    trial = make("retinanet")
     plugins = read_plugins(["batchformer_v1", "batchformer_v2", "triplet_attention"])
     with pytest.raises(ValueError, match=r"--with batchformer_v1: .*has none\n--with batchf"):
-        write_configs(trial, plugins, out)
-    assert not out.exists()
+        derive_configs(trial, plugins)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +180,7 @@ def test_own_variant_keeps_its_settings_and_must_be_as_long(make, tmp_path):
     solver = trial.settings(tmp_path / "run.yaml").SOLVER
     assert (solver.BASE_LR, tuple(solver.STEPS), solver.MAX_ITER) == (0.5, (10,), 50)
     with pytest.raises(ValueError, match=r"--with x: .*longer.yaml: SOLVER.MAX_ITER must be 100"):
-        write_configs(trial, read_plugins([f"x={longer}"]), out)
+        derive_configs(trial, read_plugins([f"x={longer}"]))
 
 
 def test_what_is_compared_must_be_found_by_the_detector(make):

@@ -86,6 +86,7 @@ def test_killed_trial_goes_on_and_collects_the_results(tool_server, run_tool, ar
         (["--with", "simam", "--budget", "soon"], "error: --budget: must be a time"),
         (["--with", "simam", "--jobs", 0], "error: --jobs: must be 1 or more"),
         (["--with", "simam", "--launcher", "slurm"], "error: --launcher slurm: "),
+        (["--with", "simam", "--iou-type", "segm"], "MODEL.MASK_ON is False"),
         (["--with", "simam", "--partition", "gpu"], "are for --launcher slurm"),
     ],
 )

@@ -16,13 +16,15 @@ from mm_plugins.trials import MMDetectionTrials
 from plugin_core import BlockPlugin
 from plugin_core.training.trials import (
     PLAIN,
+    PlainConvolutions,
     Plan,
     Run,
     config_path,
+    derive_configs,
     difference,
     read_plugins,
-    write_configs,
 )
+from plugin_core.training.trials.control import control_of_width
 
 ROOT = Path(__file__).resolve().parents[2]
 RCNN = """
@@ -95,7 +97,9 @@ def inserted(model: torch.nn.Module) -> set[str]:
 def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, tmp_path):
     trial, out = make(), tmp_path / "out"
     plugins = read_plugins(["triplet_attention", "ida", "timm:eca", "batchformer_v1", "amc"])
-    parameters, _ = write_configs(trial, plugins, out)
+    configs = derive_configs(trial, plugins)
+    configs.write(trial, out)
+    parameters = configs.parameters
     initial = tmp_path / "initial.pth"
     trial.initialize(3, initial)
     before = torch.load(initial)["state_dict"]
@@ -114,14 +118,16 @@ def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, 
     assert not inserted(models["plain"])
 
 
-def test_control_costs_no_less_and_begins_as_the_plain_detector(make, tmp_path):
-    trial, out = make(more=SMALL_TEST), tmp_path / "out"
-    parameters, sentence = write_configs(trial, read_plugins(["simam@5"]), out, control=True)
-    path = config_path(trial, out, "control")
+def test_control_begins_as_the_plain_detector_and_is_counted(make, tmp_path):
+    trial, path = make(more=SMALL_TEST), (tmp_path / "control").with_suffix(".py")
+    path.write_text(trial.derive(control_of_width(3, (5,))))
+    model = build(trial, path)
+    assert set(inserted(model)) == {f"layer4.{b}.block_plugin" for b in (0, 1)}
+    assert {
+        m.layers[0].out_channels for m in model.modules() if isinstance(m, PlainConvolutions)
+    } == {3}
     cost = trial.cost(path)
-    assert cost.parameters == parameters["control"] >= parameters["simam_5"]
-    assert f"{cost.parameters:,} parameters and {cost.flops / 1e9:.2f} GFLOPs" in sentence
-    assert set(inserted(build(trial, path))) == {f"layer4.{b}.block_plugin" for b in (0, 1)}
+    assert cost.parameters == trial.check(path) and cost.flops > 0
 
 
 def test_only_the_plugins_lines_differ(make, tmp_path):
@@ -164,11 +170,10 @@ def test_batchformer_v2_goes_into_a_detr_and_v1_does_not(make, tmp_path):
         trial.derive(first)
 
 
-def test_plugins_that_do_not_fit_are_told_together_and_nothing_is_written(make, tmp_path):
-    trial, out = make(), tmp_path / "out"
+def test_plugins_that_do_not_fit_are_told_together(make):
+    trial = make()
     with pytest.raises(ValueError, match="--with batchformer_v2: model.type: 'FasterRCNN' takes"):
-        write_configs(trial, read_plugins(["batchformer_v2", "ida"]), out)
-    assert not out.exists()
+        derive_configs(trial, read_plugins(["batchformer_v2", "ida"]))
 
 
 @pytest.mark.parametrize(

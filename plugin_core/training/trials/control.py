@@ -42,6 +42,12 @@ class PlainConvolutions(nn.Module):
         return x + self.layers(x)
 
 
+def control_of_width(width: int, stages: tuple[int, ...]) -> Plugin:
+    """Describe the control as a block plugin."""
+    name = f"{PlainConvolutions.__module__}:{PlainConvolutions.__name__}"
+    return Plugin(name, stages, CONTROL, {"width": width})
+
+
 def fit_control(
     plugins: Sequence[Plugin],
     costs: Mapping[str, Cost],
@@ -66,12 +72,8 @@ def fit_control(
         )
     stages = tuple(sorted({stage for plugin in plugins for stage in plugin.stages})) or STAGES
 
-    def of_width(width: int) -> Plugin:
-        name = f"{PlainConvolutions.__module__}:{PlainConvolutions.__name__}"
-        return Plugin(name, stages, CONTROL, {"width": width})
-
-    try:
-        one, two = (cost_of(of_width(width)) for width in (1, 2))  # cost is linear in the width
+    try:  # cost is linear in the width
+        one, two = (cost_of(control_of_width(width, stages)) for width in (1, 2))
     except ValueError as error:
         raise ValueError(f"--control: {error}") from error
     parameters = max(c.parameters for c in others)
@@ -85,7 +87,7 @@ def fit_control(
         one.parameters + (width - 1) * (two.parameters - one.parameters),
         one.flops + (width - 1) * (two.flops - one.flops),
     )
-    return of_width(width), (
+    return control_of_width(width, stages), (
         f"The control is the plain detector with two more convolutions in each block of stages "
         f"{', '.join(map(str, stages))}, of width {width}: {cost.parameters:,} parameters and "
         f"{cost.flops / 1e9:.2f} GFLOPs an image, where the variants have up to {parameters:,} and "

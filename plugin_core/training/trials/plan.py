@@ -195,20 +195,36 @@ class Plan:
         self.left_out = f"The budget left out {' and '.join(told)}." if told else ""
 
 
-def write_configs(
-    framework: Framework, plugins: Sequence[Plugin], out: Path, control: bool = False
-) -> tuple[dict[str, int], str]:
-    """Derive a config for each plugin, check all of them, and only then write them to ``out``.
+@dataclass(frozen=True)
+class Configs:
+    """The config of each variant, "plain" first.
+
+    Args:
+        texts: label → what its file holds.
+        parameters: label → number of parameters.
+        control: a sentence about the control, if there is one.
+    """
+
+    texts: Mapping[str, str]
+    parameters: dict[str, int]
+    control: str
+
+    def write(self, framework: Framework, out: Path) -> None:
+        """Write them to the folder of a trial."""
+        (out / "configs").mkdir(parents=True, exist_ok=True)
+        for label, text in self.texts.items():
+            write_text(config_path(framework, out, label), text)
+
+
+def derive_configs(
+    framework: Framework, plugins: Sequence[Plugin], control: bool = False
+) -> Configs:
+    """Derive a config for each plugin, and check all of them.
 
     Args:
         framework: of the config.
         plugins: that are tried.
-        out: folder of the trial.
         control: whether to add a plain detector that costs as much.
-
-    Returns:
-        The number of parameters of each variant, "plain" first; and a sentence about the control,
-        or nothing.
 
     Raises:
         ValueError: for the config itself, or names each plugin that does not fit, and why.
@@ -235,15 +251,20 @@ def write_configs(
         if wrong:
             raise ValueError("\n".join(wrong))
         if control:
-            costs = {label: framework.cost(path) for label, path in paths.items()}
+            costs = {label: _cost(framework, path) for label, path in paths.items()}
             plain, about_control = fit_control(
-                plugins, costs, lambda plugin: framework.cost(write(plugin))
+                plugins, costs, lambda plugin: _cost(framework, write(plugin))
             )
             parameters[CONTROL] = framework.check(write(plain))
-    (out / "configs").mkdir(parents=True, exist_ok=True)
-    for label, text in texts.items():
-        write_text(config_path(framework, out, label), text)
-    return parameters, about_control
+    return Configs(texts, parameters, about_control)
+
+
+def _cost(framework: Framework, path: Path) -> Cost:
+    try:
+        return framework.cost(path)
+    except Exception as error:  # a model that takes no image alone, or of the model's own code
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(f"--control: {path.stem} cannot be counted: {reason}") from error
 
 
 def config_path(framework: Framework, out: Path, label: str) -> Path:

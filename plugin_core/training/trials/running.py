@@ -108,6 +108,7 @@ def run_all(
         poll: seconds between two looks at the processes.
         score: of a file of results; COCO's AP by default.
     """
+    measure_name = "AP" if score is None else "score"
     score = score or partial(average_precision, plan.annotations, iou_type=plan.iou_type)
     runs, outcome = plan.runs(out), Outcome()
     for run in runs:
@@ -151,7 +152,7 @@ def run_all(
                     else:
                         outcome.finished[job.run.name] = found
                         bar.write(
-                            f"{job.run.name}: {found['AP']:.1f} "
+                            f"{job.run.name}: {measure_name} {found['AP']:.1f} "
                             f"({len(outcome.finished)} of {len(runs)} runs)"
                         )
                     write_plan(plan, out)
