@@ -114,11 +114,8 @@ def main() -> None:
     if not text_model(args.work_dir).is_dir():
         subprocess.run([sys.executable, *text_model_command(args.work_dir)], check=True)
     trial = PhraseTrials(str(write_detector("Grounding DINO", args.work_dir)), args.steps)
-    others = [name for name in DETECTORS if name != "Grounding DINO"]
-    plugins = read_plugins(
-        [f"{DETECTORS[name][0]}={write_detector(name, args.work_dir)}" for name in others]
-    )
-    out = args.work_dir / "trial"
+    others = [f"{DETECTORS[n][0]}={write_detector(n, args.work_dir)}" for n in [*DETECTORS][1:]]
+    plugins, out = read_plugins(others), args.work_dir / "trial"
     configs = derive_configs(trial, plugins)
     configs.write(trial, out)
     size = trial.steps, args.seeds, configs.parameters, trial.batch_size, DATA["--val"]
@@ -137,21 +134,17 @@ def accuracy(results: Path) -> float:
     return 100 * json.loads(results.read_text())["accuracy"]
 
 
-def data(work_dir: Path) -> Path:
-    return work_dir / "coco"
-
-
 def text_model(work_dir: Path) -> Path:
     return work_dir / "bert"
 
 
 def draw_command(work_dir: Path) -> study.Command:
-    return study.draw_command(data(work_dir), DATA)
+    return study.draw_command(work_dir / "coco", DATA)
 
 
 def text_model_command(work_dir: Path) -> study.Command:
     texts = [
-        str(data(work_dir) / "annotations" / f"grounding_{split}2017_odvg.jsonl")
+        str(work_dir / "coco" / "annotations" / f"grounding_{split}2017_odvg.jsonl")
         for split in ("train", "val")
     ]
     return ["tools/make_tiny_text_model.py", str(text_model(work_dir)), "--texts", *texts]
@@ -159,7 +152,7 @@ def text_model_command(work_dir: Path) -> study.Command:
 
 def write_detector(name: str, work_dir: Path) -> Path:
     """Write a detector's config; returns its path."""
-    of_data, (label, own) = data(work_dir).absolute(), DETECTORS[name]
+    of_data, (label, own) = (work_dir / "coco").absolute(), DETECTORS[name]
     options = {
         "model.language_model.name": str(text_model(work_dir).absolute()),
         "train_dataloader.dataset.pipeline.3.tokenizer_name": str(text_model(work_dir).absolute()),
@@ -193,13 +186,8 @@ def measured(results: Path) -> dict[str, float]:
 
 def write(args: argparse.Namespace) -> None:
     """Write the table over the seeds, every run's numbers, and how to repeat them."""
-    runs = {
-        name: {
-            seed: measured(path)
-            for seed, path in study.results(args.work_dir / "trial", label, args).items()
-        }
-        for name, (label, _) in DETECTORS.items()
-    }
+    detectors = {name: (args.work_dir / "trial", label) for name, (label, _) in DETECTORS.items()}
+    runs = study.measure_runs(detectors, measured, args)
     study.write(
         args.results / "attention_mask_consistency",
         TEMPLATE,

@@ -126,13 +126,8 @@ def measured(results: Path, work_dir: Path) -> dict[str, float | None]:
 
 def write(args: argparse.Namespace) -> None:
     """Write the table over the seeds, every run's numbers, and how to repeat them."""
-    runs = {
-        name: {
-            seed: measured(path, args.work_dir)
-            for seed, path in study.results(args.work_dir / "trial", label, args).items()
-        }
-        for name, label in DETECTORS.items()
-    }
+    detectors = {name: (args.work_dir / "trial", label) for name, label in DETECTORS.items()}
+    runs = study.measure_runs(detectors, lambda path: measured(path, args.work_dir), args)
     commands = [*(draw_command(name, args.work_dir) for name in DATA), trial_command(args)]
     study.write(args.results / "context_bias", TEMPLATE, runs, NUMBERS.values(), commands)
 

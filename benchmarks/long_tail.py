@@ -187,13 +187,11 @@ def write(args: argparse.Namespace) -> None:
     """Write the table over the seeds, every run's numbers, and how to repeat them."""
     train, val = (json.loads(annotations(args.work_dir, s).read_text()) for s in ("train", "val"))
     third, truth = groups(train), load_ground_truth(val)
-    runs = {
-        name: {
-            seed: measured(path, truth, third)
-            for seed, path in study.results(args.work_dir / f"trial_{trial}", label, args).items()
-        }
+    detectors = {
+        name: (args.work_dir / f"trial_{trial}", label)
         for name, (trial, label) in DETECTORS.items()
     }
+    runs = study.measure_runs(detectors, lambda path: measured(path, truth, third), args)
     commands = [draw_command(args.work_dir), *(trial_command(name, args) for name in TRIALS)]
     headers = list(next(iter(next(iter(runs.values())).values())))
     study.write(

@@ -10,7 +10,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +78,19 @@ def trial_command(
     return ["tools/try_plugins.py", *map(str, [config, *words])]
 
 
-def results(out: Path, label: str, args: argparse.Namespace) -> dict[int, Path]:
-    """Name the files of a variant's results in a trial's folder, by its seeds."""
-    return {seed: out / "results" / f"{label}-seed{seed}.json" for seed in range(args.seeds)}
+def measure_runs(
+    detectors: Mapping[str, tuple[Path, str]],
+    measured: Callable[[Path], Mapping[str, Any]],
+    args: argparse.Namespace,
+) -> Runs:
+    """Measure the results of every detector, each named by its trial's folder and label there."""
+    return {
+        name: {
+            seed: measured(out / "results" / f"{label}-seed{seed}.json")
+            for seed in range(args.seeds)
+        }
+        for name, (out, label) in detectors.items()
+    }
 
 
 def write(
