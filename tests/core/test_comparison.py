@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from comparison_cases import Case, random_case
+from pycocotools import mask as masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -22,7 +23,7 @@ from plugin_core.evaluation.comparison.bootstrap import (
     rows_of,
 )
 from plugin_core.evaluation.comparison.detections import Detections, Truth
-from plugin_core.evaluation.comparison.overlaps import similarities
+from plugin_core.evaluation.comparison.overlaps import areas, similarities
 
 CASES = [
     *[("bbox", seed, {}) for seed in range(8)],
@@ -201,3 +202,9 @@ def test_resamples_are_drawn_with_replacement_and_repeatably():
     weights = draw_weights(50, 20)
     assert (weights.sum(axis=1) == 50).all() and weights.max() > 1 and weights.min() == 0
     np.testing.assert_array_equal(weights, draw_weights(50, 20))
+
+
+def test_areas_are_those_of_any_number_of_masks():
+    mask = masks.encode(np.ones((5, 4), np.uint8, order="F"))
+    assert areas([mask] * 300, "segm").tolist() == [20] * 300
+    assert areas([], "segm").shape == (0,)

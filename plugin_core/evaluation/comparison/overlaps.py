@@ -37,7 +37,8 @@ def shapes_of_detections(results: Sequence[Mapping[str, Any]], iou_type: str) ->
 def areas(shapes: Any, iou_type: str) -> np.ndarray:
     """Areas of detections in pixels, as pycocotools' ``loadRes`` takes them (D,)."""
     if iou_type == "segm":
-        return np.asarray(masks.area(shapes), float) if shapes else np.zeros(0)
+        # One at a time: of more than 255, pycocotools' area fails with numpy 2
+        return np.array([masks.area(shape) for shape in shapes], float)
     if iou_type == "bbox":
         return shapes[:, 2] * shapes[:, 3]
     extent = np.ptp(shapes[..., :2], axis=1)
