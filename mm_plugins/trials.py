@@ -78,7 +78,6 @@ class MMDetectionTrials:
             raise ValueError(f"--iou-type {iou_type}: is not in val_evaluator.metric, {given!r}")
         self.annotations = os.path.abspath(metric["ann_file"])
         self.steps = steps or self.own_steps
-        self.changes_length = steps is not None
 
     @property
     def images(self) -> str | None:
@@ -229,27 +228,29 @@ class MMDetectionTrials:
             "randomness": {"seed": run.seed if run else 0},
             "custom_hooks": hooks,
         }
-        if run is None or self.changes_length:
+        if run is None or steps != self.own_steps:
             settings |= self._schedule(cfg, steps)
         if run is None:
             settings |= dict.fromkeys(("val_dataloader", "val_cfg", "val_evaluator"))
             settings["default_hooks"]["logger"] = {"interval": 1}
             return _text(str(base.absolute()), settings)
         settings["load_from"] = str(run.initial.absolute())
-        settings.setdefault("train_cfg", {})["val_interval"] = self._length(steps)
+        settings.setdefault("train_cfg", {})["val_interval"] = self._length(steps)[1]
         evaluator = _plain(cfg.val_evaluator)
         self._keep_results(evaluator, folder)
         # Of an evaluation that a kill has prevented
-        for split in ("val", "test"):
-            settings[f"{split}_evaluator"] = evaluator
+        settings["val_evaluator"] = evaluator
+        is_one = isinstance(evaluator, Mapping)
+        settings["test_evaluator"] = {"_delete_": True, **evaluator} if is_one else evaluator
         settings["test_dataloader"] = {"_delete_": True, **_plain(cfg.val_dataloader)}
         settings["test_cfg"] = {"_delete_": True, "type": "TestLoop"}
         return _text(str(base.absolute()), settings)
 
-    def _length(self, steps: int) -> int:
-        """The length of a training in the unit of its loop."""
+    def _length(self, steps: int) -> tuple[str, int]:
+        """The length of a training in the unit of its loop, "epoch" or "iter"."""
         own = self.cfg.train_cfg
-        return own.max_epochs if not self.changes_length and "max_epochs" in own else steps
+        by_epoch = steps == self.own_steps and "max_epochs" in own
+        return ("epoch", own.max_epochs) if by_epoch else ("iter", steps)
 
     def _schedule(self, cfg: Config, steps: int) -> dict[str, Any]:
         """Scale the schedule to a number of iterations."""
@@ -257,7 +258,7 @@ class MMDetectionTrials:
         schedulers = []
         for scheduler in _plain(cfg.get("param_scheduler") or []):
             by_epoch = scheduler.get("by_epoch", True)
-            factor = steps / (cfg.train_cfg.max_epochs if by_epoch else total)
+            factor = steps / (cfg.train_cfg.get("max_epochs", total) if by_epoch else total)
             scheduler.pop("convert_to_iter_based", None)
             for key in _COUNTS:
                 if isinstance(scheduler.get(key), int):
@@ -319,8 +320,8 @@ class MMDetectionTrials:
         return coco_metric(evaluator, "val_evaluator")
 
     def weights(self, folder: Path, steps: int) -> Path | None:
-        unit = "epoch" if self._length(steps) != steps else "iter"
-        path = folder / f"{unit}_{self._length(steps)}.pth"
+        unit, length = self._length(steps)
+        path = folder / f"{unit}_{length}.pth"
         return path if path.is_file() else None
 
     def _read(self, config: str) -> Config:

@@ -248,7 +248,7 @@ def test_runs_of_other_length_count_iterations_and_scale_the_schedule(make, tmp_
 
 
 def test_own_length_keeps_the_schedule_and_evaluates_at_its_end(make, tmp_path):
-    trial = make()
+    trial = make(more='test_evaluator = dict(type="CocoMetric", format_only=True)')
     assert trial.steps == 12 * 3  # epochs of six images, two at a time
     run = Run("plain", 0, tmp_path / "w.pth", tmp_path / "run", tmp_path / "r.json")
     path = tmp_path / "run.py"
@@ -257,5 +257,11 @@ def test_own_length_keeps_the_schedule_and_evaluates_at_its_end(make, tmp_path):
     plain = trial.settings(tmp_path / "mine.py")
     assert settings["param_scheduler"] == plain["param_scheduler"]
     assert settings["train_cfg"] == {**plain["train_cfg"], "val_interval": 12}
+    assert settings["test_evaluator"] == settings["val_evaluator"]
     (tmp_path / "epoch_12.pth").touch()
     assert trial.command(path, tmp_path, trial.steps)[1].endswith("test_mmdet.py")
+    # What a budget has shortened
+    path.write_text(trial.run_config(tmp_path / "mine.py", run, tmp_path, 12))
+    loop = {"type": "IterBasedTrainLoop", "max_iters": 12, "val_interval": 12}
+    assert trial.settings(path)["train_cfg"] == loop
+    assert trial.weights(tmp_path, 12) is None
