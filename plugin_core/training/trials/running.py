@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -122,13 +123,23 @@ def run_all(
         unit="step",
         mininterval=1 if sys.stderr.isatty() else 60,
     ) as bar:
+
+        def fail(run: Run, error: Exception) -> None:
+            log = run.folder / "output.txt"
+            outcome.failed[run.name] = f"{error} (see {log})" if log.is_file() else str(error)
+            bar.write(f"{run.name} failed: {outcome.failed[run.name]}")
+
         try:
             while waiting or active:
                 while waiting and len(active) < jobs:
                     place = min(set(range(jobs)) - {job.place for job in active})
                     run = waiting.pop(0)
-                    process = _begin(run, plan, framework, out, launcher, place)
-                    active.append(_Job(run, place, process))
+                    try:
+                        process = _begin(run, plan, framework, out, launcher, place)
+                    except (ValueError, OSError) as error:  # of its config or its folder
+                        fail(run, error)
+                    else:
+                        active.append(_Job(run, place, process))
                 time.sleep(poll)
                 for job, code in [(job, job.process.poll()) for job in active]:
                     if code is None:
@@ -144,11 +155,10 @@ def run_all(
                     active.remove(job)
                     try:
                         if code or results is None:
-                            raise RunError(tail(log, 1) or "it has left no results")
+                            raise RunError(_reason(code, log))
                         found = _collect(job, results, framework, score)
                     except (ValueError, OSError) as error:
-                        outcome.failed[job.run.name] = f"{error} (see {log})"
-                        bar.write(f"{job.run.name} failed: {outcome.failed[job.run.name]}")
+                        fail(job.run, error)
                     else:
                         outcome.finished[job.run.name] = found
                         bar.write(
@@ -162,6 +172,12 @@ def run_all(
         finally:
             launcher.stop([job.process for job in active])
     return outcome
+
+
+def _reason(code: int, log: Path) -> str:
+    if code < 0:
+        return f"it was killed by signal {-code} ({signal.Signals(-code).name})"
+    return tail(log, 1) if code else "it has left no results"
 
 
 def _steps(framework: Framework, run: Run, plan: Plan) -> int:
