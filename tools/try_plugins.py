@@ -19,7 +19,7 @@ steps, images a step and test images.
 All configs are checked before anything starts. All runs of a seed begin with the same weights but
 for the plugin's own, and see the same images in the same order for the same number of steps. The
 framework's own trainer trains them, with one thread each. The same command goes on where an earlier
-one was stopped; runs that failed are tried again.
+one was stopped; runs that failed are tried again, and more --seeds are added.
 """
 
 from __future__ import annotations
@@ -113,6 +113,10 @@ def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
     if args.budget:
         read_duration(args.budget)
     plugins = read_plugins(args.plugins)
+    # Relative to another folder they would be other files
+    args.register_coco = [
+        [name, *map(os.path.abspath, files)] for name, *files in args.register_coco
+    ]
     framework = load(args)
     request: dict[str, Any] = {
         "config": framework.config,
@@ -192,7 +196,7 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace, framework: Framework, plan: Plan, launcher: Launcher) -> bool:
-    """Train, and print what it found; returns whether a run failed."""
+    """Train, and print what it found; returns whether a part of it failed."""
     with occupy(str(args.out), "--out"):
         if not plan.seconds_a_step and (measures_time(plan.steps) or args.budget):
             measure(plan, framework, args.out, launcher)
@@ -206,14 +210,19 @@ def run(args: argparse.Namespace, framework: Framework, plan: Plan, launcher: La
     print(tabulate(rows, headers, "github", floatfmt=("", ".1f", ".1f", "", "", ".2f"), intfmt=","))
     for name, reason in outcome.failed.items():
         print(f"failed: {name}: {reason}")
-    if outcome.finished:
-        compare(framework, plan, args.out, outcome.finished)
-    return bool(outcome.failed)
+    compared = bool(outcome.finished) and compare(framework, plan, args.out, outcome.finished)
+    return bool(outcome.failed) or not compared
 
 
-def compare(framework: Framework, plan: Plan, out: Path, finished: Any) -> None:
-    """Hand the results over to tools/compare_detectors.py, the plain ones first."""
+def compare(framework: Framework, plan: Plan, out: Path, finished: Any) -> bool:
+    """Hand the results over to tools/compare_detectors.py, the plain ones first.
+
+    Returns whether they could be compared.
+    """
     words: list[str] = []
+    if not any(run.label == PLAIN and run.name in finished for run in plan.runs(out)):
+        print(f"not compared: no run of {PLAIN} has finished")
+        return False
     for label in plan.labels:
         runs = [run for run in plan.runs(out) if run.label == label and run.name in finished]
         if runs:
@@ -227,7 +236,9 @@ def compare(framework: Framework, plan: Plan, out: Path, finished: Any) -> None:
     try:
         compare_detectors.main([plan.annotations, *words])
     except SystemExit as end:
-        print(end.code)
+        print(f"not compared: {end.code}")
+        return False
+    return True
 
 
 def find_gpus() -> list[str]:

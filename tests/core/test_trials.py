@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -275,10 +276,15 @@ def test_plan_of_an_earlier_version_goes_on(make_plan, tmp_path):
 
 def test_failed_run_is_told_others_go_on_and_it_is_tried_again(make_plan, tmp_path):
     plan, out = make_plan(), tmp_path / "out"
+    in_the_way = plan.runs(out)[2].folder
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.touch()
     outcome = run(plan, Scripted(tmp_path, failing="simam-seed0"), out)
-    assert list(outcome.failed) == ["simam-seed0"]
+    assert set(outcome.failed) == {"simam-seed0", "plain-seed1"}
     assert "error: it diverged" in outcome.failed["simam-seed0"]
-    assert len(outcome.finished) == 3
+    assert "File exists" in outcome.failed["plain-seed1"]
+    assert len(outcome.finished) == 2
+    in_the_way.unlink()
     again = run(plan, Scripted(tmp_path), out)
     assert len(again.finished) == 4 and not again.failed
     calls = {r.name: (r.folder / "calls.txt").read_text() for r in plan.runs(out)}
@@ -334,12 +340,24 @@ def test_folder_of_another_plan_is_refused(make_plan, tmp_path):
     out.mkdir()
     write_plan(plan, out)
     assert read_plan(out, plan.request) == plan
+    assert read_plan(out, {"seeds": 1}) is None  # before the first training
+    (out / "runs").mkdir()
+    with pytest.raises(ValueError, match=r"another plan \(seeds was 2 and is 1\)"):
+        read_plan(out, {"seeds": 1})
+    more = read_plan(out, {"seeds": 3})
+    assert more == make_plan(seeds=3, request={"seeds": 3})
+    with pytest.raises(ValueError, match=r"another plan \(seeds was 2 and is 3; steps was None"):
+        read_plan(out, {"seeds": 3, "steps": 9})
+    write_plan(replace(plan, left_out="The budget left out 1 of 3 seeds."), out)
     with pytest.raises(ValueError, match=r"another plan \(seeds was 2 and is 3\)"):
         read_plan(out, {"seeds": 3})
     (out / "plan.json").write_text("{}")
     with pytest.raises(ValueError, match="is no plan of this command"):
         read_plan(out, plan.request)
-    (out / "plan.json").rename(out / "thesis.tex")
+    (out / "plan.json").unlink()
+    (out / "runs").rename(out / "configs")
+    assert read_plan(out, plan.request) is None  # killed before it wrote the plan
+    (out / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds other files and no plan"):
         read_plan(out, plan.request)
 

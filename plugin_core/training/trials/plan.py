@@ -292,7 +292,9 @@ def _flatten(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
 
 
 def read_plan(out: Path, request: Mapping[str, Any]) -> Plan | None:
-    """Read the plan that a folder holds; None if the folder is new or empty.
+    """Read the plan that a folder holds; None if no training has begun in it.
+
+    More seeds than before are added to those of a plan that no budget has cut.
 
     Raises:
         ValueError: if the folder holds another plan, or other files.
@@ -301,7 +303,9 @@ def read_plan(out: Path, request: Mapping[str, Any]) -> Plan | None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: is a file; name a folder")
     if not path.is_file():
-        if out.is_dir() and any(not name.name.startswith(".") for name in out.iterdir()):
+        if out.is_dir() and any(
+            not path.name.startswith(".") and path.name != "configs" for path in out.iterdir()
+        ):
             raise ValueError(f"--out {out}: holds other files and no plan; name a new folder")
         return None
     try:
@@ -309,14 +313,21 @@ def read_plan(out: Path, request: Mapping[str, Any]) -> Plan | None:
         plan = Plan(**{key: content[key] for key in Plan.__dataclass_fields__ if key in content})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: is no plan of this command ({error!r})") from error
-    other = [
-        f"{key} was {plan.request.get(key)!r} and is {request.get(key)!r}"
+    changed = [
+        key
         for key in dict.fromkeys([*plan.request, *request])
         if (plan.request.get(key) or None) != (request.get(key) or None)
     ]
-    if other:
+    if changed and not (out / "runs").exists():
+        return None
+    if changed == ["seeds"] and request["seeds"] > plan.seeds and not plan.left_out:
+        plan.request["seeds"] = plan.seeds = request["seeds"]
+    elif changed:
+        told = (
+            f"{key} was {plan.request.get(key)!r} and is {request.get(key)!r}" for key in changed
+        )
         raise ValueError(
-            f"--out {out}: holds another plan ({'; '.join(other)}); name a new folder, or give "
+            f"--out {out}: holds another plan ({'; '.join(told)}); name a new folder, or give "
             "the same arguments to go on"
         )
     return plan
