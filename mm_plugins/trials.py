@@ -9,7 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -287,7 +287,7 @@ class MMDetectionTrials:
         if "max_iters" in loop:
             return loop.max_iters
         dataset = copy.deepcopy(self.cfg.train_dataloader.dataset)
-        with DefaultScope.overwrite_default_scope(self.scope):
+        with DefaultScope.overwrite_default_scope(self.scope), redirect_stdout(None):
             images = len(DATASETS.build(dataset))
         return loop.max_epochs * math.ceil(images / self.batch_size)
 

@@ -86,7 +86,8 @@ Files = Mapping[str, Sequence[str]]
 Analyse = Callable[[], list[Section]]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, trained: Sequence[Section] = ()) -> None:
+    """Compare; ``trained`` are sections of the report on how the detectors were trained."""
     args = parse_args(argv)
     try:
         files = named_files(args.detector)
@@ -111,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("gt_masks", "pairs", "train_annotations"):
         if given := getattr(args, name):
             settings[name] = str(given)
-    sections += analyse()
+    sections += [*trained, *analyse()]
     report = Report(f"Comparison on {args.annotations}", measured.verdict, sections, settings)
     print(report.terminal())
     try:

@@ -27,7 +27,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from tabulate import tabulate
 from plugin_core.evaluation.coco_files import Source
 from plugin_core.evaluation.comparison.detections import MOST_DETECTIONS
 from plugin_core.evaluation.comparison.inputs import read_truth
+from plugin_core.evaluation.comparison.sections import Section
 from plugin_core.inspection.config_kinds import (
     FRAMEWORKS,
     add_register_coco,
@@ -63,6 +64,7 @@ from plugin_core.training.trials import (
     read_plugins,
     run_all,
     summary,
+    training_section,
     write_plan,
 )
 
@@ -210,11 +212,14 @@ def run(args: argparse.Namespace, framework: Framework, plan: Plan, launcher: La
     print(tabulate(rows, headers, "github", floatfmt=("", ".1f", ".1f", "", "", ".2f"), intfmt=","))
     for name, reason in outcome.failed.items():
         print(f"failed: {name}: {reason}")
-    compared = bool(outcome.finished) and compare(framework, plan, args.out, outcome.finished)
+    trained = training_section(plan, outcome, rows)
+    compared = compare(framework, plan, args.out, outcome.finished, trained)
     return bool(outcome.failed) or not compared
 
 
-def compare(framework: Framework, plan: Plan, out: Path, finished: Any) -> bool:
+def compare(
+    framework: Framework, plan: Plan, out: Path, finished: Collection[str], trained: Section
+) -> bool:
     """Hand the results over to tools/compare_detectors.py, the plain ones first.
 
     Returns whether they could be compared.
@@ -234,7 +239,7 @@ def compare(framework: Framework, plan: Plan, out: Path, finished: Any) -> bool:
         words += ["--images", framework.images]
     words += ["--iou-type", plan.iou_type, "--out", str(out / "comparison")]
     try:
-        compare_detectors.main([plan.annotations, *words])
+        compare_detectors.main([plan.annotations, *words], [trained])
     except SystemExit as end:
         print(f"not compared: {end.code}")
         return False

@@ -248,6 +248,13 @@ def test_all_variants_of_a_seed_begin_with_the_same_weights(make_plan, tmp_path)
     _, rows = trials.summary(plan, outcome, tmp_path / "out")
     row = [pytest.approx(100), 0, "2 of 2", 10, 0.5]
     assert rows == [["plain", *row], ["simam", *row]]
+    outcome.failed["simam-seed2"] = "it diverged"
+    plan.request["plugins"] = ["simam", "mine=my.yaml"]
+    rows[1][4] = 12
+    trained = trials.training_section(plan, outcome, rows)
+    assert "2 steps of 1 images" in trained.text and "config of mine changes" in trained.text
+    assert trained.text.endswith("Failed: simam-seed2.")
+    assert trained.tables[0].rows[1] == ["simam", "2 of 2", 12, 2, 0.5]
 
 
 def test_masks_are_compared_as_masks(make_plan, annotations, tmp_path):

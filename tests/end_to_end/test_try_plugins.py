@@ -70,6 +70,7 @@ def test_killed_trial_goes_on_and_collects_the_results(tool_server, run_tool, ar
         assert run["finished"]["AP"] >= 0
         assert isinstance(json.loads((out / run["results"]).read_text()), list)
     report = json.loads((out / "comparison/report.json").read_text())
+    assert "Each training has 2 steps of 2 images." in (out / "comparison/report.md").read_text()
     (costs,) = (s["data"] for s in report["sections"] if s["title"] == "What it costs")
     assert costs["simam"]["parameters"] > costs["plain"]["parameters"] > 0
     assert all(len(cost["seconds"]["1"]) >= 3 for cost in costs.values())

@@ -32,6 +32,7 @@ from plugin_core.training.trials.running import (
     measure,
     run_all,
     summary,
+    training_section,
 )
 from plugin_core.training.trials.slurm import SlurmLauncher
 
@@ -64,6 +65,7 @@ __all__ = [
     "run_all",
     "summary",
     "tail",
+    "training_section",
     "write_plan",
     "write_text",
 ]

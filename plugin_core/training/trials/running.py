@@ -8,7 +8,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from plugin_core.evaluation.coco_files import Source, read_results
 from plugin_core.evaluation.comparison.accuracy import accuracy
 from plugin_core.evaluation.comparison.detections import Detections, Truth
 from plugin_core.evaluation.comparison.inputs import read_truth
+from plugin_core.evaluation.comparison.sections import Section, Table
 from plugin_core.inspection.building import silence
 from plugin_core.training.errors import RunError
 from plugin_core.training.trials.plan import (
@@ -249,3 +250,27 @@ def summary(plan: Plan, outcome: Outcome, out: Path) -> tuple[list[str], list[li
             ]
         )
     return headers, rows
+
+
+def training_section(plan: Plan, outcome: Outcome, rows: Sequence[Sequence[Any]]) -> Section:
+    """Say in the report what the trainings have in common, and lay out what differs.
+
+    Args:
+        plan: of the trial.
+        outcome: of its runs.
+        rows: of :func:`summary`.
+    """
+    text = [
+        f"Each training has {plan.steps:,} steps of {plan.batch_size} images. Those of a seed "
+        "begin with the same weights but for the plugin's own, and see the same images in the "
+        "same order."
+    ]
+    if own := [name.partition("=")[0] for name in plan.request.get("plugins", []) if "=" in name]:
+        text.append(f"What else the config of {', '.join(own)} changes is up to its author.")
+    text += filter(None, [plan.control, plan.left_out])
+    if outcome.failed:
+        text.append(f"Failed: {', '.join(outcome.failed)}.")
+    plain = rows[0][4]
+    headers = ["detector", "seeds", "parameters", "more than plain", "s/step"]
+    cells = [[label, seeds, n, n - plain, time] for label, _, _, seeds, n, time in rows]
+    return Section("Training", " ".join(text), [Table("Trainings", headers, cells, decimals=3)])
