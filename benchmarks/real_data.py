@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import yaml
 
+from plugin_core.files import replacing
 from plugin_core.training.trials import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,9 +80,11 @@ def write_config(args: argparse.Namespace) -> Path:
     if not weights.is_file():
         if args.weights.suffix == ".npz":
             arrays = np.load(args.weights)
-            torch.save({name: torch.from_numpy(arrays[name]) for name in arrays}, weights)
+            with replacing(weights) as file:
+                torch.save({name: torch.from_numpy(arrays[name]) for name in arrays}, file)
         else:
-            shutil.copyfile(args.weights, weights)
+            with replacing(weights) as file:
+                file.write(args.weights.read_bytes())
     if args.framework == "detectron2":
         converted = weights.with_name("resnet18_d2.pth")
         if not converted.is_file():

@@ -189,15 +189,16 @@ class Detectron2Trials:
             "OUTPUT_DIR": str(folder.absolute()),
             "SEED": run.seed if run else 0,
             "TEST": {"EVAL_PERIOD": 0},  # at the end alone
+            # A run that is killed goes on from the last one.
+            "SOLVER": {"CHECKPOINT_PERIOD": min(solver.CHECKPOINT_PERIOD, max(1, steps // 4))},
         }
         if steps != self.own_steps:
             factor = steps / self.own_steps
             milestones = {round(step * factor) for step in solver.STEPS}
-            settings["SOLVER"] = {
+            settings["SOLVER"] |= {
                 "MAX_ITER": steps,
                 "STEPS": sorted(step for step in milestones if 0 < step < steps),
                 "WARMUP_ITERS": round(solver.WARMUP_ITERS * factor),
-                "CHECKPOINT_PERIOD": min(solver.CHECKPOINT_PERIOD, max(1, steps // 4)),
             }
         if run is None:
             settings["DATASETS"] = {"TEST": []}
