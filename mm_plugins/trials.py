@@ -294,7 +294,9 @@ class MMDetectionTrials:
     def command(self, config: Path, folder: Path, steps: int) -> list[str]:
         if last := self.weights(folder, steps):
             return [sys.executable, str(TOOLS / "test_mmdet.py"), str(config), str(last)]
-        return [sys.executable, str(TOOLS / "train_mmdet.py"), str(config), "--resume"]
+        # Where there is nothing to go on from, --resume would leave out load_from.
+        resume = ["--resume"] if any(folder.glob("*.pth")) else []
+        return [sys.executable, str(TOOLS / "train_mmdet.py"), str(config), *resume]
 
     def log(self, folder: Path) -> list[dict[str, float]]:
         records = []

@@ -258,6 +258,10 @@ def test_own_length_keeps_the_schedule_and_evaluates_at_its_end(make, tmp_path):
     assert settings["param_scheduler"] == plain["param_scheduler"]
     assert settings["train_cfg"] == {**plain["train_cfg"], "val_interval": 12}
     assert settings["test_evaluator"] == settings["val_evaluator"]
+    # MMDetection's --resume drops the initial weights
+    assert "--resume" not in trial.command(path, tmp_path, trial.steps)
+    (tmp_path / "epoch_1.pth").touch()
+    assert "--resume" in trial.command(path, tmp_path, trial.steps)
     (tmp_path / "epoch_12.pth").touch()
     assert trial.command(path, tmp_path, trial.steps)[1].endswith("test_mmdet.py")
     # What a budget has shortened
