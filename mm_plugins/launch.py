@@ -116,6 +116,8 @@ def _arrange_resume(args: argparse.Namespace, cfg: Config) -> tuple[list[str], s
     ]
     if path is None:
         told = f"--resume: there is no checkpoint in {folder!r}; training begins anew"
+        if cfg.get("load_from"):  # which MMDetection's script leaves out then
+            told += ", without load_from; leave out --resume to begin with it"
         return [*warnings, told], None
     sys.argv += ["--resume", path]
     return [*warnings, f"--resume: going on from {path!r}"], path
