@@ -187,9 +187,10 @@ def show(framework: Framework, plan: Plan, out: Path) -> None:
 
 def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     """Print the number of runs and the estimated time."""
-    time = f"about {duration(plan.total(args.jobs))}" if plan.seconds_a_step else "not measured"
+    left = duration(plan.left(args.jobs, args.out))
+    time = f"about {left}" if plan.seconds_a_step else "not measured"
     finished = sum(run.finished() is not None for run in plan.runs(args.out))
-    time += f"; finished before: {finished}" if finished else ""
+    time += f" for the rest; finished before: {finished}" if finished else ""
     print(
         f"{len(plan.labels)} variants × {plan.seeds} seeds = {len(plan.labels) * plan.seeds} runs "
         f"of {plan.steps:,} steps, {args.jobs} at a time; time: {time}. {plan.left_out}".rstrip(),

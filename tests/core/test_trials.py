@@ -194,12 +194,19 @@ def test_difference_shows_the_settings_that_differ_alone():
     assert trials.difference(before, after) == expected
 
 
-def test_estimate_counts_steps_evaluation_and_the_rest(make_plan):
+def test_estimate_counts_steps_evaluation_and_the_rest(make_plan, tmp_path):
     plan = make_plan(
         steps=100, test_images=30, seconds_a_step={"plain": 1.0, "simam": 2.0}, overhead=5.0
     )
     assert plan.seconds("plain") == pytest.approx(5 + 100 + 10)
     assert plan.total(jobs=2) == pytest.approx(2 * (5 + 110 + 5 + 220) / 2)
+    assert plan.total(jobs=3) == plan.total(jobs=2)  # one run is alone after three
+    assert plan.left(2, tmp_path) == plan.total(2)
+    for run in plan.runs(tmp_path)[:2]:
+        for file in (run.marker, run.results):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
+    assert plan.left(2, tmp_path) == plan.total(2) / 2
 
 
 def test_measurement_takes_the_median_step_of_each_variant_and_leaves_nothing(make_plan, tmp_path):

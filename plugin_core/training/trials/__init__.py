@@ -1,14 +1,16 @@
 """Trying plugins on one's own data; it knows neither framework."""
 
+from plugin_core.training.trials.configs import (
+    config_path,
+    derive_configs,
+    difference,
+    digest,
+)
 from plugin_core.training.trials.control import PlainConvolutions
 from plugin_core.training.trials.plan import (
     Framework,
     Plan,
     Run,
-    config_path,
-    derive_configs,
-    difference,
-    digest,
     duration,
     measures_time,
     read_duration,

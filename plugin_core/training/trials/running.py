@@ -23,11 +23,11 @@ from plugin_core.evaluation.comparison.inputs import read_truth
 from plugin_core.evaluation.comparison.sections import Section, Table
 from plugin_core.inspection.building import silence
 from plugin_core.training.errors import RunError
+from plugin_core.training.trials.configs import config_path
 from plugin_core.training.trials.plan import (
     Framework,
     Plan,
     Run,
-    config_path,
     write_plan,
     write_text,
 )
