@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 from comparison_cases import random_case
+from scipy.special import stdtrit
 
 from plugin_core.evaluation.comparison.bootstrap import (
     TRUE,
@@ -108,7 +109,7 @@ def test_equal_detectors_do_not_differ():
         (d.low, d.high) == (0, 0) and d.p == pytest.approx(1) for d in measured if d.p == d.p
     )
     assert math.isnan(differences[-2].low) and math.isnan(differences[-2].p_holm)  # never there
-    assert spread == Spread(0, (None, None))
+    assert spread == Spread(0, (None, None), images[0])
 
 
 def test_a_class_in_one_image_has_no_interval():
@@ -129,7 +130,7 @@ def test_seeds_widen_the_interval_as_student_says():
     # Nothing but the seeds: 40 ± 1 against 41 ± 1, three each, has a standard error of √(2/3).
     baseline, other = ([np.full((1, 9), m + d) for d in (-1.0, 0, 1)] for m in (40, 41))
     differences, spread = compare(baseline, other, ["AP"], [], np.array([1000]))
-    assert differences[0].difference == 1 and spread == Spread(0, (1, 1))
+    assert differences[0].difference == 1 and spread == Spread(0, (1, 1), 1000)
     error = (differences[0].high - differences[0].low) / 2
     assert error == pytest.approx(2.776445 * math.sqrt(2 / 3))  # of 4 degrees of freedom
     assert differences[0].p == pytest.approx(0.287864, abs=1e-5)  # Student's, as scipy has it
@@ -274,8 +275,31 @@ def test_the_first_sentence_says_whether_any_detector_beats_the_noise(seeds, num
 
 
 def test_so_many_seeds_find_the_difference_in_80_percent_of_cases():
-    spread = Spread(0.1, (0.5, 0.7))
-    seeds = seeds_needed(0.6, spread)
-    error = math.sqrt(0.1**2 + (0.5**2 + 0.7**2) / seeds)
-    found = 1 + np.abs(np.random.default_rng(0).normal(0.6, error, 20000)) // (1.96 * error)
-    assert 0.79 <= np.mean(found > 1) <= 0.84
+    # Few seeds tell their spread badly, so that Student's distribution asks for more of them
+    rng, apart, images = np.random.default_rng(0), (0.5, 0.7), 0.1
+    for difference in (0.6, 1.5):
+        seeds = seeds_needed(difference, Spread(images, apart))
+        first, second = (rng.normal(0, one, (20000, seeds)) for one in apart)
+        variances = [one.var(axis=1, ddof=1) / seeds for one in (first, second)]
+        whole = images**2 + sum(variances)
+        freedom = whole**2 / (sum(one**2 for one in variances) / (seeds - 1))
+        by = difference + second.mean(1) - first.mean(1) + rng.normal(0, images, 20000)
+        found = np.abs(by) > stdtrit(freedom, 0.975) * np.sqrt(whole)
+        assert 0.76 <= np.mean(found) <= 0.88, (difference, seeds)
+
+
+def test_seeds_needed_are_more_than_those_that_did_not_tell():
+    # Three seeds each, 40 ± 0.2 against 45.5 ± 2.8: by the normal distribution, they would do
+    baseline = [np.full((1, 9), 40 + d) for d in (-0.2, 0, 0.2)]
+    other = [np.full((1, 9), 45.5 + d) for d in (-2.8, 0, 2.8)]
+    differences, spread = compare(baseline, other, ["AP"], [], np.array([1000]))
+    assert differences[0].p > 0.05 and seeds_needed(differences[0].difference, spread) > 3
+    assert seeds_needed(-differences[0].difference, spread) > 3
+
+
+def test_seeds_that_the_images_explain_almost_do_not_make_the_interval_endless():
+    # Three seeds apart by 1, and by 0.97 or so in the resamples, where they move against each other
+    moved = np.r_[0, np.random.default_rng(0).normal(0, 0.97, 20000)]
+    baseline, other = ([(mean + d * (1 + moved))[None] for d in (-1.0, 0, 1)] for mean in (40, 44))
+    difference = compare(baseline, other, ["AP"], [], np.array([1000]))[0][0]
+    assert 2 < difference.low and difference.high < 6 and difference.p < 0.05

@@ -13,7 +13,9 @@ p is Student's, with the degrees of freedom of Welch and Satterthwaite (Satterth
 
     (whole variance)² / (V² / (n-1) + sum of (s² / S)² / (S-1))
 
-The sum is over the detectors whose seeds add something.
+The sum is over the detectors whose seeds add something. As the w that is taken away makes the whole
+variance small, this may fall below each of the n-1 and S-1 in it; the least of them takes its place
+then.
 """
 
 from __future__ import annotations
@@ -60,10 +62,12 @@ class Spread:
         over_images: standard error from the images alone.
         over_seeds: standard deviations between the baseline's seeds and between the other
             detector's; None where there is one seed.
+        images: number of images with objects.
     """
 
     over_images: float
     over_seeds: tuple[float | None, float | None]
+    images: float = math.inf
 
 
 def compare(
@@ -115,7 +119,7 @@ def compare(
     ]
     spreads = [float(values[:, 0, 0].std(ddof=1)) if len(values) > 1 else None for values in both]
     of_main = float(by_images[0]) if 0 in known else math.nan
-    return differences, Spread(of_main, (spreads[0], spreads[1]))
+    return differences, Spread(of_main, (spreads[0], spreads[1]), int(images[0]))
 
 
 def _errors(
@@ -125,6 +129,7 @@ def _errors(
     by_images = np.nanvar(over_images[known], axis=1, ddof=1) * images / (images - 1)
     whole = by_images
     uncertain = by_images**2 / (images - 1)
+    least = images - 1
     for values in both:
         seeds = len(values)
         if seeds > 1:
@@ -135,8 +140,9 @@ def _errors(
             added = np.maximum(0, between - explained) / seeds
             whole = whole + added
             uncertain = uncertain + (added > 0) * (between / seeds) ** 2 / (seeds - 1)
+            least = np.where(added > 0, np.minimum(least, seeds - 1), least)
     freedom = np.divide(whole**2, uncertain, out=np.ones_like(whole), where=uncertain > 0)
-    return np.sqrt(by_images), np.sqrt(whole), freedom
+    return np.sqrt(by_images), np.sqrt(whole), np.maximum(freedom, least)
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+from scipy.special import stdtrit
+
 from plugin_core.evaluation.comparison.significance import LEVEL, Difference, Spread
 
-NORMAL = 1.959964  # 97.5% quantile of the normal distribution
-POWER = 0.841621  # 80% quantile
+POWER = 0.8  # share of cases in which so many seeds tell the difference
 MANY = 1000  # seeds that nobody trains
 
 
@@ -94,17 +96,34 @@ def seeds_needed(difference: float, spread: Spread) -> float:
         spread: with the standard deviations between seeds of both detectors.
 
     Returns:
-        at least 2; infinite if the images alone leave too much to chance.
+        at least 2, or ``MANY + 1`` for more than ``MANY``; infinite if the images alone leave too
+        much to chance.
     """
     first, second = spread.over_seeds
     if first is None or second is None:
         raise ValueError("spread.over_seeds: both detectors need several seeds")
-    # That much may the standard error be
-    left = (difference / (NORMAL + POWER)) ** 2 - spread.over_images**2
-    return max(2, math.ceil((first**2 + second**2) / left)) if left > 0 else math.inf
+    of_images, seeds = spread.over_images**2, np.arange(2, MANY + 1)
+    free = max(1.0, spread.images - 1)
+    of_seeds = (first**2 + second**2) / seeds
+    uncertain = of_images**2 / free + (first**4 + second**4) / seeds**2 / (seeds - 1)
+    # What the difference must be, by Student's distribution as in significance.compare
+    needed = _quantiles((of_images + of_seeds) ** 2 / np.maximum(uncertain, 1e-30))
+    enough = np.flatnonzero(abs(difference) >= needed * np.sqrt(of_images + of_seeds))
+    if len(enough):
+        return int(seeds[enough[0]])
+    limit = _quantiles(np.array(free)) * spread.over_images
+    return MANY + 1 if abs(difference) > limit else math.inf
+
+
+def _quantiles(freedom: np.ndarray) -> np.ndarray:
+    """How many standard errors leave out 0 in ``POWER`` of the cases."""
+    freedom = np.minimum(freedom, 1e9)  # stdtrit has none for infinity
+    return stdtrit(freedom, 0.975) + stdtrit(freedom, POWER)
 
 
 def _what_would(difference: Difference, spread: Spread) -> str:
+    if math.isnan(spread.over_images):
+        return ""
     if None in spread.over_seeds:
         return "; how many seeds would tell is known only with several seeds of both"
     needed = seeds_needed(difference.difference, spread)
