@@ -39,7 +39,7 @@ def make_folder(option: str, folder: Path) -> None:
         folder: may be there already.
 
     Raises:
-        ValueError: if a file is in its place.
+        ValueError: if a file is in its place, or it cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,8 @@ def make_folder(option: str, folder: Path) -> None:
         raise ValueError(
             f"{option} {folder}: {error.filename!r} is a file, not a folder"
         ) from error
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: {error.strerror}") from error
 
 
 def file_state(path: str | os.PathLike[str]) -> tuple[int, int]:

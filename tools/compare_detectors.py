@@ -41,6 +41,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -49,7 +50,7 @@ from plugin_core.evaluation.companions import choose_companions
 from plugin_core.evaluation.comparison import panoptic
 from plugin_core.evaluation.comparison.bias import contextual_bias
 from plugin_core.evaluation.comparison.calibration import calibration
-from plugin_core.evaluation.comparison.confusion import check_score_threshold, confusion
+from plugin_core.evaluation.comparison.confusion import confusion
 from plugin_core.evaluation.comparison.costs import cost_section, measure_costs, pick_images
 from plugin_core.evaluation.comparison.curves import curves
 from plugin_core.evaluation.comparison.detections import MOST_DETECTIONS, Truth
@@ -133,9 +134,14 @@ def check(args: argparse.Namespace, detectors: int) -> None:
         raise ValueError(f"--resamples {args.resamples}: expected at least 100")
     if args.fail_below is not None and (math.isnan(args.fail_below) or detectors < 2):
         raise ValueError("--fail-below: expected a number, and a detector beside the baseline")
-    check_score_threshold(args.score_threshold)
+    if not 0 <= args.score_threshold <= 1:
+        raise ValueError(f"--score-threshold {args.score_threshold}: expected a number from 0 to 1")
     if args.images and not args.images.is_dir():
         raise ValueError(f"--images {args.images}: there is no such folder")
+    if args.images and args.iou_type == "panoptic":
+        raise ValueError("--images: --iou-type panoptic takes PNGs of segments alone")
+    if args.gt_masks and args.iou_type != "panoptic":
+        raise ValueError(f"--gt-masks: not of --iou-type {args.iou_type}")
     if args.log:
         check_log(args.log)
     if (args.pairs or args.train_annotations) and args.iou_type not in GEOMETRY:
@@ -167,6 +173,9 @@ def of_objects(files: Files, args: argparse.Namespace) -> tuple[Measured, Analys
     models = read_models(args.config, seeds)
     annotations = Source("annotations", args.annotations)
     content = read_truth(annotations, args.iou_type)
+    if args.images and not pick_images(content, args.images):
+        first = content["images"][0].get("file_name")
+        raise ValueError(f"--images {args.images}: has none of GT's images, as {first!r}")
     companions = None
     if args.pairs or args.train_annotations:
         companions = choose_companions(
@@ -195,11 +204,15 @@ def of_objects(files: Files, args: argparse.Namespace) -> tuple[Measured, Analys
             sections.append(beside)
         if models:
             sections.append(costs(models, content, measured, args))
-        sections += analyses(detectors, args)
+        of_first_seeds = analyses(detectors, args)
         if companions:
-            threshold = args.score_threshold
-            sections.append(contextual_bias(detectors, content, annotations, companions, threshold))
-        return sections
+            of_first_seeds.append(
+                contextual_bias(detectors, content, annotations, companions, args.score_threshold)
+            )
+        if any(len(one.seeds) > 1 for one in detectors):
+            said = "Of the first seed of each detector, and not the mean over its seeds."
+            of_first_seeds = [replace(one, text=f"{one.text} {said}") for one in of_first_seeds]
+        return sections + of_first_seeds
 
     return measured, analyse
 

@@ -17,6 +17,7 @@ from plugin_core.evaluation.comparison.accuracy import Accuracy, accuracy
 from plugin_core.evaluation.comparison.detections import Detections, Truth
 from plugin_core.evaluation.comparison.evaluations import Checkpoint, read_seeds
 from plugin_core.evaluation.comparison.inputs import named_files
+from plugin_core.evaluation.comparison.sections import Section
 
 BOXES = [[10 + 7 * i, 12, 20 + 3 * i, 30] for i in range(6)]
 
@@ -179,6 +180,16 @@ def test_files_of_one_name_are_seeds(inputs, capsys):
     assert report_of(inputs)["sections"][1]["data"]["triplet"]["spread"] == spread
 
 
+def test_sections_of_a_first_seed_say_so_beside_means_over_seeds(inputs, monkeypatch):
+    monkeypatch.setattr(compare_detectors, "analyses", lambda *_: [Section("Errors", "Of kinds.")])
+    texts = []
+    for plain in ("poor", "poor,other_poor"):
+        compare_detectors.main(inputs.options(f"plain={plain}"))
+        texts.append(report_of(inputs)["sections"][-1]["text"])
+    assert texts[0] == "Of kinds."
+    assert texts[1].startswith("Of kinds. Of the first seed of each detector")
+
+
 @pytest.mark.usefixtures("numbers_alone")
 def test_the_noise_of_the_baseline_comes_first(inputs):
     compare_detectors.main(
@@ -338,6 +349,11 @@ def test_masks_of_another_size_are_of_another_dataset(inputs):
             "--pairs and --train-annotations: not of --iou-type keypoints",
         ),
         (["--resamples", "5"], "--resamples 5: expected at least 100"),
+        (["--score-threshold", "nan"], "--score-threshold nan: expected a number from 0 to 1"),
+        (["--images", "."], "--images .: has none of GT's images, as '1.png'"),
+        (["--images", ".", "--iou-type", "panoptic"], "--images: --iou-type panoptic takes PNGs"),
+        (["--gt-masks", "."], "--gt-masks: not of --iou-type bbox"),
+        (["--out", "/proc/none/x"], "--out /proc/none/x: No such file or directory"),
         (["--fail-below", "1"], "--fail-below: expected a number, and a detector beside"),
     ],
 )
@@ -352,6 +368,8 @@ def test_bad_options_are_named(inputs, options, expected):
         ("a={0}/a.py:b.pth", "--detector a: there is no checkpoint 'b.pth'"),
         ("a={0}/a.yaml:{0}/a.pth,b.pth", "--detector a: there is no checkpoint 'b.pth'"),
         ("a={0}/a.yaml:{0}/a.pth,{0}/a.pth", "--detector a: {0}/a.pth is given twice"),
+        ("a={0}/a.yaml", "--detector a: {0}/a.yaml is neither results (.json) nor CONFIG:WEIG"),
+        ("a={0}/a.pth", "--detector a: {0}/a.pth is neither results (.json) nor CONFIG:WEIGHTS"),
         ("a={0}/a.yaml:{0}/a.pth", "--detector a: a checkpoint is evaluated on the images of --im"),
     ],
 )

@@ -79,6 +79,10 @@ def read_seeds(files: Mapping[str, Sequence[str]]) -> dict[str, list[str | Check
                 seed: str | Checkpoint = _checked(
                     found[2] if found else file, config, f"--detector {name}"
                 )
+            elif file.endswith((".yaml", ".yml", ".py", ".pth", ".pkl")):
+                raise ValueError(
+                    f"--detector {name}: {file} is neither results (.json) nor CONFIG:WEIGHTS"
+                )
             else:
                 seed = file
             if seed in seeds.setdefault(name, []):
