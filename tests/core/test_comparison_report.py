@@ -141,6 +141,18 @@ def test_tables_of_one_title_have_different_labels():
     assert r"\label{tab:ap}" in text and r"\label{tab:ap-2}" in text
 
 
+def test_columns_of_numbers_are_right_aligned_with_deviations_and_p_values():
+    rows = [["a", "41.2 ± 0.3", "< 0.001", "0.0 to 0.1"], ["b", 40.0, None, "0.1 to 0.2"]]
+    text = Report("t", "", [Section("s", tables=[Table("AP", [*"nApb"], rows)])]).latex()
+    assert r"\begin{tabular}{lrrl}" in text
+
+
+def test_each_line_of_the_verdict_stays_one():
+    two = Report("t", "None beats it.\na is worse.", [])
+    assert "**None beats it.**\n\n**a is worse.**" in two.markdown()
+    assert "None beats it.\na is worse." in two.html() and "pre-line" in two.html()
+
+
 def test_terminal_shows_the_verdict_and_the_first_table_alone():
     text = report().terminal()
     assert text.startswith(f"{ODD}\n\nNot told apart.\n\ndetector")

@@ -65,11 +65,12 @@ def confusion(detectors: Mapping[str, Detections], score_threshold: float = 0.3)
                 "Number of objects, by detector.",
             ),
             Table(
-                "Most often missed, or seen where nothing is",
+                "Objects most often missed, and detections most often left over",
                 headers,
                 worst(with_background),
                 f"Number of objects that nothing found (detected as {BACKGROUND}), and of "
-                f"detections that found nothing (object: {BACKGROUND}).",
+                f"detections that found nothing (object: {BACKGROUND}): there is none, or another "
+                "detection has found it.",
             ),
         ],
         [Figure("Confusion matrix", _draw(matrices, names, between), _shown(len(names)))],
@@ -122,11 +123,13 @@ def _draw(matrices: Mapping[str, np.ndarray], names: Sequence[str], between: np.
     chosen = [*np.sort(most), len(names) - 1]
     labels = [no_formula(names[i]) for i in chosen]
     norm = PowerNorm(0.5, 0, 100)  # a few percent must be seen
-    side = 1.6 + 0.22 * len(chosen)
-    figure = new_figure(side * len(matrices) + 0.8, side + 0.4)
-    for axes, (name, matrix) in zip(
-        figure.subplots(1, len(matrices), squeeze=False)[0], matrices.items(), strict=True
-    ):
+    side, columns = 1.6 + 0.22 * len(chosen), min(2, len(matrices))
+    lines = -(-len(matrices) // columns)
+    figure = new_figure(side * columns + 0.8, (side + 0.4) * lines)
+    places = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axes in places[len(matrices) :]:
+        axes.set_axis_off()
+    for axes, (name, matrix) in zip(places, matrices.items(), strict=False):
         shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
         image = axes.imshow(shares[np.ix_(chosen, chosen)], cmap="Blues", norm=norm)
         axes.set_xticks(range(len(chosen)), labels, rotation=90, fontsize=7)

@@ -65,7 +65,7 @@ class Measured:
 
     @property
     def verdict(self) -> str:
-        """Whether any detector beats the baseline, then a sentence for each."""
+        """Whether any detector beats the baseline, then a line for each."""
         if not self.compared:
             return ""
         baseline, *_ = self.accuracies
@@ -73,7 +73,7 @@ class Measured:
         noise = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         differences = {name: one.main for name, one in self.compared.items()}
         first = overall(baseline, len(values), differences, noise)
-        return " ".join([first, *(one.verdict for one in self.compared.values())]).strip()
+        return "\n".join([first, *(one.verdict for one in self.compared.values())]).strip()
 
     @property
     def main(self) -> str:
@@ -170,7 +170,10 @@ def accuracy_section(measured: Measured) -> Section:
         [k, *(_over_seeds([a.by_class[k][main] for a in measured.accuracies[n]]) for n in names)]
         for k in measured.classes
     ]
-    note = "Mean ± standard deviation over the seeds." if seeds > 1 else ""
+    note = ""
+    if seeds > 1:
+        numbers = ", ".join(f"{n} {len(of)}" for n, of in measured.accuracies.items())
+        note = f"Mean ± standard deviation over the seeds: {numbers}."
     return Section(
         "Accuracy",
         _DESCRIPTIONS[main],

@@ -19,6 +19,7 @@ from plugin_core.evaluation.comparison.sections import Section, Table
 from plugin_core.files import replacing
 
 LONG = 25  # rows of a table that HTML shows only on demand
+_NUMBER = re.compile(r"(< )?-?\d+\.\d+( ± \d+\.\d+)?")  # "< 0.001", "41.2 ± 0.3"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Report:
 
     Args:
         title: of the report.
-        verdict: its first sentence, plain text.
+        verdict: its first lines, plain text.
         sections: in order; the first table of the first one is the short table.
         settings: of the comparison, by name.
     """
@@ -72,7 +73,7 @@ class Report:
 
     def markdown(self) -> str:
         """Return the report as Markdown; it shows the pictures of the folder figures."""
-        parts = [f"# {_markdown(self.title)}", _bold(self.verdict)]
+        parts = [f"# {_markdown(self.title)}", *map(_bold, self.verdict.splitlines())]
         for section, names in zip(self.sections, self._figures(), strict=True):
             parts += [f"## {_markdown(section.title)}", *map(_markdown, _paragraphs(section.text))]
             for table in section.tables:
@@ -186,10 +187,12 @@ def _cells(table: Table, escape: Callable[[str], str]) -> list[list[str]]:
 
 
 def _numeric(table: Table) -> list[bool]:
-    """Tell which columns hold numbers alone, and belong to the right."""
+    """Tell which columns hold numbers alone, as texts or not, and belong to the right."""
     columns = [[row[i] for row in table.rows] for i in range(len(table.headers))]
     return [
-        bool(column) and not any(isinstance(value, str) for value in column) for column in columns
+        bool(column)
+        and all(not isinstance(value, str) or _NUMBER.fullmatch(value) for value in column)
+        for column in columns
     ]
 
 
@@ -313,9 +316,10 @@ _PAGE = """<!DOCTYPE html>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff;
  max-width: 62rem; margin: 0 auto; padding: 1rem 1.5rem 4rem; }}
 h1 {{ line-height: 1.2; margin-bottom: 0.5rem; }}
+h1, p, figcaption {{ overflow-wrap: anywhere; }}
 h2 {{ margin-top: 3rem; padding-bottom: 0.25rem; border-bottom: 1px solid #ccc; }}
 .verdict {{ font-size: 1.15rem; padding: 0.75rem 1rem; background: #eef4fb;
- border-left: 4px solid #2b6cb0; }}
+ border-left: 4px solid #2b6cb0; white-space: pre-line; }}
 nav ul {{ columns: 2; padding-left: 1.2rem; }}
 a {{ color: #2b5f9e; }}
 .wide {{ overflow-x: auto; margin-top: 1.5rem; }}
@@ -326,7 +330,7 @@ thead th {{ border-top: 2px solid #1b1b1b; border-bottom: 1px solid #1b1b1b; }}
 tbody th {{ font-weight: normal; }}
 tbody tr:nth-child(even) {{ background: #f6f6f6; }}
 tbody tr:last-child > * {{ border-bottom: 2px solid #1b1b1b; }}
-.number {{ text-align: right; }}
+.number {{ text-align: right; white-space: nowrap; }}
 .note, figcaption {{ color: #555; font-size: 0.85rem; margin-top: 0.4rem; }}
 figure {{ margin: 1.5rem 0; }}
 img {{ max-width: 100%; height: auto; }}
