@@ -41,6 +41,7 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -90,18 +91,23 @@ Analyse = Callable[[], list[Section]]
 def main(argv: Sequence[str] | None = None, trained: Sequence[Section] = ()) -> None:
     """Compare; ``trained`` are sections of the report on how the detectors were trained."""
     args = parse_args(argv)
+    new = not args.out.exists()
     try:
         files = named_files(args.detector)
         check(args, len(files))
         compare = of_segments if args.iou_type == "panoptic" else of_objects
         measured, analyse = compare(files, args)
+        sections = [accuracy_section(measured)]
+        if measured.compared:
+            sections.append(differences_section(measured))
+        sections += [*trained, *analyse()]
     except (OSError, ValueError) as error:
+        if new:
+            with suppress(OSError):  # of a folder that is not empty
+                args.out.rmdir()
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")
-    sections = [accuracy_section(measured)]
-    if measured.compared:
-        sections.append(differences_section(measured))
     settings = {
         "annotations": args.annotations,
         "detectors": files,
@@ -110,10 +116,9 @@ def main(argv: Sequence[str] | None = None, trained: Sequence[Section] = ()) -> 
         "score_threshold": args.score_threshold,
         "fail_below": args.fail_below,
     }
-    for name in ("gt_masks", "pairs", "train_annotations"):
+    for name in ("gt_masks", "images", "config", "pairs", "train_annotations"):
         if given := getattr(args, name):
-            settings[name] = str(given)
-    sections += [*trained, *analyse()]
+            settings[name] = given if isinstance(given, list) else str(given)
     report = Report(f"Comparison on {args.annotations}", measured.verdict, sections, settings)
     print(report.terminal())
     try:

@@ -118,6 +118,10 @@ def test_the_better_detector_is_called_so(inputs, capsys):
     assert ap["metric"] == "AP" and 0 < ap["low"] < ap["difference"] < ap["high"]
     classes = [d["class_name"] for d in differences["triplet"]["differences"] if d["class_name"]]
     assert classes == ["cup", "table"]
+    assert report["sections"][0]["text"].endswith(" On 12 images with 24 objects.")
+    of_classes = [section["tables"][-1] for section in report["sections"][:2]]
+    assert all(table["headers"][:2] == ["class", "objects"] for table in of_classes)
+    assert all(table["rows"][0][:2] == ["cup", 12] for table in of_classes)
 
 
 def test_report_shows_where_the_difference_comes_from(inputs, tmp_path):

@@ -158,7 +158,7 @@ def test_bad_predictions_are_named(inputs, change, expected):
     message = str(stop.value.code)
     assert message.startswith("error: --detector b ") and "\n" not in message
     assert expected in message
-    assert not (inputs.folder / "out" / "report.json").exists()
+    assert not (inputs.folder / "out").exists()
 
 
 def test_pngs_of_the_ground_truth_may_be_elsewhere(inputs, capsys):

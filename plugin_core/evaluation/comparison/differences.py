@@ -54,13 +54,15 @@ class Measured:
     Attributes:
         accuracies: detector → one for each seed; the baseline is first.
         compared: every other detector → its comparison with the baseline.
-        classes: names of the classes.
+        images: number of images.
+        classes: class → number of its objects that are to be found.
         resamples: number of resamples.
     """
 
     accuracies: Mapping[str, Sequence[Accuracy]]
     compared: Mapping[str, Compared]
-    classes: Sequence[str]
+    images: int
+    classes: Mapping[str, int]
     resamples: int
 
     @property
@@ -105,15 +107,17 @@ def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
                 for known, one in zip(accuracies[detector.name], matches, strict=True)
             ]
             images = images_with_objects(matches[0])
-    return measured_of(accuracies, values, images, truth.names, resamples)
+    objects = truth.objects_of_class(truth.wanted[0]).tolist()
+    classes = dict(zip(truth.names, objects, strict=True))
+    return measured_of(accuracies, values, images, classes, weights)
 
 
 def measured_of(
     accuracies: Mapping[str, Sequence[Accuracy]],
     values: Mapping[str, Sequence[np.ndarray]],
     images: np.ndarray,
-    classes: Sequence[str],
-    resamples: int,
+    classes: Mapping[str, int],
+    weights: np.ndarray,
 ) -> Measured:
     """Compare each detector with the first.
 
@@ -122,14 +126,16 @@ def measured_of(
         values: detector → for each seed the numbers and those of the resamples, in the rows of
             :func:`significance.compare`.
         images: number of images that each row is measured on.
-        classes: names of the classes.
-        resamples: number of resamples.
+        classes: class → number of its objects that are to be found.
+        weights: of the images in the resamples (resamples, images).
     """
-    measured = Measured(accuracies, {}, classes, resamples)
+    resamples, num_images = weights.shape
+    measured = Measured(accuracies, {}, num_images, classes, resamples)
     baseline, *others = accuracies
     metrics = list(accuracies[baseline][0].metrics)
     pairs = {
-        name: compare(values[baseline], values[name], metrics, classes, images) for name in others
+        name: compare(values[baseline], values[name], metrics, [*classes], images)
+        for name in others
     }
     return replace(measured, compared=judge(measured, pairs))
 
@@ -167,8 +173,11 @@ def accuracy_section(measured: Measured) -> Section:
         for name in names
     ]
     by_class = [
-        [k, *(_over_seeds([a.by_class[k][main] for a in measured.accuracies[n]]) for n in names)]
-        for k in measured.classes
+        [
+            *(k, objects),
+            *(_over_seeds([a.by_class[k][main] for a in measured.accuracies[n]]) for n in names),
+        ]
+        for k, objects in measured.classes.items()
     ]
     note = ""
     if seeds > 1:
@@ -176,10 +185,11 @@ def accuracy_section(measured: Measured) -> Section:
         note = f"Mean ± standard deviation over the seeds: {numbers}."
     return Section(
         "Accuracy",
-        _DESCRIPTIONS[main],
+        f"{_DESCRIPTIONS[main]} On {measured.images:,} images with "
+        f"{sum(measured.classes.values()):,} objects.",
         [
             Table("Accuracy", ["detector", *metrics], rows, note),
-            Table(f"{main} of each class", ["class", *names], by_class, note),
+            Table(f"{main} of each class", ["class", "objects", *names], by_class, note),
         ],
         data={name: [asdict(one) for one in measured.accuracies[name]] for name in names},
     )
@@ -206,7 +216,7 @@ def differences_section(measured: Measured) -> Section:
     )
     for name, one in measured.compared.items():
         overall = [d for d in one.differences if d.class_name is None]
-        classes = [d for d in one.differences if d.class_name is not None]
+        classes = [(d.class_name, d) for d in one.differences if d.class_name is not None]
         tables += [
             Table(
                 f"{name} less {baseline}",
@@ -216,8 +226,8 @@ def differences_section(measured: Measured) -> Section:
             ),
             Table(
                 f"{name} less {baseline}, {measured.main} of each class",
-                ["class", *headers, "p (Holm)"],
-                [[d.class_name, *_numbers(d), _p(d.p_holm)] for d in classes],
+                ["class", "objects", *headers, "p (Holm)"],
+                [[kind, measured.classes[kind], *_numbers(d), _p(d.p_holm)] for kind, d in classes],
                 "In percentage points. A class with few objects has a rough interval.",
             ),
         ]

@@ -306,21 +306,23 @@ def measure(
     categories = {category["id"]: category for category in truth.content["categories"]}
     things = np.array([bool(categories[i]["isthing"]) for i in sorted_ids([*categories.values()])])
     weights = draw_weights(len(truth.records), resamples)
-    weights = np.concatenate([np.ones((1, len(truth.records))), weights])
+    with_all = np.concatenate([np.ones((1, len(truth.records))), weights])
     accuracies: dict[str, list[Accuracy]] = {}
     values: dict[str, list[np.ndarray]] = {}
     for name, seeds in predictions.items():
         accuracies[name], values[name] = [], []
         for _ in seeds:
             counted = next(counts)
-            found = qualities(weights @ counted, things)
+            found = qualities(with_all @ counted, things)
             by_class = found["classes"]
             metrics = {metric: float(found[metric][0]) for metric in METRICS}
             rows = zip(names, by_class[:, 0].T.tolist(), strict=True)
             of_classes = {k: dict(zip(("PQ", "SQ", "RQ"), row, strict=True)) for k, row in rows}
             accuracies[name].append(Accuracy(metrics, of_classes))
             values[name].append(np.stack([*(found[m] for m in METRICS), *by_class[0].T]))
-    objects = counted[1] + counted[3] > 0  # annotated (images, classes)
+    annotated = counted[1] + counted[3]  # (images, classes)
+    objects = annotated > 0
     chosen = [objects[:, some].any(axis=1).sum() for some in (things | True, things, ~things)]
     images = np.concatenate([np.repeat(chosen, 3), objects.sum(axis=0)])
-    return measured_of(accuracies, values, images, names, resamples)
+    classes = dict(zip(names, annotated.sum(axis=0).astype(int).tolist(), strict=True))
+    return measured_of(accuracies, values, images, classes, weights)
