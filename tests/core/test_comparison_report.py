@@ -85,6 +85,15 @@ def test_all_files_are_written_into_a_new_folder_and_nothing_else(tmp_path):
     assert (tmp_path / "new/folder/figures/02-p.png").read_bytes() == PNG
 
 
+def test_figures_of_an_earlier_report_do_not_stay(tmp_path):
+    (tmp_path / "figures").mkdir()
+    for name in ("03-of-another-image.png", "own.png"):
+        (tmp_path / "figures" / name).touch()
+    report().write(tmp_path)
+    names = sorted(file.name for file in (tmp_path / "figures").iterdir())
+    assert names == ["01-curve-b-50-x.png", "02-p.png", "own.png"]
+
+
 def test_html_is_well_formed_loads_nothing_and_shows_texts_as_they_are():
     text = report().html()
     page = Page(text)

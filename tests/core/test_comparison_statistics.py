@@ -242,7 +242,7 @@ def corrected(*numbers: tuple[float, float, float]) -> dict[str, Difference]:
     }
 
 
-NOISE = "the noise of plain, whose AP varies by 0.8 between seeds (standard deviation of 3)"
+NOISE = "the noise of plain, whose AP varies by 0.8 (standard deviation over 3 seeds)"
 ON_IMAGES = "better than plain on these images by more than chance"
 ONE_SEED = ". plain has one seed, so its noise between seeds is not known."
 

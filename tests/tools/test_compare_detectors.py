@@ -210,8 +210,8 @@ def test_the_noise_of_the_baseline_comes_first(inputs):
         *map(pytest.approx, (deviation, abs(first - second))),
     ]
     assert report["verdict"].startswith(
-        f"1 of 2 detectors beats the noise of plain, whose AP varies by {deviation:.1f} between "
-        "seeds (standard deviation of 2): triplet.\ntriplet is better than plain: AP "
+        f"1 of 2 detectors beats the noise of plain, whose AP varies by {deviation:.1f} "
+        "(standard deviation over 2 seeds): triplet.\ntriplet is better than plain: AP "
     )
     assert overview["headers"] == ["detector", "difference", "low", "high", "p", "p (Holm)"]
     assert [row[0] for row in overview["rows"]] == ["triplet", "same"]

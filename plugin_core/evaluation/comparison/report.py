@@ -42,7 +42,7 @@ class Report:
         """Write report.md, report.html, report.json, tables.tex and figures/*.png.
 
         Each file is written whole or not at all, and all of them are made before the first is
-        written.
+        written. Figures of an earlier report in the folder are removed.
 
         Args:
             folder: made if it is missing.
@@ -63,6 +63,9 @@ class Report:
         for name, data in files.items():
             with replacing(folder / name) as file:
                 file.write(data)
+        for earlier in (folder / "figures").glob("[0-9][0-9]-*.png"):
+            if f"figures/{earlier.name}" not in files:
+                earlier.unlink()
 
     def terminal(self) -> str:
         """Return the title, the verdict and the short table."""

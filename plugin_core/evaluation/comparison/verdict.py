@@ -30,8 +30,8 @@ def overall(baseline: str, seeds: int, differences: Mapping[str, Difference], no
     metric = next(iter(differences.values())).metric
     if seeds > 1:
         verbs = ("beats", "beat", "does not beat")
-        what = f"the noise of {baseline}, whose {metric} varies by {noise:.1f} between seeds"
-        what += f" (standard deviation of {seeds})"
+        what = f"the noise of {baseline}, whose {metric} varies by {noise:.1f} "
+        what += f"(standard deviation over {seeds} seeds)"
     elif count == 1:
         return ""
     else:
