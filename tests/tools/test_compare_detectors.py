@@ -13,6 +13,7 @@ import evaluate_context_bias
 import pytest
 from PIL import Image
 
+from plugin_core.evaluation.comparison import bias
 from plugin_core.evaluation.comparison.accuracy import Accuracy, accuracy
 from plugin_core.evaluation.comparison.detections import Detections, Truth
 from plugin_core.evaluation.comparison.evaluations import Checkpoint, read_seeds
@@ -141,7 +142,11 @@ def test_report_shows_where_the_difference_comes_from(inputs, tmp_path):
 
 
 @pytest.mark.usefixtures("numbers_alone")
-def test_contextual_bias_is_that_of_the_tool_for_it_on_the_same_pairs(inputs, tmp_path):
+def test_contextual_bias_is_that_of_the_tool_for_it_on_the_same_pairs(
+    inputs, tmp_path, monkeypatch
+):
+    drawn: list[Any] = []
+    monkeypatch.setattr(bias, "draw_bars", lambda *args: drawn.append(args) or b"")
     inputs.truth["annotations"] = [
         one
         for one in inputs.truth["annotations"]
@@ -154,6 +159,7 @@ def test_contextual_bias_is_that_of_the_tool_for_it_on_the_same_pairs(inputs, tm
     compare_detectors.main([*options, *train])
     section = report_of(inputs)["sections"][-1]
     assert section["title"] == "Contextual bias"
+    assert drawn[0][0] == ["cup"]  # the other class has no gap
     mean, gaps = section["tables"]
     assert [row[0] for row in mean["rows"]] == ["plain", "triplet", "classes in the mean"]
     assert [row[:2] for row in gaps["rows"]] == [["cup", "table"], ["table", "cup"]]

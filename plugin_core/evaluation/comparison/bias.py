@@ -61,7 +61,8 @@ def contextual_bias(
         ]
         for k, c in enumerate(first)
     ]
-    most = sorted(range(len(first)), key=lambda k: -(first[k].gap or 0))[:SHOWN]
+    measured = {k: c.gap for k, c in enumerate(first) if c.gap is not None}
+    most = sorted(measured, key=lambda k: -measured[k])[:SHOWN]
     bars = {name: [classes[k].gap for k in most] for name, classes in found.items()}
     return Section(
         "Contextual bias",
@@ -77,7 +78,8 @@ def contextual_bias(
                 "Mean over the classes",
                 ["detector", *NUMBERS.values()],
                 rows,
-                "AP and FP rates in percent, gaps in percentage points.",
+                "AP and FP rates in percent, gaps in percentage points. Each column is over the "
+                "classes that have its number, so a gap is not the difference of two columns.",
             ),
             Table(
                 "Gap of each class",
@@ -86,7 +88,9 @@ def contextual_bias(
                 "In percentage points.",
             ),
         ],
-        [Figure("Gap of each class", draw_bars([first[k].name for k in most], bars, "points"))],
+        [Figure("Gap of each class", draw_bars([first[k].name for k in most], bars, "points"))]
+        if most
+        else [],
         {name: _data(classes, averages[name]) for name, classes in found.items()},
     )
 
