@@ -200,7 +200,7 @@ def differences_section(measured: Measured) -> Section:
     baseline = next(iter(measured.accuracies))
     headers = ["difference", "low", "high", "p"]
     tables = _seeds_table(baseline, measured.accuracies[baseline])
-    note = "In percentage points."
+    note = points = "In percentage points; low and high are a 95% interval."
     if len(measured.compared) > 1:
         note += f" p (Holm) is corrected for {len(measured.compared)} comparisons."
     tables.append(
@@ -222,13 +222,13 @@ def differences_section(measured: Measured) -> Section:
                 f"{name} less {baseline}",
                 ["metric", *headers],
                 [[d.metric, *_numbers(d)] for d in overall],
-                f"In percentage points. {one.verdict}",
+                f"{points} {one.verdict}",
             ),
             Table(
                 f"{name} less {baseline}, {measured.main} of each class",
                 ["class", "objects", *headers, "p (Holm)"],
                 [[kind, measured.classes[kind], *_numbers(d), _p(d.p_holm)] for kind, d in classes],
-                "In percentage points. A class with few objects has a rough interval.",
+                f"{points} A class with few objects has a rough one.",
             ),
         ]
     text = (

@@ -323,6 +323,7 @@ h1, p, figcaption {{ overflow-wrap: anywhere; }}
 h2 {{ margin-top: 3rem; padding-bottom: 0.25rem; border-bottom: 1px solid #ccc; }}
 .verdict {{ font-size: 1.15rem; padding: 0.75rem 1rem; background: #eef4fb;
  border-left: 4px solid #2b6cb0; white-space: pre-line; }}
+.verdict:empty {{ display: none; }}
 nav ul {{ columns: 2; padding-left: 1.2rem; }}
 a {{ color: #2b5f9e; }}
 .wide {{ overflow-x: auto; margin-top: 1.5rem; }}
