@@ -141,7 +141,7 @@ def read_pairs(source: Source, content: Record) -> Companions:
         for key in checks:
             if pair[key] not in known:
                 raise ValueError(
-                    f"{source}: unknown {key} {pair[key]!r}; --annotations lists "
+                    f"{source}: unknown {key} {pair[key]!r}; the ground truth lists "
                     f"{', '.join(map(str, known))}"
                 )
         if category_id == companion_id:

@@ -539,8 +539,8 @@ def test_masks_that_are_not_there_are_an_error(inputs):
 @pytest.mark.parametrize(
     ("pairs", "expected"),
     [
-        ([(CUP, 3)], "unknown companion_id 3; --annotations lists 1, 2, 7"),
-        ([(0, CUP)], "unknown category_id 0; --annotations lists 1, 2, 7"),
+        ([(CUP, 3)], "unknown companion_id 3; the ground truth lists 1, 2, 7"),
+        ([(0, CUP)], "unknown category_id 0; the ground truth lists 1, 2, 7"),
         ([(CUP, CUP)], "category_id 1 is its own companion"),
         ([(CUP, TABLE), (TABLE, CUP), (CUP, LAMP)], "category_id 1 occurs twice"),
     ],
