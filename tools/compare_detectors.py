@@ -72,6 +72,7 @@ from plugin_core.evaluation.comparison.evaluations import (
 )
 from plugin_core.evaluation.comparison.inputs import (
     Detector,
+    doubts,
     named_files,
     read_detector,
     read_truth,
@@ -202,6 +203,9 @@ def of_objects(files: Files, args: argparse.Namespace) -> tuple[Measured, Analys
         found[name] = read(name, [listed[k].results if k in listed else f for k, f in given])
     detectors = [found[name] for name in files]
     measured = measure(detectors, args.resamples)
+    if doubt := doubts(detectors):
+        print(f"warning: {doubt}", file=sys.stderr)
+        measured = replace(measured, doubt=doubt)
 
     def analyse() -> list[Section]:
         sections = []

@@ -313,6 +313,15 @@ def test_a_missing_file_is_named(inputs):
     )
 
 
+@pytest.mark.usefixtures("numbers_alone")
+def test_results_of_few_of_the_images_are_doubted(inputs, capsys):
+    inputs.poor = inputs.detections(range(10))  # five of twelve images
+    compare_detectors.main(inputs.options("plain=good", "triplet=poor"))
+    doubt = "poor.json has no detection in 7 of the 12 images with objects; is it of this dataset"
+    assert capsys.readouterr().err.count("has no detection") == 1
+    assert doubt in report_of(inputs)["sections"][0]["text"]
+
+
 def test_boxes_have_no_masks_and_no_keypoints(inputs):
     options = inputs.options("plain=poor")
     assert f"plain {inputs.folder}/poor.json, --iou-type segm: detection 0 has no segment" in (

@@ -57,6 +57,7 @@ class Measured:
         images: number of images.
         classes: class → number of its objects that are to be found.
         resamples: number of resamples.
+        doubt: why the results may be of other images, in sentences.
     """
 
     accuracies: Mapping[str, Sequence[Accuracy]]
@@ -64,6 +65,7 @@ class Measured:
     images: int
     classes: Mapping[str, int]
     resamples: int
+    doubt: str = ""
 
     @property
     def verdict(self) -> str:
@@ -186,7 +188,7 @@ def accuracy_section(measured: Measured) -> Section:
     return Section(
         "Accuracy",
         f"{_DESCRIPTIONS[main]} On {measured.images:,} images with "
-        f"{sum(measured.classes.values()):,} objects.",
+        f"{sum(measured.classes.values()):,} objects. {measured.doubt}".strip(),
         [
             Table("Accuracy", ["detector", *metrics], rows, note),
             Table(f"{main} of each class", ["class", "objects", *names], by_class, note),

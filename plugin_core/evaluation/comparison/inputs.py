@@ -89,6 +89,25 @@ def read_detector(
     return Detector(name, seeds, files)
 
 
+def doubts(detectors: Sequence[Detector]) -> str:
+    """Name the files without any detection in most of the images with objects; "" if none is so.
+
+    They may be of another split whose images have the same ids.
+    """
+    sentences = []
+    for one in detectors:
+        for file, detections in zip(one.files, one.seeds, strict=True):
+            there = detections.truth.objects_of_image > 0
+            there[detections.image] = False
+            images = int((detections.truth.objects_of_image > 0).sum())
+            if 2 * there.sum() > images:
+                sentences.append(
+                    f"{file} has no detection in {there.sum():,} of the {images:,} images with "
+                    "objects; is it of this dataset and split?"
+                )
+    return " ".join(sentences)
+
+
 def _check_masks(
     results: Sequence[Mapping[str, Any]], content: Mapping[str, Any], what: str
 ) -> None:
