@@ -25,6 +25,7 @@ from d2_plugins.evaluation import check_evaluator
 from d2_plugins.evaluation_runs import RESULTS, TOOLS
 from d2_plugins.mmdet_bridge import is_bridge
 from d2_plugins.preflight import WITH_PLUGINS, check_config
+from d2_plugins.registered_datasets import check_datasets
 from d2_plugins.trainer import PluginCheckpointer
 from plugin_core.files import replacing
 from plugin_core.inspection.building import silence
@@ -77,6 +78,7 @@ class Detectron2Trials:
         self.steps = steps or self.own_steps
         self.batch_size = cfg.SOLVER.IMS_PER_BATCH
         tests = cfg.DATASETS.TEST
+        check_datasets("DATASETS.TEST", tests)
         if len(tests) != 1 or check_evaluator(tests[0]) != "coco":
             raise ValueError(
                 "DATASETS.TEST: must name one dataset in COCO's format, on which plugins are "

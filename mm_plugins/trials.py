@@ -331,8 +331,8 @@ class MMDetectionTrials:
             cfg = Config.fromfile(config)
         except Exception as error:  # of mmengine's reader, or of the config's own code
             raise ValueError(f"{config}: {type(error).__name__}: {error}") from error
-        for key in ("model", "train_dataloader", "train_cfg", "val_evaluator"):
-            if key not in cfg:
+        for key in ("model", "train_dataloader", "train_cfg", "val_dataloader", "val_evaluator"):
+            if not cfg.get(key):
                 raise ValueError(f"{config}: has no {key}")
         return cfg
 

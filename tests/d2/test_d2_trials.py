@@ -160,6 +160,7 @@ def test_plugins_that_do_not_fit_are_told_together(make):
     ("more", "message"),
     [
         ('DATASETS: {TRAIN: ["trials_train"], TEST: []}', "DATASETS.TEST: must name one"),
+        ('DATASETS: {TEST: ["trials_test"]}', "is registered as 'trials_test'"),
         ("SOLVER: {STEPSS: [1]}", "SOLVER.STEPSS"),
     ],
 )

@@ -181,6 +181,7 @@ def test_plugins_that_do_not_fit_are_told_together(make):
     [
         ("val_evaluator = dict(_delete_=True, type='VOCMetric')", "must have a CocoMetric"),
         ("train_cfg = dict(max_epochz=3)", "train_cfg.max_epochz"),
+        ("train_dataloader = None", "has no train_dataloader"),
     ],
 )
 def test_config_that_cannot_be_tried_is_refused(make, more, message):
