@@ -42,6 +42,8 @@ for step in range(done, int(steps)):
         import time; time.sleep(600)
 if fails == "True":
     sys.exit("error: it diverged")
+for name in ("1", steps, "best_1"):
+    open(os.path.join(folder, name + ".pth"), "w").close()
 box = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 10, 10], "score": 0.9}
 json.dump([box], open(os.path.join(folder, "found.json"), "w"))
 """
@@ -77,6 +79,10 @@ class Scripted:
 
     def results(self, folder: Path) -> Path | None:
         path = folder / "found.json"
+        return path if path.exists() else None
+
+    def weights(self, folder: Path, steps: int) -> Path | None:
+        path = folder / f"{steps}.pth"
         return path if path.exists() else None
 
 
@@ -252,6 +258,8 @@ def test_all_variants_of_a_seed_begin_with_the_same_weights(make_plan, tmp_path)
     assert runs[0].initial == runs[1].initial != runs[2].initial
     assert all(outcome.finished[r.name]["AP"] == pytest.approx(100) for r in runs)
     assert all(json.loads(r.results.read_text()) for r in runs)
+    kept = [{path.name for path in r.folder.glob("*.pth")} for r in runs]
+    assert kept == [{"2.pth", "best_1.pth"}] * 4  # the last one, and what the config asks for
     _, rows = trials.summary(plan, outcome, tmp_path / "out")
     row = [pytest.approx(100), 0, "2 of 2", 10, 0.5]
     assert rows == [["plain", *row], ["simam", *row]]

@@ -157,7 +157,7 @@ def run_all(
                     try:
                         if code or results is None:
                             raise RunError(_reason(code, log))
-                        found = _collect(job, results, framework, score)
+                        found = _collect(job, results, plan, framework, score)
                     except (ValueError, OSError) as error:
                         fail(job.run, error)
                     else:
@@ -203,9 +203,9 @@ def _begin(
 
 
 def _collect(
-    job: _Job, results: Path, framework: Framework, score: Callable[[Path], float]
+    job: _Job, results: Path, plan: Plan, framework: Framework, score: Callable[[Path], float]
 ) -> dict[str, Any]:
-    """Copy a run's detections, and write its marker."""
+    """Copy a run's detections, write its marker, and leave its last checkpoint alone."""
     times = [record["time"] for record in framework.log(job.run.folder)]
     write_text(job.run.results, results.read_text(encoding="utf-8"))
     found = {
@@ -214,6 +214,10 @@ def _collect(
         "seconds_a_step": statistics.median(times) if times else None,
     }
     write_text(job.run.marker, json.dumps(found))
+    last = framework.weights(job.run.folder, plan.steps)
+    for path in job.run.folder.glob("*.pth") if last else ():
+        if path != last and not path.name.startswith("best"):  # one that the config asks for
+            path.unlink()
     return found
 
 
