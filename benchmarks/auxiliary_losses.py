@@ -19,6 +19,8 @@ from timing import Quantity, Row, Setting
 from torch import Tensor, nn
 from torch.utils.benchmark import Measurement
 
+from plugin_core.inspection import devices
+
 TITLE = "Auxiliary losses"
 TEXT = """\
 Attention mask consistency (AMC) and functional entropy differentiate gradients of the detector. A
@@ -115,7 +117,7 @@ class Step(TrainingStep):
 
         gc.collect()
         gc.freeze()  # the collections within a call need not look at what is there already
-        self.peak = timing.peak_extra_bytes(call, self._device)
+        self.peak = devices.peak_extra_bytes(call, self._device)
         gc.unfreeze()
 
     def beside(self, plain: TrainingStep) -> dict[str, Quantity]:

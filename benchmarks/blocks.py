@@ -13,6 +13,8 @@ from timing import Quantity, Setting
 from torch import Tensor, nn
 from torch.utils.benchmark import Measurement
 
+from plugin_core.inspection import devices
+
 Shape = tuple[int, ...]
 Pair = tuple[Tensor, Tensor]
 CHANGING = "Another size in every round"
@@ -88,8 +90,8 @@ def measure(
 
 def share_of_input(step: Callable[[Pair], Any], given: Pair, setting: Setting) -> float:
     """Measure peak memory beyond input, output and gradients, in percent of the input."""
-    extra = timing.peak_extra_bytes(lambda: step(given), setting.device)
-    return 100 * extra / timing.nbytes(given[0])
+    extra = devices.peak_extra_bytes(lambda: step(given), setting.device)
+    return 100 * extra / devices.nbytes(given[0])
 
 
 def changing(

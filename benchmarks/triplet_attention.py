@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.benchmark import Measurement
 
 from plugin_core import TripletAttention
+from plugin_core.inspection import devices
 from plugin_core.kernels import choice, triplet
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def block(
     given = blocks.input_and_gradient(shape, setting, dtype, layout)
     steps = candidates(setting, dtype, what)
     times = blocks.measure(steps, given, setting)
-    size = timing.nbytes(given[0])
+    size = devices.nbytes(given[0])
     values = timing.in_milliseconds(times)
     target = at_least(SPEEDUP[setting.device.type, what])
     values["textbook / TripletAttention"] = timing.ratio(times[TEXTBOOK], times[OURS], target)

@@ -26,6 +26,7 @@ from textbook import TextbookIDABlock, TextbookTripletAttention  # noqa: E402
 from timing import Quantity, Row, Setting, at_least, at_most, measurement  # noqa: E402
 
 from plugin_core import IDABlock, TripletAttention  # noqa: E402
+from plugin_core.inspection import devices  # noqa: E402
 
 SETTING = Setting(torch.device("cpu"), (torch.float32,), repetitions=3, quick=True)
 
@@ -241,7 +242,7 @@ def test_peak_memory_is_what_lived_beyond_the_results():
         third = torch.zeros(100)
         return second, third
 
-    assert timing.peak_extra_bytes(step, torch.device("cpu")) == 4000 - 400
+    assert devices.peak_extra_bytes(step, torch.device("cpu")) == 4000 - 400
 
 
 def test_the_choice_of_kernels_is_put_back(monkeypatch):
