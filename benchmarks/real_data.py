@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     trial = args.out / "trial"
-    words = ["tools/try_plugins.py", str(config), "--out", str(trial), "--seeds", str(args.seeds)]
+    words = ["tools/try_plugins.py", str(config), "--out", str(trial)]
+    words += ["--seeds", str(args.seeds), "--jobs", str(args.jobs)]
     for plugin in args.plugins or PLUGINS:
         words += ["--with", plugin]
     if args.framework == "detectron2":
@@ -155,6 +156,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--framework", choices=sorted(LAST), default="detectron2")
     parser.add_argument("--with", dest="plugins", action="append", metavar="PLUGIN")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1)")
     parser.add_argument("--steps", type=int, help="of each training (default: the config's)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the runs")
     parser.add_argument(
