@@ -4,7 +4,7 @@
 The demo draws a small COCO-format dataset. In each framework tools/try_plugins.py trains a Faster
 R-CNN on it, plain and with triplet attention, with two processes of one thread each. The report of
 tools/compare_detectors.py says whether the difference is real. The demo ends with a table, and
-draws detections on val images. Everything is written below work_dirs/demo. It takes about 15
+draws detections on val images. Everything is written below work_dirs/demo. It takes about 12
 minutes on 2 CPU cores, and goes on where it was stopped.
 """
 
