@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -92,6 +93,8 @@ Analyse = Callable[[], list[Section]]
 def main(argv: Sequence[str] | None = None, trained: Sequence[Section] = ()) -> None:
     """Compare; ``trained`` are sections of the report on how the detectors were trained."""
     args = parse_args(argv)
+    # The frameworks import it, some of them with every config.
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     new = not args.out.exists()
     try:
         files = named_files(args.detector)

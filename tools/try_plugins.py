@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,8 @@ from plugin_core.training.trials import (
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
+    # The frameworks import it, some of them with every config.
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     try:
         launcher = launcher_of(args)
         framework, plan = prepare(args)
