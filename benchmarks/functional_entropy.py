@@ -42,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import report  # noqa: E402
 import study  # noqa: E402
 
-from plugin_core.files import replacing  # noqa: E402
+from plugin_core.files import write_text  # noqa: E402
 from plugin_core.methods.functional_entropy import FunctionalEntropyRegularizer  # noqa: E402
 
 if TYPE_CHECKING:
@@ -270,12 +270,13 @@ def write(path: Path, runs: study.Runs, trainings: Trainings) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     of_short = {name: weight for name, (weight, steps) in trainings.items() if steps == short}
     report.write_plot(path.with_name(f"{path.name}.png"), plot(runs, of_short))
-    with replacing(path.with_name(f"{path.name}.json")) as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+    write_text(
+        path.with_name(f"{path.name}.json"),
+        json.dumps(content, indent=2, ensure_ascii=False) + "\n",
+    )
     path = path.with_name(f"{path.name}.md")
     before = path.read_text() if path.exists() else ""
-    with replacing(path) as file:
-        file.write((text + study.FINDINGS + before.partition(study.FINDINGS)[2]).encode())
+    write_text(path, text + study.FINDINGS + before.partition(study.FINDINGS)[2])
     print(f"\n{text}\nwrote {path}, .json and .png")
 
 

@@ -25,8 +25,7 @@ import numpy as np
 import torch
 import yaml
 
-from plugin_core.files import replacing
-from plugin_core.training.trials import write_text
+from plugin_core.files import replacing, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "benchmarks" / "real_data"

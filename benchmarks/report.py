@@ -22,7 +22,7 @@ import torch
 from tabulate import tabulate
 from timing import Quantity, Row, Setting
 
-from plugin_core.files import replacing
+from plugin_core.files import replacing, write_text
 from plugin_core.inspection.devices import cpu_name
 from plugin_core.kernels import choice
 
@@ -147,12 +147,10 @@ def read(path: Path) -> Results:
 
 def write(path: Path, results: Results) -> None:
     """Write ``path`` with the endings .json and .md, and keep people's text below the tables."""
-    with replacing(path.with_suffix(".json")) as file:
-        file.write(as_text(results).encode())
+    write_text(path.with_suffix(".json"), as_text(results))
     path = path.with_suffix(".md")
     before = path.read_text() if path.exists() else ""
-    with replacing(path) as file:
-        file.write(render(results, before.partition(FINDINGS)[2]).encode())
+    write_text(path, render(results, before.partition(FINDINGS)[2]))
 
 
 def as_text(results: Results) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from plugin_core.files import replacing
+from plugin_core.files import write_text
 
 FINDINGS = "## Findings\n"
 Command = list[str]
@@ -124,8 +124,7 @@ def write(
     machine = f"{device}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}"
     content = {"machine": machine, "commands": commands, "runs": runs}
     path.parent.mkdir(exist_ok=True)
-    with replacing(path.with_suffix(".json")) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")
+    write_text(path.with_suffix(".json"), json.dumps(content, indent=2) + "\n")
     text = template.format(
         command=shlex.join([f"benchmarks/{path.name}.py", *sys.argv[1:]]),
         machine=machine,
@@ -137,8 +136,8 @@ def write(
     )
     path = path.with_suffix(".md")
     before = path.read_text() if path.exists() else ""
-    with replacing(path) as file:  # people's findings stay
-        file.write((text + FINDINGS + before.partition(FINDINGS)[2]).encode())
+    # People's findings stay.
+    write_text(path, text + FINDINGS + before.partition(FINDINGS)[2])
     print(f"\n{text}\nwrote {path} and .json")
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
 from plugin_core.errors import few
-from plugin_core.files import replacing
+from plugin_core.files import replacing, write_text
 from plugin_core.published_names import find_cold, find_unread, rename_all_published
 from plugin_core.training import RunError
 from plugin_core.training.checkpoint_files import check_readable, checkpoints_in
@@ -101,8 +101,7 @@ class PluginCheckpointer(DetectionCheckpointer):
         if "://" in self.save_dir:
             super().tag_last_checkpoint(last_filename_basename)
             return
-        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
-            file.write(last_filename_basename.encode())
+        write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         found, damaged = _find(self.save_dir) if resume else (None, [])

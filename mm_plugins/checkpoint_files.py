@@ -12,7 +12,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from plugin_core.files import replacing
+from plugin_core.files import replacing, write_text
 
 REPLACING = {"backend": "replacing"}
 
@@ -75,8 +75,7 @@ class SafeCheckpointHook(CheckpointHook):
             **self.args,
         )
         if is_main_process():
-            with replacing(os.path.join(runner.work_dir, "last_checkpoint")) as file:
-                file.write(path.encode())
+            write_text(os.path.join(runner.work_dir, "last_checkpoint"), path)
         if outdated is not None:
             self._remove(
                 self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(outdated))

@@ -31,6 +31,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             os.remove(part)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file, in UTF-8, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
 def make_folder(option: str, folder: Path) -> None:
     """Make a folder, and those above it, where they are missing.
 

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from plugin_core.files import replacing
+from plugin_core.files import write_text
 from plugin_core.inspection.config_kinds import FRAMEWORKS, common_side
 from plugin_core.inspection.cost import Report
 from plugin_core.inspection.cost_table import describe
@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Both at the same size, for a fair comparison
         baseline = count(side, args.baseline, report.image_size) if args.baseline else None
         if args.json:
-            with replacing(args.json) as file:
-                file.write(json.dumps(as_json(args, report, baseline), indent=2).encode() + b"\n")
+            write_text(args.json, json.dumps(as_json(args, report, baseline), indent=2) + "\n")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     beside = f", baseline {args.baseline}" if args.baseline else ""

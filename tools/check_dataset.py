@@ -30,7 +30,7 @@ from plugin_core.datasets.classes import check_classes, check_number_of_classes
 from plugin_core.datasets.findings import ERROR, FRAMEWORKS, Report
 from plugin_core.datasets.mending import Mends, write_fixed
 from plugin_core.datasets.panoptic import check_panoptic, is_panoptic
-from plugin_core.files import replacing
+from plugin_core.files import write_text
 from plugin_core.inspection.config_kinds import side_of
 
 
@@ -85,8 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("no --segments are named: the PNGs were not checked")
         print(report.text(framework) or "nothing was found that is wrong")
         if args.json:
-            with replacing(args.json) as file:
-                file.write(json.dumps(report.as_dict(), indent=1, ensure_ascii=False).encode())
+            write_text(args.json, json.dumps(report.as_dict(), indent=1, ensure_ascii=False))
         if args.fix and mends:
             done = write_fixed(args.annotations, mends, args.fix)
             print(f"wrote {args.fix}: {'; '.join(done) or 'nothing had to be changed'}")

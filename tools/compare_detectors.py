@@ -48,7 +48,7 @@ from functools import partial
 from pathlib import Path
 
 from plugin_core.evaluation.coco_files import Record, Source
-from plugin_core.evaluation.companions import choose_companions
+from plugin_core.evaluation.companions import add_companions, choose_companions
 from plugin_core.evaluation.comparison import panoptic
 from plugin_core.evaluation.comparison.bias import contextual_bias
 from plugin_core.evaluation.comparison.calibration import calibration
@@ -348,13 +348,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FOLDER",
         help="of GT's images: to evaluate checkpoints, and draw the images that differ most",
     )
-    company = parser.add_mutually_exclusive_group()
-    company.add_argument(
-        "--pairs", metavar="FILE", help="companions of classes, for a section on contextual bias"
-    )
-    company.add_argument(
-        "--train-annotations", metavar="FILE", help="the same, with companions counted here"
-    )
+    add_companions(parser)
     parser.add_argument(
         "--score-threshold",
         type=float,

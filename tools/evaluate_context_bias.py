@@ -41,7 +41,7 @@ from pathlib import Path
 
 from plugin_core.evaluation.biased_pairs import choose_pairs, image_scores, measure_pairs
 from plugin_core.evaluation.coco_files import Source, read_annotations, read_results
-from plugin_core.evaluation.companions import choose_companions
+from plugin_core.evaluation.companions import add_companions, choose_companions
 from plugin_core.evaluation.context_bias import load_detections, load_ground_truth, measure
 from plugin_core.evaluation.context_bias_report import GEOMETRY, PairReport, Report
 from plugin_core.files import make_folder
@@ -115,13 +115,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default="detection",
         help="COCO's AP of each class (default), or that of 20 pairs by Singh et al.",
     )
-    companions = parser.add_mutually_exclusive_group()
-    companions.add_argument(
-        "--pairs", metavar="FILE", help="the companions of the classes to report"
-    )
-    companions.add_argument(
-        "--train-annotations", metavar="FILE", help="where companions are counted"
-    )
+    add_companions(parser)
     parser.add_argument(
         "--held-out",
         nargs=2,

@@ -20,7 +20,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from mm_plugins.scores import annotated_phrases
-from plugin_core.files import replacing
+from plugin_core.files import write_text
 
 
 @METRICS.register_module()
@@ -102,8 +102,7 @@ class PointingGameMetric(BaseMetric):
             for category in sorted({result["category"] for result in results})
         }
         if self.out_file is not None:
-            with replacing(self.out_file) as file:
-                file.write(json.dumps({**total, "categories": categories}, indent=1).encode())
+            write_text(self.out_file, json.dumps({**total, "categories": categories}, indent=1))
         rows = [("all phrases", total), *categories.items()]
         table = [[name, *values.values()] for name, values in rows]
         headers = ["category", *total]

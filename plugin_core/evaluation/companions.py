@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -49,6 +50,17 @@ def frequent_companions(images: Iterable[set[int]]) -> dict[int, int]:
         for category_id, counts in shared.items()
         if counts
     }
+
+
+def add_companions(parser: argparse.ArgumentParser) -> None:
+    """Add the options ``--pairs`` and ``--train-annotations``, one of which may be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--pairs", metavar="FILE", help="the companions of the classes, for contextual bias"
+    )
+    group.add_argument(
+        "--train-annotations", metavar="FILE", help="the same, with companions counted here"
+    )
 
 
 def choose_companions(

@@ -15,10 +15,10 @@ from urllib.parse import quote
 
 from tqdm import tqdm
 
-from plugin_core.files import file_state, make_folder
+from plugin_core.files import file_state, make_folder, write_text
 from plugin_core.inspection.config_kinds import FRAMEWORKS, side_of
+from plugin_core.processes import LocalLauncher, tail
 from plugin_core.training.errors import RunError
-from plugin_core.training.trials import LocalLauncher, tail, write_text
 
 # A config of either framework, then what is behind its colon
 _CONFIG = re.compile(r"(.+?\.(?:yaml|yml|py)):(.+)")

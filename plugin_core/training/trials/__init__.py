@@ -1,5 +1,6 @@
 """Trying plugins on one's own data; it knows neither framework."""
 
+from plugin_core.processes import Launcher, LocalLauncher
 from plugin_core.training.trials.configs import (
     config_path,
     derive_configs,
@@ -16,7 +17,6 @@ from plugin_core.training.trials.plan import (
     read_duration,
     read_plan,
     write_plan,
-    write_text,
 )
 from plugin_core.training.trials.plugins import (
     CONTROL,
@@ -26,7 +26,6 @@ from plugin_core.training.trials.plugins import (
     Plugin,
     read_plugins,
 )
-from plugin_core.training.trials.processes import Launcher, LocalLauncher, tail
 from plugin_core.training.trials.running import (
     MEASURED_STEPS,
     Outcome,
@@ -66,8 +65,6 @@ __all__ = [
     "read_plugins",
     "run_all",
     "summary",
-    "tail",
     "training_section",
     "write_plan",
-    "write_text",
 ]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plugin_core.files import write_text
 from plugin_core.inspection.cost import Cost
 from plugin_core.training.trials.control import fit_control
-from plugin_core.training.trials.plan import Framework, write_text
+from plugin_core.training.trials.plan import Framework
 from plugin_core.training.trials.plugins import CONTROL, PLAIN, Plugin
 
 

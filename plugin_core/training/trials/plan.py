@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from plugin_core.files import replacing
+from plugin_core.files import write_text
 from plugin_core.inspection.cost import Cost
 from plugin_core.training.trials.plugins import Plugin
 
@@ -258,12 +258,6 @@ def write_plan(plan: Plan, out: Path) -> None:
         for run in plan.runs(out)
     ]
     write_text(out / "plan.json", json.dumps({**vars(plan), "runs": runs}, indent=2))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    with replacing(path) as file:
-        file.write(text.encode())
 
 
 def measures_time(steps: int) -> bool:

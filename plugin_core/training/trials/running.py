@@ -21,7 +21,9 @@ from plugin_core.evaluation.comparison.accuracy import accuracy
 from plugin_core.evaluation.comparison.detections import Detections, Truth
 from plugin_core.evaluation.comparison.inputs import read_truth
 from plugin_core.evaluation.comparison.sections import Section, Table
+from plugin_core.files import write_text
 from plugin_core.inspection.building import silence
+from plugin_core.processes import Launcher, Process, tail
 from plugin_core.training.errors import RunError
 from plugin_core.training.trials.configs import config_path
 from plugin_core.training.trials.plan import (
@@ -29,9 +31,7 @@ from plugin_core.training.trials.plan import (
     Plan,
     Run,
     write_plan,
-    write_text,
 )
-from plugin_core.training.trials.processes import Launcher, Process, tail
 
 MEASURED_STEPS = 5
 

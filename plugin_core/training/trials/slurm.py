@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plugin_core.training.trials.plan import write_text
-from plugin_core.training.trials.processes import one_thread
+from plugin_core.files import write_text
+from plugin_core.processes import one_thread
 
 # submitit's own limit is 5 minutes.
 _TIME_LIMIT_MINUTES = 24 * 60
