@@ -8,6 +8,9 @@ from typing import Any
 
 from PIL import Image
 
+from plugin_core.datasets.check import Use, check_dataset
+from plugin_core.datasets.findings import ERROR, FRAMEWORKS, Report
+
 Content = dict[str, Any]
 
 
@@ -59,3 +62,20 @@ def write(folder: Path, whole: Any) -> str:
     text = whole if isinstance(whole, str) else json.dumps(whole)
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def check(folder: Path, whole: Any, **use: Any) -> Report:
+    return check_dataset(write(folder, whole), str(folder), Use(**use)).report
+
+
+def found(report: Report) -> dict[str, str]:
+    """Kinds and their levels; the worst one of each."""
+    return {finding.kind: finding.level for finding in reversed(report.findings)}
+
+
+def errors(report: Report) -> dict[str, str]:
+    """Kinds of errors, and the frameworks that they matter in."""
+    return {
+        finding.kind: "".join(k[0] for k in FRAMEWORKS if finding.concerns(k))
+        for finding in report.of(ERROR)
+    }
