@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from derived_configs import derive, derived_models, inserted
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from d2_plugins.attention_mask_consistency import AMCGeneralizedRCNN
 from d2_plugins.trainer import PluginCheckpointer
 from d2_plugins.trials import Detectron2Trials
-from plugin_core import BatchFormer, BlockPlugin
+from plugin_core import BatchFormer
 from plugin_core.training.trials import (
-    PLAIN,
     PlainConvolutions,
     Plan,
     Run,
@@ -75,52 +75,20 @@ def build(trial: Any, path: Path) -> torch.nn.Module:
     return build_model(cfg)
 
 
-def derive(trial: Any, names: list[str], out: Path) -> list[str]:
-    """Write the derived configs unchecked, which is quicker; returns the labels."""
-    plugins = read_plugins(names)
-    (out / "configs").mkdir(parents=True)
-    labels = {PLAIN: None, **{plugin.label: plugin for plugin in plugins}}
-    for label, plugin in labels.items():
-        config_path(trial, out, label).write_text(trial.derive(plugin))
-    return list(labels)
-
-
-def inserted(model: torch.nn.Module) -> dict[str, str]:
-    """Each block plugin that starts as the identity and trains: its stage and name."""
-    return {
-        path.split("bottom_up.")[1]: module.plugin_name
-        for path, module in model.named_modules()
-        if isinstance(module, BlockPlugin)
-        and float(module.alpha.detach()) == 0
-        and all(p.requires_grad for p in module.parameters())
-    }
+def load(model: torch.nn.Module, file: str) -> None:
+    PluginCheckpointer(model).load(file)
 
 
 def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, tmp_path):
-    trial, out = make(), tmp_path / "out"
-    plugins = read_plugins(["triplet_attention", "ida", "timm:eca", "batchformer_v1", "amc"])
-    configs = derive_configs(trial, plugins)
-    configs.write(trial, out)
-    parameters = configs.parameters
-    initial = tmp_path / "initial.pth"
-    trial.initialize(3, initial)
-    before = torch.load(initial)["model"]
-    models = {label: build(trial, config_path(trial, out, label)) for label in parameters}
-    for label, model in models.items():
-        assert sum(p.numel() for p in model.parameters()) == parameters[label]
-        torch.manual_seed(9)
-        PluginCheckpointer(model).load(str(initial))
-        state = model.state_dict()
-        assert before.keys() <= state.keys()
-        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+    models = derived_models(make(), tmp_path, build, load, "model")
     blocks = [f"res{stage}.{block}" for stage in (2, 3, 4, 5) for block in (0, 1)]
     triplet = inserted(models["triplet_attention"])
-    assert triplet == {f"{b}.triplet_attention": "triplet_attention" for b in blocks}
+    assert set(triplet) == {f"{b}.triplet_attention" for b in blocks}
+    assert all(module.plugin_name == "triplet_attention" for module in triplet.values())
     assert set(inserted(models["ida"])) == {f"{b}.ida" for b in blocks[4:]}
     assert set(inserted(models["timm_eca"])) == {f"{b}.timm_eca" for b in blocks}
     assert any(isinstance(m, BatchFormer) for m in models["batchformer_v1"].modules())
     assert isinstance(models["amc"], AMCGeneralizedRCNN)
-    assert not inserted(models["plain"])
 
 
 def test_control_begins_as_the_plain_detector_and_is_counted(make, tmp_path):
