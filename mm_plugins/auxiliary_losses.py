@@ -13,6 +13,7 @@ from torch import Tensor
 from mm_plugins.grounding.text_models import text_model_is_there
 from mm_plugins.mixins import DetectorMixin
 from plugin_core.errors import ArgumentError
+from plugin_core.kernels import is_compiling
 
 
 class AuxiliaryLossMixin(DetectorMixin):
@@ -54,7 +55,7 @@ class AuxiliaryLossMixin(DetectorMixin):
 
     def _is_due(self, every: int) -> bool:
         """Whether a loss of every so many steps is taken in this step."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             raise ValueError(
                 f"{type(self).__name__}: a compiled training has no second derivatives; leave "
                 "compile out of the config"

@@ -7,6 +7,7 @@ from plugin_core.block_plugins import (
     registered_block_plugins,
 )
 from plugin_core.errors import ArgumentError
+from plugin_core.kernels import set_kernels
 from plugin_core.methods.attention_mask_consistency import (
     AttentionMaskConsistency,
     GradientHeatmap,
@@ -39,4 +40,5 @@ __all__ = [
     "gradient_heatmap",
     "register_block_plugin",
     "registered_block_plugins",
+    "set_kernels",
 ]

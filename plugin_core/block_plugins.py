@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from plugin_core.errors import ArgumentError, did_you_mean, origin, unknown_argument
+from plugin_core.kernels import is_compiling
 
 _REGISTRY: dict[str, type[nn.Module]] = {}
 _NO_NAMES: Mapping[str, str] = MappingProxyType({})
@@ -202,7 +203,7 @@ class BlockPlugin(nn.Module):
             return self.module(x, warm_start=self.alpha).to(x.dtype)
         if x.shape[0] == 0:
             return x  # not every module takes an empty batch
-        is_eager = not (torch.jit.is_tracing() or torch.compiler.is_compiling() or x.is_inference())
+        is_eager = not (torch.jit.is_tracing() or is_compiling() or x.is_inference())
         version = x._version if is_eager else 0
         y = self.module(x)
         if not isinstance(y, Tensor) or (not torch.jit.is_tracing() and y.shape != x.shape):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import fcntl
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,6 +40,42 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a text file, in UTF-8, whole or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+@cache
+def cache_folder() -> Path:
+    """Return the folder of results and copies; ``DETECTION_PLUGINS_CACHE`` names another one.
+
+    Where it cannot be written to, it is a folder for temporary files.
+    """
+    own = os.environ.get("DETECTION_PLUGINS_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(own or os.path.join(base, "detection-plugins")).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        folder = Path(tempfile.mkdtemp(prefix="detection-plugins-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        return folder
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Let one process after the other into the block.
+
+    Where no lock can be made, all go in at once: on a full disk, or a file system without locks.
+
+    Args:
+        path: of the file that they share; its folder is made.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
 
 
 def make_folder(option: str, folder: Path) -> None:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -21,7 +16,7 @@ from plugin_core.datasets.check import Checked, Use, check_dataset
 from plugin_core.datasets.coco_file import Category, encode, sort_categories
 from plugin_core.datasets.findings import Report
 from plugin_core.datasets.mending import mended
-from plugin_core.files import file_state, replacing
+from plugin_core.files import cache_folder, file_state, in_turn, replacing
 
 # Goes up when checks change, as older results say nothing then.
 _VERSION = 5
@@ -41,25 +36,6 @@ class Dataset:
     report: Report
     ann_file: str
     categories: list[tuple[str, Any]]
-
-
-@cache
-def cache_folder() -> Path:
-    """Return the folder of results and copies; ``DETECTION_PLUGINS_CACHE`` names another one.
-
-    Where it cannot be written to, it is a folder for temporary files.
-    """
-    own = os.environ.get("DETECTION_PLUGINS_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(own or os.path.join(base, "detection-plugins")).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except OSError:
-        folder = Path(tempfile.mkdtemp(prefix="detection-plugins-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        return folder
 
 
 def checked_dataset(
@@ -92,7 +68,7 @@ def checked_dataset(
     name = hashlib.sha256(json.dumps([wanted, place]).encode()).hexdigest()[:24]
     stamp_file = cache_folder() / "checked" / f"{name}.json"
     # A training's processes ask at the same time. The first one checks, the others find its stamp.
-    with _in_turn(stamp_file):
+    with in_turn(stamp_file):
         known = _look_up(stamp_file, annotations, images)
         if known:
             return known
@@ -225,17 +201,6 @@ def _is_unchanged(
         stamp["file"][0] == state[0] and stamp["digest"] == _digest(annotations)
     )
     return same and stamp["images"] == _folder_state(annotations, images, stamp["folders"])
-
-
-@contextmanager
-def _in_turn(stamp_file: Path) -> Iterator[None]:
-    """Let one process after the other into the block."""
-    with ExitStack() as stack:
-        with suppress(OSError):  # a full disk, or a file system without locks: all check
-            stamp_file.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(open(stamp_file.with_suffix(".lock"), "w"))
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _read_stamp(path: Path) -> dict[str, Any] | None:

@@ -1,14 +1,14 @@
 """Fast paths of the methods, and operators with second derivatives.
 
-The methods' own files hold the formulas in plain PyTorch, which runs everywhere. A fast path
-computes the same function in fewer passes over memory: compiled C on a CPU, Triton on a CUDA GPU.
-Triplet attention has one. The environment variable ``PLUGIN_KERNELS`` chooses at every call:
+The methods' own files hold the formulas in plain PyTorch. A fast path computes the same function in
+fewer passes over memory. Triplet attention has one, made of operators that PyTorch's dispatcher
+knows, and each operator has several backends: compiled C on a CPU, Triton on a CUDA GPU, and
+PyTorch's operators everywhere. ``PLUGIN_KERNELS``, or :func:`set_kernels`, chooses at every call:
 
-- ``auto`` (the default): compiled C where it applies, otherwise plain PyTorch;
-- ``plain``: plain PyTorch;
-- ``fast``: Triton as well, which no GPU has run yet. An error says what this machine lacks.
-
-Traced, exported and compiled models hold the plain formulas. ``torch.compile`` fuses them itself.
+- ``auto`` (the default): compiled C where it applies; Triton where it was measured to be right and
+  faster on this GPU; otherwise PyTorch's operators;
+- ``plain``: PyTorch's operators;
+- ``fast``: compiled C and Triton. An error says what this machine lacks.
 """
 
 from __future__ import annotations
@@ -16,12 +16,26 @@ from __future__ import annotations
 import os
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch import nn
+
+from plugin_core.errors import ArgumentError
 
 CHOICES = ("auto", "plain", "fast")
 VARIABLE = "PLUGIN_KERNELS"
+
+
+def set_kernels(kernels: str) -> None:
+    """Choose the kernels of this process and of those that it starts, as ``PLUGIN_KERNELS`` does.
+
+    Args:
+        kernels: one of :data:`CHOICES`.
+
+    Raises:
+        ArgumentError: if it is none of them.
+    """
+    if kernels not in CHOICES:
+        raise ArgumentError("kernels", f"must be one of {', '.join(CHOICES)}, got {kernels!r}")
+    os.environ[VARIABLE] = kernels
 
 
 def choice() -> str:
@@ -39,27 +53,10 @@ def choice() -> str:
     return value
 
 
-def is_plain_tensor(x: Tensor) -> bool:
-    """Tell whether a kernel may read x from memory, and nothing records or transforms operators."""
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and x.layout is torch.strided
-        and not torch.jit.is_tracing()
-        and not _is_compiling()
-        # FLOP counters, fake tensors and make_fx see PyTorch's operators only.
-        and _get_current_dispatch_mode() is None
-        and not _has_transforms()
-        and getattr(forward_ad, "_current_level", -1) < 0  # no dual numbers
-        and _has_storage(x)
-    )
-
-
-def _has_storage(x: Tensor) -> bool:
-    try:
-        x.untyped_storage()
-    except (NotImplementedError, RuntimeError):  # torch.autograd's vmap over gradients
-        return False
-    return True
+def is_compiling() -> bool:
+    """Tell whether ``torch.compile`` or ``torch.export`` traces this call."""
+    known = getattr(torch.compiler, "is_compiling", None)  # since PyTorch 2.3
+    return bool(torch._dynamo.is_compiling() if known is None else known())
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -70,16 +67,3 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def _is_compiling() -> bool:
-    is_compiling = getattr(torch.compiler, "is_compiling", None)  # since PyTorch 2.3
-    if is_compiling is None:
-        return bool(torch._dynamo.is_compiling())
-    return bool(is_compiling())
-
-
-def _has_transforms() -> bool:
-    # Under torch.func a tensor stands for several.
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return bool(active is not None and active())

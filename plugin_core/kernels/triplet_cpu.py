@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from plugin_core.kernels.library import library, pointer, pointers
+from plugin_core.kernels.triplet_torch import wide_of
 
 # Columns that a convolution handles at once, LANES in the C code.
 _LANES = 16
@@ -39,7 +40,7 @@ class CpuPasses:
     def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
         shape, (b, p, q, r) = _shape(x), x.shape
         sizes = ((b, 2, p, q), (b, 2, p, r), (shape.parts, b, 2, q, r))
-        maps = [x.new_empty(size, dtype=_wide(x)) for size in sizes]
+        maps = [x.new_empty(size, dtype=wide_of(x)) for size in sizes]
         at: list[Tensor] = []
         if indices:
             at = [x.new_empty(m.shape[:-3] + m.shape[-2:], dtype=torch.int32) for m in maps]
@@ -53,7 +54,7 @@ class CpuPasses:
     def product(self, g: Tensor, x: Tensor) -> list[Tensor]:
         shape, (b, p, q, r) = _shape(x), x.shape
         sizes = ((b, p, q), (b, p, r), (shape.parts, b, q, r))
-        sums = [x.new_empty(size, dtype=_wide(x)) for size in sizes]
+        sums = [x.new_empty(size, dtype=wide_of(x)) for size in sizes]
         self._call("product", x, pointer(g), pointer(x), shape, pointers(sums))
         sums[2] = sums[2].sum(0) if shape.parts > 1 else sums[2][0]
         return sums
@@ -88,10 +89,6 @@ class CpuPasses:
     def _call(self, name: str, x: Tensor, *arguments: object) -> None:
         function = getattr(self._functions, f"{name}_{_SUFFIXES[x.dtype]}")
         function(*arguments, ctypes.c_int(torch.get_num_threads()))
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _shape(x: Tensor) -> _Shape:

@@ -1,7 +1,8 @@
 """Triplet attention's passes on a CUDA GPU, by Triton.
 
 No GPU has run these kernels yet. They were compiled for GPUs and run by Triton's interpreter. Notes
-on speed are estimates from the compiled code, and nothing was tuned.
+on speed are estimates from the compiled code, and nothing was tuned. So each GPU measures before it
+uses them (:mod:`plugin_core.kernels.triplet_choice`).
 
 ``scale``, ``product`` and ``input_gradient`` read and write every tensor once. A program takes a
 block of rows and columns of (Q, R) through some consecutive planes of P, so that its part of the
@@ -19,18 +20,15 @@ all sizes share the blocks, and a kernel is compiled once for a dtype.
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from plugin_core.kernels import choice
-from plugin_core.kernels.triplet_check import failure_of
+from plugin_core.kernels.triplet_choice import chosen
+from plugin_core.kernels.triplet_torch import TorchPasses, wide_of
 
 try:
     import triton
@@ -60,7 +58,7 @@ _LARGEST_PART = 2**30
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class CudaPasses:
+class CudaPasses(TorchPasses):
     """The passes of :mod:`plugin_core.kernels.triplet` on tensors (B, P, Q, R).
 
     Args:
@@ -72,28 +70,15 @@ class CudaPasses:
 
     @staticmethod
     def of(x: Tensor) -> CudaPasses | None:
-        """Make the passes for x (B, C, H, W), or None. Warn once of kernels that do not work.
+        """Make the passes for x (B, P, Q, R), or None where PyTorch's operators are faster.
 
         Raises:
             RuntimeError: if they do not work and ``PLUGIN_KERNELS=fast`` asks for them.
         """
         if x.device.type != "cuda" or x.dtype not in _DTYPES or not _fills_blocks(x):
             return None
-        key = (x.device, x.dtype)
-        if key not in _CHECKED:
-            if _is_capturing(x.device):  # a graph must not record the check
-                return None
-            with contextlib.suppress(torch.cuda.OutOfMemoryError):  # it may be gone next time
-                _CHECKED[key] = _checked(x.device, x.dtype)
-            if key not in _CHECKED:
-                return None
-        checked = _CHECKED[key]
-        if isinstance(checked, CudaPasses):
-            return checked
-        if choice() == "fast":
-            raise RuntimeError(f"PLUGIN_KERNELS=fast: {checked}")
-        _warn_once(checked)
-        return None
+        made: CudaPasses | None = chosen(x.device, x.dtype, lambda: _made(x.device, x.dtype))
+        return made
 
     def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
         b, p, q, r = x.shape
@@ -113,7 +98,7 @@ class CudaPasses:
                 )
             ]
 
-        pq, pr, qr, partial_pr, partial_qr = empty((2,), _wide(x))
+        pq, pr, qr, partial_pr, partial_qr = empty((2,), wide_of(x))
         at = empty((), torch.int32) if indices else []
         without: list[Any] = [None] * 5
         pq_at, pr_at, qr_at, partial_pr_at, partial_qr_at = at or without
@@ -141,7 +126,7 @@ class CudaPasses:
         blocks, planes, parts = self._tiles(x)
         row_blocks, column_blocks = -(-q // _BLOCK["BLOCK_Q"]), -(-r // _BLOCK["BLOCK_R"])
         sizes = ((column_blocks, b, p, q), (row_blocks, b, p, r), (parts, b, q, r))
-        sums = [x.new_empty(size, dtype=_wide(x)) for size in sizes]
+        sums = [x.new_empty(size, dtype=wide_of(x)) for size in sizes]
         with _on(x.device):
             _product[(blocks * parts,)](g, x, *sums, *x.shape, planes, **_BLOCK)
         return [s.sum(0) if len(s) > 1 else s[0] for s in sums]
@@ -157,19 +142,6 @@ class CudaPasses:
                 g, gx, *gates, *pooled, *indices, *g.shape, planes, **options
             )
         return gx
-
-    def correlate(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Convolve x (B, I, H, W) with weight (O, I, k, k), k odd, to (B, O, H, W)."""
-        with torch.autocast(x.device.type, enabled=False):  # keep x's dtype
-            return F.conv2d(x, weight, padding=weight.shape[2] // 2)
-
-    def correlate_weight_gradient(self, g: Tensor, x: Tensor, k: int) -> Tensor:
-        """Give the gradient of the weight (1, I, k, k) for the gradient g (B, 1, H, W)."""
-        weight = x.new_empty((1, x.shape[1], k, k))  # only its shape is read
-        half, which = [k // 2] * 2, [False, True, False]
-        return torch.ops.aten.convolution_backward(
-            g, x, weight, None, [1, 1], half, [1, 1], False, [0, 0], 1, which
-        )[1]
 
     def _tiles(self, x: Tensor) -> tuple[int, int, int]:
         """Choose the number of blocks, of planes in a part, and of parts."""
@@ -189,10 +161,6 @@ class CudaPasses:
         planes = max(_PLANES_OF_A_PART, -(-p // max(1, parts)))
         planes = max(1, min(planes, p, _LARGEST_PART // (q * r)))
         return planes, -(-p // planes)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -499,25 +467,16 @@ def _input_gradient(
 
 # ------------------------------------------------------------------------------- whether they work
 
-# The passes by GPU and dtype, or the reason why there are none.
-_CHECKED: dict[tuple[torch.device, torch.dtype], CudaPasses | str] = {}
-
 
 def _fills_blocks(x: Tensor) -> bool:
-    """Tell whether blocks suit the features x (B, C, H, W): neither tiny nor huge."""
-    _, c, h, w = x.shape
-    q, r = (h, w) if x.is_contiguous() else (w, c)
+    """Tell whether blocks suit x (B, P, Q, R): neither tiny nor huge."""
+    q, r = x.shape[2:]
     in_blocks = (q + -q % _BLOCK["BLOCK_Q"]) * (r + -r % _BLOCK["BLOCK_R"])
     return q * r <= _LARGEST_PART and q * r >= _LEAST_FILLED * in_blocks
 
 
-def _is_capturing(device: torch.device) -> bool:
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
-def _checked(device: torch.device, dtype: torch.dtype) -> CudaPasses | str:
-    """Return the passes if they work on this GPU, or the reason why there are none."""
+def _made(device: torch.device, dtype: torch.dtype) -> CudaPasses | str:
+    """Make the passes for a GPU, or give the reason why there are none."""
     if triton is None:
         return "Triton, which compiles the kernels, is not installed"
     properties = torch.cuda.get_device_properties(device)
@@ -527,10 +486,4 @@ def _checked(device: torch.device, dtype: torch.dtype) -> CudaPasses | str:
             f"{properties.name} has the compute capability {properties.major}.{properties.minor}, "
             f"and the kernels for {dtype} need {needed[0]}.{needed[1]}"
         )
-    passes = CudaPasses(properties.multi_processor_count)
-    return failure_of(passes, device, dtype) or passes
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(f"plugin_core: slower on the GPU than it could be, as {reason}", stacklevel=4)
+    return CudaPasses(properties.multi_processor_count)

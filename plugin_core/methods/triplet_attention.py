@@ -121,23 +121,19 @@ class TripletAttention(nn.Module):
                 f"TripletAttention takes a 4-D input (B, C, H, W), got {x.dim()}-D of shape "
                 f"{tuple(x.shape)}"
             )
-        passes = triplet.passes_for(x)
-        if passes is not None:
-            return self._forward_in_few_passes(x, warm_start, passes)
+        if triplet.is_offered():
+            return self._forward_in_few_passes(x, warm_start)
         g_cw, g_hc, g_hw = self.gates(x)
         g = (g_cw + g_hc) / 2 if g_hw is None else (g_hw + g_cw + g_hc) / 3
         if warm_start is not None:
             g = 1 + warm_start * (g - 1)
         return x * g
 
-    def _forward_in_few_passes(
-        self, x: Tensor, alpha: Tensor | None, passes: triplet.Passes
-    ) -> Tensor:
-        maps, links, exchanged = triplet.z_pool(x, passes)
+    def _forward_in_few_passes(self, x: Tensor, alpha: Tensor | None) -> Tensor:
+        maps, links = triplet.z_pool(x)
         modules = [gate for gate in (self.cw, self.hc, self.hw) if gate is not None]
         gates = [
-            gate(pooled, passes, is_exchanged)
-            for gate, pooled, is_exchanged in zip(modules, maps, exchanged, strict=False)
+            gate(pooled, in_few_passes=True) for gate, pooled in zip(modules, maps, strict=False)
         ]
         weight = 1 / len(gates) if alpha is None else alpha / len(gates)
         gates = [gate * weight for gate in gates]
@@ -145,7 +141,7 @@ class TripletAttention(nn.Module):
             gates[0] = gates[0] + (1 - alpha)
         if self.hw is None:
             gates.append(torch.zeros_like(maps[2][:, :1]))
-        return triplet.scale(x, gates, links, passes)
+        return triplet.scale(x, gates, links)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """g_cw (B, C, 1, W), g_hc (B, C, H, 1) and g_hw (B, 1, H, W), None with ``no_spatial``."""
@@ -192,23 +188,18 @@ class _Gate(nn.Module):
             )
         )
 
-    def forward(
-        self,
-        pooled: Tensor,
-        passes: triplet.Passes | None = None,
-        is_exchanged: bool = False,
-    ) -> Tensor:
-        conv, bn = self.conv
-        if passes is None or not self._is_as_built(conv):
-            normalized = self.conv(pooled.mT if is_exchanged else pooled)
-            normalized = normalized.mT if is_exchanged else normalized
-        else:
-            # Rows and columns exchanged in both are so in the result.
-            weight = conv.get_parameter("weight")
-            normalized = triplet.correlate(pooled, weight.mT if is_exchanged else weight, passes)
-            normalized = bn(normalized.to(weight.dtype))
-        # Back from autocast's precision, while the map is small.
-        return torch.sigmoid(normalized).to(pooled.dtype)
+    def forward(self, pooled: Tensor, in_few_passes: bool = False) -> Tensor:
+        conv: Any = self.conv.conv
+        bn: Any = self.conv.bn
+        if not (in_few_passes and self._is_as_built(conv)):
+            # Back from autocast's precision, while the map is small.
+            return torch.sigmoid(self.conv(pooled)).to(pooled.dtype)
+        weight, is_exchanged = conv.weight, triplet.is_exchanged(pooled)
+        if is_exchanged:  # rows and columns exchanged in both are so in the result
+            pooled, weight = pooled.mT, weight.mT
+        normalized = bn(triplet.correlate(pooled, weight).to(weight.dtype))
+        gate = torch.sigmoid(normalized).to(pooled.dtype)
+        return gate.mT if is_exchanged else gate
 
     def _is_as_built(self, conv: nn.Module) -> bool:
         """Whether nothing was fused into the convolution, hooked to it or put in its place."""

@@ -9,8 +9,8 @@ import re
 import subprocess
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from plugin_core import TripletAttention
-from plugin_core.kernels import triplet, triplet_check, triplet_cuda
+from plugin_core.kernels import triplet, triplet_choice, triplet_cuda
 from plugin_core.kernels.triplet_cuda import CudaPasses
+from plugin_core.kernels.triplet_torch import AXES
 
 TESTS = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
-AXES = (3, 2, 1)  # over which PQ, PR and QR of (B, P, Q, R) pool
 GOLDEN = ("triplet_attention", "triplet_attention_no_spatial")
 FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
@@ -114,7 +114,7 @@ def outputs_and_gradients(inputs: dict[str, Tensor], y: Tensor) -> dict[str, Ten
 def check_module(
     passes: CudaPasses, x: Tensor, tolerance: float, warm_start: bool = False, **kwargs: Any
 ) -> None:
-    """The module by the passes against the plain formula, both in x's precision."""
+    """The module by the passes against the formula, both in x's precision."""
     torch.manual_seed(0)
     module = trained(**kwargs).to(x.device).train(kwargs.get("norm") != "FrozenBN")
     if x.dtype == torch.float64:
@@ -124,16 +124,26 @@ def check_module(
     if warm_start:
         inputs["alpha"] = alpha = torch.full_like(module.cw.conv.bn.bias[0], 0.7).requires_grad_()
     autocast = torch.autocast(x.device.type, dtype=x.dtype, enabled=x.dtype.itemsize == 2)
-    with pytest.MonkeyPatch.context() as patch, autocast:
-        patch.setenv("PLUGIN_KERNELS", "plain")
-        expected = outputs_and_gradients(inputs, module(x, warm_start=alpha))
-        y = module._forward_in_few_passes(x, alpha, passes)
-        assert y.stride() == x.stride()
-        actual = outputs_and_gradients(inputs, y)
+    with autocast:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triplet, "is_offered", lambda: False)
+            expected = outputs_and_gradients(inputs, module(x, warm_start=alpha))
+        with taken(passes):
+            y = module(x, warm_start=alpha)
+            assert y.stride() == x.stride()
+            actual = outputs_and_gradients(inputs, y)
     for name, tensor in actual.items():
         largest = float(expected[name].abs().max())
         difference = float((tensor - expected[name]).abs().max())
         assert difference <= tolerance * max(largest, 0.1), f"{name}: {difference} of {largest}"
+
+
+@contextmanager
+def taken(passes: CudaPasses) -> Iterator[None]:
+    """Let the operators use these passes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triplet, "backend", lambda x: passes)
+        yield
 
 
 def check_golden(passes: CudaPasses, name: str, device: torch.device) -> None:
@@ -147,8 +157,9 @@ def check_golden(passes: CudaPasses, name: str, device: torch.device) -> None:
     )
     module.to(device).train()
     x = arrays["x"].to(device).requires_grad_()
-    y = module._forward_in_few_passes(x, None, passes)
-    (y * arrays["r"].to(device)).sum().backward()
+    with taken(passes):
+        y = module(x)
+        (y * arrays["r"].to(device)).sum().backward()
     actual = {"y_train": y, "grad_x": x.grad}
     actual |= {f"grad/{key}": parameter.grad for key, parameter in module.named_parameters()}
     for key, tensor in actual.items():
@@ -203,8 +214,8 @@ def interpreted_checks() -> dict[str, Callable[[], None]]:
 
 def check_self_check_on_the_cpu(passes: CudaPasses) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triplet_check, "_CHECKED_SHAPE", SHAPES["two_parts"])
-        assert triplet_check.failure_of(passes, CPU, torch.float32) is None
+        patch.setattr(triplet_choice, "_CHECKED_SHAPE", SHAPES["two_parts"])
+        assert triplet_choice.failure_of(passes, CPU, torch.float32) is None
 
 
 def run_interpreted() -> None:
@@ -345,27 +356,6 @@ def test_no_size_and_no_alignment_makes_a_kernel_compile_again():
 # ---------------------------------------------------------------------------- whether they are used
 
 
-class PlainPasses(CudaPasses):
-    """The same results without a kernel."""
-
-    def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
-        maps, at = triplet_check.plain_pool(x.double())
-        return [m.to(triplet_cuda._wide(x)) for m in maps], at if indices else []
-
-    def scale(self, x: Tensor, gates: list[Tensor], y: Tensor) -> None:
-        y.copy_(x * sum(m.unsqueeze(axis) for m, axis in zip(gates, AXES, strict=True)))
-
-    def product(self, g: Tensor, x: Tensor) -> list[Tensor]:
-        wide = triplet_cuda._wide(x)
-        return [(g.to(wide) * x.to(wide)).sum(axis) for axis in AXES]
-
-    def input_gradient(
-        self, g: Tensor, gates: list[Tensor], pooled: list[Tensor], indices: list[Tensor]
-    ) -> Tensor:
-        gate = sum(m.unsqueeze(axis) for m, axis in zip(gates, AXES, strict=True))
-        return triplet_check.plain_input_gradient(g * gate, pooled, indices).to(g.dtype)
-
-
 class KernelThatFails:
     """What a kernel is where Triton finds no C compiler for its launcher."""
 
@@ -387,51 +377,8 @@ def features_on_a_gpu(**kwargs: Any) -> Any:
         "device": torch.device("cuda", 0),
         "dtype": torch.float32,
         "shape": torch.Size((2, 64, 50, 84)),
-        "is_contiguous": lambda: True,
     }
     return SimpleNamespace(**of_a_gpu | kwargs)
-
-
-@pytest.fixture
-def unchecked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if no GPU had been seen yet."""
-    monkeypatch.setattr(triplet_cuda, "_CHECKED", {})
-    triplet_cuda._warn_once.cache_clear()
-    yield
-    triplet_cuda._warn_once.cache_clear()
-
-
-@pytest.mark.parametrize("dtype", triplet_cuda._DTYPES, ids=str)
-def test_check_passes_what_is_right(dtype):
-    assert triplet_check.failure_of(PlainPasses(1), CPU, dtype) is None
-
-
-@pytest.mark.parametrize("name", ["pool", "scale", "product", "input_gradient"])
-def test_check_names_the_pass_that_differs(name, monkeypatch):
-    right = getattr(PlainPasses, name)
-
-    def wrong(self: PlainPasses, first: Tensor, *args: Any, **kwargs: Any) -> Any:
-        first = first.clone()
-        first[-1, -1, -1, -1] += 1
-        return right(self, first, *args, **kwargs)
-
-    monkeypatch.setattr(PlainPasses, name, wrong)
-    reason = triplet_check.failure_of(PlainPasses(1), CPU, torch.float32)
-    assert reason is not None and f"{name} differs" in reason
-
-
-def test_check_tells_which_index_of_equal_maxima_is_right(monkeypatch):
-    right = PlainPasses.pool
-
-    def last(self: PlainPasses, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
-        maps, at = right(self, x, indices)
-        if indices:
-            at[0] = x.shape[3] - 1 - x.flip(3).max(3).indices.int()
-        return maps, at
-
-    monkeypatch.setattr(PlainPasses, "pool", last)
-    reason = triplet_check.failure_of(PlainPasses(1), CPU, torch.float32)
-    assert reason is not None and "pool's indices differs" in reason
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -439,36 +386,8 @@ def test_check_says_what_a_kernel_raised(name, monkeypatch):
     for kernel in KERNELS:
         monkeypatch.setattr(triplet_cuda, kernel, KernelThatDoesNothing())
     monkeypatch.setattr(triplet_cuda, name, KernelThatFails())
-    reason = triplet_check.failure_of(CudaPasses(1), CPU, torch.float32)
+    reason = triplet_choice.failure_of(CudaPasses(1), CPU, torch.float32)
     assert reason == "the kernels fail on cpu (RuntimeError: Failed to find C compiler.)"
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_kernels_that_fail_are_warned_of_once(monkeypatch):
-    calls = []
-    monkeypatch.setattr(triplet_cuda, "_is_capturing", lambda device: False)
-    monkeypatch.setattr(triplet_cuda, "_checked", lambda *key: calls.append(key) or "it rains")
-    with pytest.warns(UserWarning, match="slower on the GPU than it could be, as it rains"):
-        assert CudaPasses.of(features_on_a_gpu()) is None
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert CudaPasses.of(features_on_a_gpu()) is None
-        assert CudaPasses.of(features_on_a_gpu(dtype=torch.bfloat16)) is None
-    assert len(calls) == 2  # once for each dtype
-    monkeypatch.setenv("PLUGIN_KERNELS", "fast")
-    with pytest.raises(RuntimeError, match="PLUGIN_KERNELS=fast: it rains"):
-        CudaPasses.of(features_on_a_gpu())
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_a_graph_does_not_capture_the_check(monkeypatch):
-    passes = CudaPasses(1)
-    capturing = [True, False]
-    monkeypatch.setattr(triplet_cuda, "_is_capturing", lambda device: capturing.pop(0))
-    monkeypatch.setattr(triplet_cuda, "_checked", lambda *key: passes)
-    assert CudaPasses.of(features_on_a_gpu()) is None and triplet_cuda._CHECKED == {}
-    assert CudaPasses.of(features_on_a_gpu()) is passes
-    assert CudaPasses.of(features_on_a_gpu()) is passes  # nobody asks again
 
 
 @pytest.mark.parametrize(
@@ -481,22 +400,21 @@ def test_a_graph_does_not_capture_the_check(monkeypatch):
     ],
     ids=["cpu", "integers", "tiny", "huge"],
 )
-def test_other_inputs_are_left_to_the_plain_formula(features):
+def test_other_inputs_are_left_to_pytorchs_operators(features):
     assert CudaPasses.of(features_on_a_gpu(**features)) is None
 
 
 def test_older_gpu_is_named(monkeypatch):
     monkeypatch.setattr(triplet_cuda, "triton", object())
-    monkeypatch.setattr(triplet_cuda, "failure_of", lambda *args: None)
     gpu = SimpleNamespace(name="Quadro", major=7, minor=5, multi_processor_count=48)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     device = torch.device("cuda", 0)
-    assert isinstance(triplet_cuda._checked(device, torch.float16), CudaPasses)
-    reason = triplet_cuda._checked(device, torch.bfloat16)
+    assert isinstance(triplet_cuda._made(device, torch.float16), CudaPasses)
+    reason = triplet_cuda._made(device, torch.bfloat16)
     assert isinstance(reason, str)
     assert "Quadro has the compute capability 7.5" in reason and "need 8.0" in reason
     gpu.major, gpu.minor = 6, 1
-    assert "need 7.0" in str(triplet_cuda._checked(device, torch.float32))
+    assert "need 7.0" in str(triplet_cuda._made(device, torch.float32))
 
 
 def test_package_works_without_triton(monkeypatch):
@@ -505,7 +423,7 @@ def test_package_works_without_triton(monkeypatch):
     spec = importlib.util.spec_from_file_location("without_triton", triplet_cuda.__file__)
     without_triton = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(without_triton)
-    reason = without_triton._checked(torch.device("cuda", 0), torch.float32)
+    reason = without_triton._made(torch.device("cuda", 0), torch.float32)
     assert reason == "Triton, which compiles the kernels, is not installed"
     assert TripletAttention()(torch.zeros(1, 2, 3, 4)).shape == (1, 2, 3, 4)
 
@@ -562,7 +480,7 @@ def test_golden_output_and_gradients_on_a_gpu(name, gpu):
 @pytest.mark.parametrize("kwargs", [{}, {"no_spatial": True, "warm_start": True}], ids=str)
 def test_module_equals_plain_formula_on_a_gpu(kwargs, dtype, tolerance, memory_format, gpu):
     x = torch.randn(2, 70, 45, 50).to("cuda", dtype).to(memory_format=memory_format)
-    assert isinstance(triplet.passes_for(x), CudaPasses)
+    assert isinstance(triplet.backend(x.detach()), CudaPasses)
     check_module(gpu, x, tolerance, **kwargs)
 
 
@@ -591,7 +509,8 @@ def test_new_sizes_compile_nothing(gpu):
     shapes = torch.randint(1, 90, (40, 4)) % torch.tensor([3, 90, 90, 90]) + 1
     for shape in [(1, 1, 1, 1), (1, 16, 16, 16), (2, 64, 32, 64), *shapes.tolist()]:
         x = torch.randn(tuple(shape), device="cuda", requires_grad=True)
-        module._forward_in_few_passes(x, None, gpu).sum().backward()
+        with taken(gpu):
+            module(x).sum().backward()
     aligned = torch.randn(2 * 8 * 40 * 40 + 1, device="cuda")
     gpu.pool(aligned[1:].view(2, 8, 40, 40), indices=True)
     assert compiled_variants() == before
@@ -617,13 +536,14 @@ def test_graph_replays_the_kernels(gpu):
 
 
 @needs_gpu
-@pytest.mark.usefixtures("unchecked")
 def test_kernel_that_fails_is_an_error_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(triplet_choice, "_CHOSEN", {})
     monkeypatch.setattr(triplet_cuda, "_product", KernelThatFails())
     module = trained().cuda()
     x = torch.randn(1, 8, 40, 70, device="cuda")
     monkeypatch.setenv("PLUGIN_KERNELS", "auto")
-    assert triplet.passes_for(x) is None
+    with pytest.warns(UserWarning, match="PyTorch's operators are used"):
+        assert not isinstance(triplet.backend(x), CudaPasses)
     monkeypatch.setenv("PLUGIN_KERNELS", "fast")
     with pytest.raises(RuntimeError, match="Failed to find C compiler"):
         module(x)

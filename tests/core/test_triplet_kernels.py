@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -13,14 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.autograd.functional import jacobian
+from torch.func import functional_call, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from plugin_core import BlockPlugin, TripletAttention
+from plugin_core import ArgumentError, BlockPlugin, TripletAttention, set_kernels
 from plugin_core.kernels import triplet
 from plugin_core.kernels.triplet_cpu import CpuPasses
+from plugin_core.kernels.triplet_torch import AXES, TorchPasses
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
@@ -38,11 +42,20 @@ def attention(
     return plugin
 
 
+FORMULA = "formula"
+
+
 def results(module: nn.Module, x: Tensor, kernels: str) -> dict[str, Tensor]:
-    """Output, gradients and buffers after a step in training, with one of PLUGIN_KERNELS."""
+    """Output, gradients and buffers after a step in training.
+
+    Args:
+        module: is left as it is.
+        x: its input.
+        kernels: one of PLUGIN_KERNELS, or FORMULA for the formula without our operators.
+    """
     module, x = copy.deepcopy(module), x.detach().requires_grad_()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PLUGIN_KERNELS", kernels)
+        take(kernels, patch)
         y = module(x)
         weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
         (y * weight).sum().backward()
@@ -51,14 +64,26 @@ def results(module: nn.Module, x: Tensor, kernels: str) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def assert_equal_to_plain(module: nn.Module, x: Tensor, **tolerance: float) -> None:
-    fast, plain = results(module, x, "fast"), results(module, x, "plain")
-    assert fast.keys() == plain.keys()
-    for name, value in plain.items():
-        torch.testing.assert_close(
-            fast[name], value, **(tolerance or TOLERANCE), msg=lambda m, n=name: f"{n}: {m}"
-        )
-    assert in_memory(fast["y"]) == in_memory(plain["y"])
+def take(kernels: str, patch: pytest.MonkeyPatch) -> None:
+    if kernels == FORMULA:
+        patch.setattr(triplet, "is_offered", lambda: False)
+    else:
+        patch.setenv("PLUGIN_KERNELS", kernels)
+
+
+def assert_equal_to_formula(module: nn.Module, x: Tensor, **tolerance: float) -> None:
+    expected = results(module, x, FORMULA)
+    for kernels in ("fast", "plain"):
+        found = results(module, x, kernels)
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                found[name],
+                value,
+                **(tolerance or TOLERANCE),
+                msg=lambda m, n=name, k=kernels: f"{k}, {n}: {m}",
+            )
+        assert in_memory(found["y"]) == in_memory(expected["y"])
 
 
 def in_memory(x: Tensor) -> list[int]:
@@ -92,7 +117,7 @@ def uses(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_any_shape_layout_and_ties_give_the_plain_values_and_gradients(data):
+def test_any_shape_layout_and_ties_give_the_formulas_values_and_gradients(data):
     b, c, h, w = (data.draw(st.integers(1, most)) for most in (3, 40, 20, 40))
     module = attention(
         kernel_size=data.draw(st.sampled_from([1, 3, 7])),
@@ -111,60 +136,64 @@ def test_any_shape_layout_and_ties_give_the_plain_values_and_gradients(data):
     elif layout == "transposed":
         x = x.transpose(2, 3)
     module.train(data.draw(st.booleans()))
-    assert_equal_to_plain(module, x, atol=1e-4, rtol=1e-3)
+    assert_equal_to_formula(module, x, atol=1e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_image_that_threads_share_gives_the_plain_values_and_gradients(
+def test_image_that_threads_share_gives_the_formulas_values_and_gradients(
     memory_format, batch, threads
 ):
     threads(3)
     # Whole numbers, so that the parts of an image have equal maxima.
     x = torch.randn(batch, 64, 50, 6).round().to(memory_format=memory_format)
-    assert_equal_to_plain(TripletAttention(kernel_size=3), x)
+    assert_equal_to_formula(TripletAttention(kernel_size=3), x)
 
 
 @pytest.mark.parametrize(
     ("no_spatial", "warm_start", "memory_format", "training"),
     list(itertools.product([False, True], [False, True], FORMATS, [True, False])),
 )
+@pytest.mark.parametrize("kernels", ["fast", "plain"])
 def test_first_and_second_derivatives_are_those_of_the_function(
-    no_spatial, warm_start, memory_format, training, monkeypatch, uses
+    no_spatial, warm_start, memory_format, training, kernels, monkeypatch, uses
 ):
-    monkeypatch.setenv("PLUGIN_KERNELS", "fast")
+    monkeypatch.setenv("PLUGIN_KERNELS", kernels)
     module = attention(no_spatial=no_spatial, warm_start=warm_start).double().train(training)
     x = torch.randn(2, 3, 4, 3, dtype=torch.double).to(memory_format=memory_format)
     inputs = (x.requires_grad_(), *module.parameters())
     assert torch.autograd.gradcheck(lambda x, *_: module(x), inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda x, *_: module(x), inputs, fast_mode=True)
-    assert uses
+    assert bool(uses) == (kernels == "fast")
 
 
+@pytest.mark.parametrize("kernels", ["fast", "plain"])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
-def test_bfloat16_stays_as_close_as_the_plain_formula(memory_format):
+def test_bfloat16_stays_as_close_as_the_formula(memory_format, kernels):
     module = TripletAttention(kernel_size=3)
     x = torch.randn(2, 8, 9, 10).to(torch.bfloat16).to(memory_format=memory_format)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fast, plain = results(module, x, "fast"), results(module, x, "plain")
-    exact = results(module, x.float(), "plain")
-    assert fast["y"].dtype == fast["x"].dtype == torch.bfloat16
+        found, formula = results(module, x, kernels), results(module, x, FORMULA)
+    exact = results(module, x.float(), FORMULA)
+    assert found["y"].dtype == found["x"].dtype == torch.bfloat16
     for name in ("y", "x", "cw.conv.conv.weight"):
-        error, plain_error = (
-            (found[name].float() - exact[name]).abs().max() for found in (fast, plain)
+        error, formulas_error = (
+            (of[name].float() - exact[name]).abs().max() for of in (found, formula)
         )
-        assert error <= plain_error + 1e-3, name
+        assert error <= formulas_error + 1e-3, name
 
 
 def test_whole_module_in_bfloat16_runs():
     module = TripletAttention(kernel_size=3).bfloat16()
     x = torch.randn(2, 8, 9, 10, dtype=torch.bfloat16)
-    fast, plain = results(module, x, "fast"), results(module, x, "plain")
-    torch.testing.assert_close(fast["y"], plain["y"], atol=0.05, rtol=0.05)
-    assert all(value.dtype is plain[name].dtype for name, value in fast.items())
+    expected = results(module, x, FORMULA)
+    for kernels in ("fast", "plain"):
+        found = results(module, x, kernels)
+        torch.testing.assert_close(found["y"], expected["y"], atol=0.05, rtol=0.05)
+        assert all(value.dtype is expected[name].dtype for name, value in found.items())
 
 
-def test_float16_on_a_cpu_takes_the_plain_formula(uses, monkeypatch):
+def test_float16_on_a_cpu_takes_pytorchs_operators(uses, monkeypatch):
     monkeypatch.setenv("PLUGIN_KERNELS", "auto")
     TripletAttention(kernel_size=3).half().eval()(torch.randn(1, 4, 5, 6).half())
     assert not uses
@@ -270,7 +299,7 @@ def test_norm_that_was_fused_into_the_convolution_is_not_lost():
     for name, buffer in module.named_buffers():
         if not name.endswith("num_batches_tracked"):
             buffer.uniform_(0.5, 1.5)
-    expected = results(module, x, "plain")["y"]
+    expected = results(module, x, FORMULA)["y"]
     torch.testing.assert_close(results(fuse(module), x, "fast")["y"], expected)
 
 
@@ -284,30 +313,187 @@ def test_default_device_does_not_matter(fast, uses):
     torch.testing.assert_close(y, expected)
 
 
-def test_batch_of_gradients_is_that_of_the_plain_formula(monkeypatch):
-    module, x = TripletAttention(kernel_size=3).eval(), torch.randn(1, 2, 3, 4)
-    jacobians = []
-    for kernels in ("fast", "plain"):
-        monkeypatch.setenv("PLUGIN_KERNELS", kernels)
-        jacobians.append(torch.autograd.functional.jacobian(module, x, vectorize=True))
-    torch.testing.assert_close(*jacobians)
+# ------------------------------------------------------------- what PyTorch does with the operators
+
+
+def square(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x).square().sum()
+
+
+def of_parameters(module: nn.Module, x: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
+    return lambda parameters: functional_call(module, parameters, (x,)).square().sum()
+
+
+def per_sample_gradients(module: nn.Module, x: Tensor) -> Any:
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return of_parameters(module, sample[None])(parameters)
+
+    return vmap(torch.func.grad(loss), (None, 0))(dict(module.named_parameters()), x)
+
+
+def ensemble(module: nn.Module, x: Tensor) -> Any:
+    stacked = {name: torch.stack([p, 2 * p]) for name, p in module.named_parameters()}
+    return vmap(lambda parameters: functional_call(module, parameters, (x,)))(stacked)
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "vmap": lambda m, x: vmap(m)(torch.stack([x, 2 * x])),
+    "grad": lambda m, x: torch.func.grad(lambda x: square(m, x))(x),
+    "grad of parameters": lambda m, x: torch.func.grad(of_parameters(m, x))(
+        dict(m.named_parameters())
+    ),
+    "per-sample gradients": per_sample_gradients,
+    "ensemble": ensemble,
+    "jacrev": lambda m, x: torch.func.jacrev(m)(x[:1]),
+    "batch of gradients": lambda m, x: jacobian(m, x[:1], vectorize=True),
+    "make_fx": lambda m, x: make_fx(m)(x)(x),
+    "export": lambda m, x: torch.export.export(m, (x,)).module()(x),
+}
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transform_uses_the_kernels(name, memory_format, fast, uses):
+    module = attention(warm_start=True).eval()
+    x = torch.randn(2, 4, 5, 3).to(memory_format=memory_format)
+    found = TRANSFORMS[name](module, x)
+    assert uses
+    with pytest.MonkeyPatch.context() as patch:
+        take(FORMULA, patch)
+        expected = TRANSFORMS[name](module, x)
+    torch.testing.assert_close(found, expected, **TOLERANCE)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_whatever_records_operators_sees_the_plain_formula(fast, uses):
-    module, x = TripletAttention(kernel_size=3).eval(), torch.randn(2, 4, 5, 6)
-    torch.jit.trace(module, x, check_trace=False)  # the check runs the module itself
-    with FlopCounterMode(display=False) as counter:
-        module(x)
-    assert counter.get_total_flops() > 0
-    torch.compile(module, backend="eager", fullgraph=True)(x)
-    torch.func.vmap(module)(x[None])
-    torch.func.grad(lambda x: module(x).sum())(x)
-    with forward_ad.dual_level():
-        module(forward_ad.make_dual(x, torch.ones_like(x)))
+@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.hessian])
+def test_forward_derivatives_are_those_of_the_formula(transform, fast, uses):
+    module, x = TripletAttention(kernel_size=3).eval(), torch.randn(1, 2, 2, 3)
+    found = transform(lambda x: module(x).pow(3).sum())(x)
     assert not uses
-    module(x)
+    module.requires_grad_(False)
+    of_x = torch.autograd.functional.jacobian
+    if transform is torch.func.hessian:
+        of_x = torch.autograd.functional.hessian
+    torch.testing.assert_close(found, of_x(lambda x: module(x).pow(3).sum(), x), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("memory_format", "training"), [*zip(FORMATS, (True, False), strict=True)], ids=["nchw", "nhwc"]
+)
+def test_compiled_module_uses_the_kernels_without_a_graph_break(
+    memory_format, training, fast, uses
+):
+    module = attention(warm_start=True).train(training)
+    x = torch.randn(2, 4, 5, 6).to(memory_format=memory_format)
+    torch._dynamo.reset()
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    found, expected = results(compiled, x, "fast"), results(module, x, FORMULA)
     assert uses
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")], **TOLERANCE)
+
+
+def test_flops_are_those_of_the_formula(fast, uses):
+    module, x = TripletAttention(kernel_size=3), torch.randn(2, 4, 5, 6)
+    found = []
+    for kernels in ("fast", FORMULA):
+        with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
+            take(kernels, patch)
+            module(x)
+        found.append(counter.get_total_flops())
+    assert uses and found[0] == found[1] > 0
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("training", [True, False])
+def test_operators_obey_pytorchs_rules(memory_format, training, monkeypatch):
+    """Schema, autograd, and fake tensors of the same strides, for all operators of a step."""
+    calls: dict[str, tuple[Any, ...]] = {}
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.namespace == "plugin_core":
+                calls[str(func)] = (func, args)
+            return func(*args, **(kwargs or {}))
+
+    module = TripletAttention(kernel_size=3)
+    x = torch.randn(2, 3, 4, 5).to(memory_format=memory_format).requires_grad_(training)
+    with Recorded():
+        y = module(x)
+        if training:
+            y.square().sum().backward()
+    assert len(calls) == (6 if training else 3)
+    for func, args in calls.values():
+        args = [a.detach() if isinstance(a, Tensor) else a for a in args]
+        torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torchscript_holds_the_formula(fast, uses):
+    module, x = TripletAttention(kernel_size=3).eval(), torch.randn(2, 4, 5, 6)
+    traced = torch.jit.trace(module, x, check_trace=False)  # the check runs the module itself
+    assert "plugin_core::" not in str(traced.inlined_graph)
+    assert not uses
+
+
+def test_meta_tensors_have_their_strides():
+    module, x = TripletAttention(kernel_size=3).to("meta"), torch.empty(2, 4, 5, 6, device="meta")
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    y = module(x)
+    y.backward(torch.empty_like(y))
+    assert y.stride() == x.grad.stride() == x.stride()
+
+
+# ------------------------------------------------------------------------------------------- memory
+
+
+class FullSizeOperations(TorchDispatchMode):
+    """Notes the operators that make a tensor of ``numel`` elements in memory of its own."""
+
+    def __init__(self, numel: int) -> None:
+        super().__init__()
+        self.numel = numel
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = [*args, *(kwargs or {}).values()]
+        inputs = {a.untyped_storage().data_ptr() for a in given if isinstance(a, Tensor)}
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if (
+                isinstance(tensor, Tensor)
+                and tensor.numel() == self.numel
+                and tensor.untyped_storage().data_ptr() not in inputs
+            ):
+                self.names.append(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+def test_no_pass_has_more_than_one_tensor_of_the_inputs_size_beside_its_result(memory_format):
+    passes = TorchPasses()
+    x = torch.randn(2, 4, 5, 7).to(memory_format=memory_format)
+    pqr = x if x.is_contiguous() else x.permute(0, 2, 3, 1)
+    g, y = torch.randn_like(pqr), torch.empty_like(pqr)
+    gates = [torch.rand_like(pqr.sum(axis)) for axis in AXES]
+    with FullSizeOperations(x.numel()) as operations:
+        maps, at = passes.pool(pqr, indices=True)
+        passes.scale(pqr, gates, y)
+    assert operations.names == []  # the sum of the gates is never laid out
+    with FullSizeOperations(x.numel()) as operations:
+        passes.product(g, pqr)
+        passes.input_gradient(g, gates, maps, at)
+    assert operations.names == ["mul", "empty_like"]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+def test_step_makes_no_copy_of_its_input(memory_format, fast):
+    module = TripletAttention(kernel_size=3)
+    x = torch.randn(2, 4, 5, 7).to(memory_format=memory_format).requires_grad_()
+    gradient = torch.randn(2, 4, 5, 7).to(memory_format=memory_format)
+    with FullSizeOperations(x.numel()) as operations:
+        module(x).backward(gradient)
+    assert set(operations.names) <= {"z_pool", "scale", "input_gradient", "detach"}
 
 
 # ------------------------------------------------------------------------------ which path is taken
@@ -331,9 +517,21 @@ def test_plain_is_plain_and_an_empty_variable_is_auto(monkeypatch, uses):
     assert uses == [(1, 2, 3, 4)]
 
 
+def test_set_kernels_chooses_as_the_variable_does(monkeypatch, uses):
+    monkeypatch.setenv("PLUGIN_KERNELS", "auto")
+    module, x = TripletAttention(kernel_size=3), torch.randn(1, 2, 3, 4)
+    set_kernels("plain")
+    module(x)
+    assert not uses
+    set_kernels("auto")
+    module(x)
+    assert uses
+    with pytest.raises(ArgumentError, match="kernels must be one of auto, plain, fast, got 'C'"):
+        set_kernels("C")
+
+
 def test_channels_last_is_pooled_as_it_lies_in_memory(fast, uses):
     x = torch.randn(1, 2, 3, 4).to(memory_format=torch.channels_last)
-    assert triplet.passes_for(x) is not None
     TripletAttention(kernel_size=3)(x)
     assert uses == [(1, 3, 4, 2)]
 
