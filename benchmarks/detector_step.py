@@ -7,7 +7,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +37,7 @@ MINUTES = 13
 PLAIN, TRIPLET, IDA, TEXTBOOK = "without", "triplet attention", "IDA", "textbook triplet attention"
 STREAMS, BATCHFORMER = "two streams without BatchFormer", "BatchFormerV2"
 TRAINING, INFERENCE = "Training steps", "Inference"
+COMPILED = "Training steps with a backbone by torch.compile"
 CHANGING_SIZES = "Training steps with another size in every round"
 DETR = "Training steps of a DETR with BatchFormerV2"
 # Images in training, their size, and images in inference. Detectron2 evaluates single images.
@@ -42,6 +47,7 @@ FULL_SIZE = (1, (800, 1216))
 # Images, and the largest of changing sizes
 CHANGING = {"cpu": (2, (320, 448)), "cuda": (8, (800, 1333))}
 DETR_BATCHES = {"cpu": (2, (192, 256)), "cuda": (2, (800, 1333))}
+COMPILED_BATCHES = {"cpu": (2, (256, 320)), "cuda": (8, (800, 1333))}
 QUICK_SIZE = (64, 96)
 Targets = Mapping[tuple[str, str], Target]
 # With mixed precision on a GPU, and in float32 on a CPU
@@ -68,6 +74,7 @@ def rows(setting: Setting) -> list[Row]:
             measured += full_size(kind, setting)
             measured += changing_sizes(kind, setting)
     rcnns.cache_clear()
+    measured += compiled(setting)
     images, size = DETR_BATCHES[setting.device.type]
     for dtype in setting.dtypes:
         case = Case("Deformable DETR", "training", images, small(size, setting), dtype)
@@ -255,6 +262,59 @@ def training_in_changing_sizes(case: Case, setting: Setting) -> list[Row]:
         else row
         for row in rows
     ]
+
+
+def compiled(setting: Setting) -> list[Row]:
+    images, size = COMPILED_BATCHES[setting.device.type]
+    measured = []
+    for dtype in setting.dtypes:
+        case = Case("Faster R-CNN R18-FPN, triplet attention", "training", images, size, dtype)
+        measure = partial(training_compiled, case, setting)
+        measured += timing.attempt(COMPILED, str(case), measure)
+    return measured
+
+
+def training_compiled(case: Case, setting: Setting) -> dict[str, Quantity]:
+    """Compare a step with its backbone compiled and the same step in eager mode."""
+    if setting.quick:
+        raise timing.Impossible("--quick leaves it out, as it compiles for minutes")
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise timing.Impossible(f"there is no C++ compiler {compiler!r}; CXX names another")
+    import detectron2_detectors as detectors
+
+    batch = detectors.random_batch(case.images, case.size)
+    kind = "Faster R-CNN R18"
+    models = {
+        name: detectors.build_alike(kind, [TRIPLET], setting.device)[TRIPLET]
+        for name in ("eager", "compiled")
+    }
+    models["compiled"].backbone.compile()
+    steps = training_steps(models, detectors.loss, case.dtype, setting)
+    seconds = compile_now(lambda: steps["compiled"]((0, batch)))
+    times = timing.interleaved(steps, lambda i: (i, batch), setting)
+    torch.compiler.reset()
+    values = timing.in_milliseconds(times)
+    ratio = timing.ratio(times["compiled"], times["eager"], at_most(1.0))
+    values |= {"compiled / eager": ratio, "compilation, s": Quantity(seconds)}
+    return values | steps["compiled"].beside(steps["eager"])
+
+
+def compile_now(run: Callable[[], object]) -> float:
+    """Measure the seconds of the first call, with nothing in the compiler's cache."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        start = time.perf_counter()
+        try:
+            run()
+            return time.perf_counter() - start
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 def training_of_detr(case: Case, setting: Setting) -> list[Row]:

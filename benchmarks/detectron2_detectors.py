@@ -23,6 +23,7 @@ import d2_plugins
 
 CONFIGS = {
     "Faster R-CNN": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
+    "Faster R-CNN R18": "COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml",
     "Mask R-CNN": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
 }
 
@@ -69,12 +70,15 @@ def build(kind: str, plugin: str, device: torch.device, small: bool = False) -> 
     options = ["MODEL.DEVICE", str(device), "MODEL.WEIGHTS", ""]
     # res2 trains, also in the plain detector, as fresh attention in it has to train
     options += ["MODEL.BACKBONE.FREEZE_AT", "1"]
+    if kind.endswith("R18"):
+        options += ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
     cfg.merge_from_list([*options, *(_SMALL if small else []), *PLUGINS[plugin]])
+    last_conv = "conv2" if kind.endswith("R18") else "conv3"
     torch.manual_seed(0)
     model = build_model(cfg)
     with torch.no_grad():
         for name, norm in model.named_buffers():
-            if name.endswith("conv3.norm.weight"):
+            if name.endswith(f"{last_conv}.norm.weight"):
                 norm.fill_(0.2)  # random residual branches would add up to huge features
         # Make one class likely, so that there are detections.
         model.roi_heads.box_predictor.cls_score.bias[0] = 3.0

@@ -5,8 +5,9 @@
     benchmarks/run.py --only ida detector_step  a part
     benchmarks/run.py --quick                   a try with tiny sizes and meaningless times
 
-Results go to benchmarks/results, as a text and as JSON named after the device. They replace earlier
-results of the same benchmarks. Each benchmark writes as soon as it is done.
+Results go to benchmarks/results, as a text and as JSON named after the device. They replace those
+of other commits, and of this commit those of the same benchmarks. Each benchmark writes as soon as
+it is done.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from timing import Row, Setting
 
 from plugin_core.kernels import choice
 
-BENCHMARKS = ("triplet_attention", "ida", "registry", "detector_step", "auxiliary_losses")
+BENCHMARKS = (
+    "triplet_attention", "ida", "batchformer", "registry", "detector_step", "auxiliary_losses",
+)  # fmt: skip
 RESULTS = report.ROOT / "benchmarks" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 REPETITIONS, REPETITIONS_IF_QUICK = 7, 2
@@ -52,6 +55,12 @@ def main(argv: Sequence[str] | None = None, only: str | None = None) -> None:
     environment = report.environment(setting, command)
     path = args.out / report.slug(setting) if args.out else None
     results = report.read(path) if path else {"benchmarks": {}}
+    # Nothing of an older commit stands beside new results.
+    results["benchmarks"] = {
+        name: benchmark
+        for name, benchmark in results["benchmarks"].items()
+        if benchmark["environment"]["commit"] == environment["commit"]
+    }
     results["environment"] = environment
     announce(args.only, setting, environment)
     for name in args.only:

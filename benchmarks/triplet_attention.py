@@ -6,10 +6,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +16,6 @@ import torch
 from blocks import Pair, Shape
 from textbook import TextbookTripletAttention
 from timing import Quantity, Row, Setting, at_least, at_most
-from torch import nn
 from torch.utils.benchmark import Measurement
 
 from plugin_core import TripletAttention
@@ -34,7 +29,7 @@ if TYPE_CHECKING:
 TITLE = "Triplet attention"
 TEXT = """\
 One block on x (B, C, H, W). "Textbook" rotates x for two of three gates and copies it each time, as
-the paper describes it; "plain" is this project's formula in PyTorch's operators, as with
+the paper describes it; "plain" are the same passes by PyTorch's operators, as with
 `PLUGIN_KERNELS=plain`. A copy of x (`copy_`) reads and writes it once; `clone` has to get memory
 for it from the system first, as every operator does whose output is large. The floor is what the
 block cannot do without, at the speed of a copy. The forward reads x twice, since a gate sees a
@@ -62,7 +57,6 @@ def rows(setting: Setting) -> list[Row]:
         measure = partial(block, shape, layout, dtype, what, setting)
         measured += timing.attempt("", case, measure)
     measured += changing_sizes(setting)
-    measured += compiled(setting)
     return measured + growth(setting)
 
 
@@ -140,55 +134,6 @@ def changing_sizes(setting: Setting) -> list[Row]:
         case = f"up to {blocks.text(shape)} {timing.name_of(dtype)}, {what}"
         found += timing.attempt(blocks.CHANGING, case, measure)
     return found
-
-
-def compiled(setting: Setting) -> list[Row]:
-    what, shape = "forward + backward", shapes(setting)[-3:][0]
-    found = []
-    for dtype in setting.dtypes:
-        case = f"{blocks.text(shape)} {timing.name_of(dtype)}, {what}"
-        measure = partial(compiled_block, shape, dtype, what, setting)
-        found += timing.attempt("By torch.compile", case, measure)
-    return found
-
-
-def compiled_block(
-    shape: Shape, dtype: torch.dtype, what: str, setting: Setting
-) -> dict[str, Quantity]:
-    if setting.quick:
-        raise timing.Impossible("--quick leaves it out, as it compiles for half a minute")
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise timing.Impossible(f"there is no C++ compiler {compiler!r}; CXX names another")
-    modules: Mapping[str, nn.Module] = {OURS: TripletAttention(), "compiled": TripletAttention()}
-    blocks.prepare(modules, setting, dtype, what)
-    ours = blocks.candidate(modules[OURS], what)
-    run = blocks.candidate(torch.compile(modules["compiled"]), what)
-    given = blocks.input_and_gradient(shape, setting, dtype)
-    seconds = compile_now(lambda: run(given))
-    times = timing.interleaved({OURS: ours, "compiled": run}, lambda _: given, setting)
-    torch.compiler.reset()
-    values = timing.in_milliseconds(times)
-    values["compiled / TripletAttention"] = timing.ratio(times["compiled"], times[OURS])
-    values["compilation, s"] = Quantity(seconds)
-    return values
-
-
-def compile_now(run: Callable[[], object]) -> float:
-    """Measure the seconds of the first call, with nothing in the compiler's cache."""
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    before = os.environ.get(name)
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ[name] = folder
-        start = time.perf_counter()
-        try:
-            run()
-            return time.perf_counter() - start
-        finally:
-            if before is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = before
 
 
 def growth(setting: Setting) -> list[Row]:

@@ -141,6 +141,15 @@ def test_what_was_measured_before_is_kept_when_a_run_is_stopped(tmp_path, monkey
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_results_of_another_commit_do_not_stand_beside_new_ones(tmp_path, monkeypatch):
+    options = ["--quick", "--device", "cpu", "--out", str(tmp_path)]
+    for name, module in (("ida", ida), ("triplet_attention", triplet_attention)):
+        monkeypatch.setattr(module, "rows", lambda setting: [])
+        monkeypatch.setattr(report, "commit", lambda name=name: name)
+        run.main([*options, "--only", name])
+    assert list(result_of(tmp_path)[0]["benchmarks"]) == ["triplet_attention"]
+
+
 def test_a_framework_that_is_not_installed_is_a_reason(monkeypatch, capsys):
     for name in [m for m in sys.modules if m.partition(".")[0] in ("mmdet", "mm_plugins")]:
         monkeypatch.delitem(sys.modules, name)
@@ -172,6 +181,20 @@ def test_bad_arguments_are_one_line(arguments, message, capsys):
     error = capsys.readouterr().err
     assert caught.value.code == 2
     assert error.startswith("run.py: error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--fast"], "error: unknown argument --fast"),
+        (["--out"], "error: --out needs a value"),
+        (["--wheels", "no/where"], "error: --wheels no/where: there is no such folder"),
+    ],
+)
+def test_bad_arguments_of_the_gpu_check_are_named(arguments, message, tmp_path):
+    command = [ROOT / "benchmarks" / "gpu_check.sh", "--out", tmp_path, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(message)
 
 
 def test_a_bad_environment_variable_is_one_line(monkeypatch, capsys):
