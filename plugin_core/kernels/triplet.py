@@ -83,14 +83,33 @@ def z_pool(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     return list(found[:3]), list(found[6:])
 
 
-def scale(x: Tensor, gates: list[Tensor], links: list[Tensor]) -> Tensor:
-    """Compute ``x * sum(gates)`` for gates (B, 1, C, W), (B, 1, H, C) and (B, 1, H, W)."""
-    gates = [gate.to(link.dtype) for gate, link in zip(gates, links[1:], strict=True)]
+def scale(
+    x: Tensor, gates: list[Tensor], links: list[Tensor], weight: Tensor, offset: Tensor
+) -> Tensor:
+    """Compute ``x * (weight * sum(gates) + offset)``.
+
+    The gates are kept as they are, so that memory is shared with what made them.
+
+    Args:
+        x: (B, C, H, W).
+        gates: (B, 1, C, W), (B, 1, H, C) and (B, 1, H, W).
+        links: of :func:`z_pool`.
+        weight: scalar.
+        offset: scalar.
+    """
+    wide = links[1].dtype
+    inputs = [*(gate.to(wide) for gate in gates), weight.to(wide), offset.to(wide)]
     if torch.is_grad_enabled():
-        scaled: Tensor = _Scale.apply(x, *gates, *links)
+        scaled: Tensor = _Scale.apply(x, *inputs, *links)
     else:
-        scaled = torch.ops.plugin_core.scale(x, *gates)
+        scaled = torch.ops.plugin_core.scale(x, *_weighted(*inputs))
     return scaled
+
+
+def _weighted(*inputs: Tensor) -> list[Tensor]:
+    """Give three maps whose sum is what x is multiplied by, of three gates, weight and offset."""
+    cw, hc, hw, weight, offset = inputs
+    return [cw * weight + offset, hc * weight, hw * weight]
 
 
 def correlate(x: Tensor, weight: Tensor) -> Tensor:
@@ -134,7 +153,10 @@ def _z_pool(passes: _Backend, x: Tensor, indices: bool) -> tuple[Tensor, ...]:
     pqr = layout.to_pqr(x)
     pooled, at = passes(pqr).pool(pqr, indices)
     maps = layout.to_named(pooled)
-    found = layout.to_named(at) if indices else [x.new_empty(0, dtype=torch.int32) for _ in maps]
+    # They wait for the backward, and no axis of a detector's features is longer.
+    dtype = torch.int16 if max(x.shape[1:]) < 2**15 else torch.int32
+    found = [m.to(dtype) for m in layout.to_named(at)] if indices else []
+    found = found or [x.new_empty(0, dtype=dtype) for _ in maps]
     # Gradients need links of their shapes; nobody reads the links' values.
     links = [x.new_zeros(()).expand(x.shape)]
     links += [m.new_zeros(()).expand(m[:, :1].shape) for m in maps]
@@ -159,7 +181,8 @@ def _input_gradient(passes: _Backend, g: Tensor, *maps: Tensor) -> Tensor:
     layout = _Layout(is_exchanged(maps[6]))  # as x was, of whose pooling these are the indices
     pqr = layout.to_pqr(g).contiguous()
     gates, pooled, at = (layout.from_named(maps[i : i + 3]) for i in (0, 3, 6))
-    gx = passes(pqr).input_gradient(pqr, [gate[:, 0] for gate in gates], pooled, at)
+    gates, at = [gate[:, 0] for gate in gates], [index.int() for index in at]
+    gx = passes(pqr).input_gradient(pqr, gates, pooled, at)
     return layout.from_pqr(gx)
 
 
@@ -251,25 +274,30 @@ class _Scale(torch.autograd.Function):
 
     @staticmethod
     @_signed
-    def forward(x: Tensor, *maps: Tensor) -> Tensor:
-        scaled: Tensor = torch.ops.plugin_core.scale(x, *maps[:3])  # the links follow
+    def forward(x: Tensor, *inputs: Tensor) -> Tensor:
+        scaled: Tensor = torch.ops.plugin_core.scale(x, *_weighted(*inputs[:5]))  # links follow
         return scaled
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:4])
+        ctx.save_for_backward(*inputs[:6])
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, *gates = ctx.saved_tensors
+        x, *gates, weight, offset = ctx.saved_tensors
         if torch.is_grad_enabled():
             product = (g * x).to(gates[0].dtype)
             sums = [product.sum(2), product.sum(3).mT, product.sum(1)]
             sums = [s.unsqueeze(1) for s in sums]
         else:
             sums = torch.ops.plugin_core.product(g, x)
+        for_weight = for_offset = None
+        if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
+            of_gates = [(gate * s).sum() for gate, s in zip(gates, sums, strict=True)]
+            for_weight, for_offset = torch.stack(of_gates).sum(), sums[0].sum()
         # The first gradient of x goes through the links. Higher ones go through the saved x.
-        return None, *sums, g, *gates
+        links = _weighted(*gates, weight, offset)
+        return None, *(s * weight for s in sums), for_weight, for_offset, g, *links
 
 
 class _Correlate(torch.autograd.Function):

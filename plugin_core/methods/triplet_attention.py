@@ -135,13 +135,11 @@ class TripletAttention(nn.Module):
         gates = [
             gate(pooled, in_few_passes=True) for gate, pooled in zip(modules, maps, strict=False)
         ]
-        weight = 1 / len(gates) if alpha is None else alpha / len(gates)
-        gates = [gate * weight for gate in gates]
-        if alpha is not None:
-            gates[0] = gates[0] + (1 - alpha)
         if self.hw is None:
             gates.append(torch.zeros_like(maps[2][:, :1]))
-        return triplet.scale(x, gates, links)
+        one = gates[0].new_ones(())
+        alpha = one if alpha is None else alpha
+        return triplet.scale(x, gates, links, alpha / len(modules), one - alpha)
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """g_cw (B, C, 1, W), g_hc (B, C, H, 1) and g_hw (B, 1, H, W), None with ``no_spatial``."""
