@@ -18,7 +18,7 @@ help:
 	@echo "make demo   run the demo (about 12 minutes; goes on where it was stopped)"
 	@echo "make test   lint, types and tests"
 	@echo "make lint   lint and types"
-	@echo "make bench  measure speed and memory on this machine (about 25 minutes)"
+	@echo "make bench  measure speed and memory on this machine (about 15 minutes)"
 	@echo "make clean  remove .venv, caches and the demo's output; other work_dirs stay"
 
 setup:

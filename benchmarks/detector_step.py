@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,10 +42,8 @@ CHANGING_SIZES = "Training steps with another size in every round"
 DETR = "Training steps of a DETR with BatchFormerV2"
 # Images in training, their size, and images in inference. Detectron2 evaluates single images.
 BATCHES = {"cpu": (2, (480, 640), (1,)), "cuda": (8, (800, 1333), (8, 1))}
-# The published detectors' size. On a CPU it is measured once; on a GPU all cases have it.
-FULL_SIZE = (1, (800, 1216))
-# Images, and the largest of changing sizes
-CHANGING = {"cpu": (2, (320, 448)), "cuda": (8, (800, 1333))}
+# Images, and the largest of changing sizes. A CPU has nothing to compile or to tune for a size.
+CHANGING = (8, (800, 1333))
 DETR_BATCHES = {"cpu": (2, (192, 256)), "cuda": (2, (800, 1333))}
 COMPILED_BATCHES = {"cpu": (2, (256, 320)), "cuda": (8, (800, 1333))}
 QUICK_SIZE = (64, 96)
@@ -70,8 +68,7 @@ def rows(setting: Setting) -> list[Row]:
     for kind in ("Faster R-CNN", "Mask R-CNN"):
         for dtype in setting.dtypes:
             measured += steps_of_rcnn(kind, dtype, setting)
-        if kind == "Faster R-CNN":
-            measured += full_size(kind, setting)
+        if kind == "Faster R-CNN" and (setting.on_gpu or setting.quick):
             measured += changing_sizes(kind, setting)
     rcnns.cache_clear()
     measured += compiled(setting)
@@ -117,19 +114,8 @@ def steps_of_rcnn(kind: str, dtype: torch.dtype, setting: Setting) -> list[Row]:
     return measured
 
 
-def full_size(kind: str, setting: Setting) -> list[Row]:
-    images, size = FULL_SIZE
-    measured = []
-    for dtype in setting.dtypes if not setting.on_gpu else ():
-        case = Case(kind, "training", images, small(size, setting), dtype)
-        targets = TARGETS.get((setting.device.type, dtype), {})
-        measure = partial(training, case, targets, setting, (PLAIN, TRIPLET, IDA))
-        measured += timing.attempt(TRAINING, str(case), measure)
-    return measured
-
-
 def changing_sizes(kind: str, setting: Setting) -> list[Row]:
-    images, size = CHANGING[setting.device.type]
+    images, size = CHANGING
     measured = []
     for dtype in setting.dtypes:
         case = Case(kind, "training", images, small(size, setting), dtype)
@@ -216,16 +202,11 @@ def training_steps(
     return {name: TrainingStep(model, loss_of, dtype, setting) for name, model in models.items()}
 
 
-def training(
-    case: Case, targets: Targets, setting: Setting, plugins: Sequence[str] | None = None
-) -> list[Row]:
-    """Measure training steps with all plugins, or with the given ones."""
+def training(case: Case, targets: Targets, setting: Setting) -> list[Row]:
     import detectron2_detectors as detectors
 
     batch = detectors.random_batch(case.images, case.size)
-    models = rcnns(case.kind, setting)
-    models = {name: models[name] for name in plugins or models}
-    steps = training_steps(models, detectors.loss, case.dtype, setting)
+    steps = training_steps(rcnns(case.kind, setting), detectors.loss, case.dtype, setting)
     times = timing.interleaved(steps, lambda i: (i, batch), setting, may_lack_memory=True)
     return compare(case, steps, times, targets, TRAINING)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Measure the speed and memory of the methods, alone and in detectors, beside their textbook forms.
 
-    benchmarks/run.py                           all that this machine can, 23 minutes on 2 cores
+    benchmarks/run.py                           all that this machine can, 15 minutes on 2 cores
     benchmarks/run.py --only ida detector_step  a part
     benchmarks/run.py --quick                   a try with tiny sizes and meaningless times
 
@@ -35,7 +35,7 @@ BENCHMARKS = (
 )  # fmt: skip
 RESULTS = report.ROOT / "benchmarks" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-REPETITIONS, REPETITIONS_IF_QUICK = 7, 2
+REPETITIONS, REPETITIONS_IF_QUICK = 5, 2
 OUT_HELP = "of the results (default: benchmarks/results; with --quick nothing is written)"
 
 
@@ -90,7 +90,7 @@ def parse_args(argv: Sequence[str], only: str | None = None) -> argparse.Namespa
             "--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, metavar="NAME"
         )
     parser.add_argument(
-        "--repetitions", type=int, metavar="N", help="rounds, at least 3 (default: 7)"
+        "--repetitions", type=int, metavar="N", help="rounds, at least 3 (default: 5)"
     )
     parser.add_argument(
         "--dtype", nargs="+", choices=DTYPES, help="default: float32, and on a GPU bfloat16, too"
