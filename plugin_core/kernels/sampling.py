@@ -1,17 +1,113 @@
 """Bilinear sampling and deformable operators with second derivatives.
 
 A loss on a gradient needs second derivatives. ``F.grid_sample`` and the CUDA operators for
-deformable attention and convolution have none. These are made of gathers and products, which have
-them, but need more memory: use them only under such a loss.
+deformable attention and convolution have none. Here a sample is a weighted sum of rows of a table,
+which is linear in the weights and in the table, so that its derivatives are sums of the same kind.
+No sampled value is kept for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+
+def weighted_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Sum weighted rows of a table; all derivatives by the table and the weights exist.
+
+    Args:
+        table: (M, D).
+        index: (R, n) of rows of the table.
+        weights: (R, n), of the table's type.
+
+    Returns:
+        (R, D).
+    """
+    summed: Tensor = _Form.apply(_Places(index, len(table)), 2, weights, table)
+    return summed
+
+
+class _Places:
+    """Where a form of three operands, linear in each, has its products.
+
+    The form is the sum over r and k of weights[r, k] · <table[index[r, k]], sums[r]>. Each of its
+    derivatives is computed without the (R, n, D) of all products.
+    """
+
+    def __init__(self, index: Tensor, rows: int) -> None:
+        self.index, self.rows = index, rows
+
+    @cached_property
+    def _by_rows_of_table(self) -> tuple[Tensor, Tensor]:
+        """The products in the order of the table's rows, and where each row's begin."""
+        dtype = torch.int16 if self.rows < 2**15 else torch.int32  # sorted faster than int64
+        row, order = self.index.flatten().to(dtype).sort()
+        starts = torch.arange(self.rows, dtype=dtype, device=row.device)
+        return order.int(), torch.searchsorted(row, starts, out_int32=True)
+
+    def derivative(self, by: int, first: Tensor, second: Tensor) -> Tensor:
+        """By the weights (0), the table (1) or the sums (2); the operands are the other two."""
+        if by == 2:
+            return F.embedding_bag(self.index, second, per_sample_weights=first, mode="sum")
+        if by == 1:
+            order, starts = self._by_rows_of_table
+            weights, rows = first.flatten()[order], order // self.index.shape[1]
+            return F.embedding_bag(rows, second, starts, per_sample_weights=weights, mode="sum")
+        with torch.enable_grad():
+            unknown = first.new_zeros(self.index.shape, requires_grad=True)
+            summed = self.derivative(2, unknown, first)
+            return torch.autograd.grad(summed, unknown, second)[0]
+
+
+class _Form(torch.autograd.Function):
+    """A derivative of the form, which is linear in the two operands that are left."""
+
+    @staticmethod
+    def forward(ctx: Any, places: _Places, by: int, first: Tensor, second: Tensor) -> Tensor:
+        ctx.places, ctx.by = places, by
+        ctx.save_for_backward(first, second)
+        return places.derivative(by, first.detach(), second.detach())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        operands = list(ctx.saved_tensors)
+        operands.insert(ctx.by, gradient.contiguous())
+        found = [
+            _Form.apply(ctx.places, by, *operands[:by], *operands[by + 1 :]) if needed else None
+            for by, needed in zip(
+                [by for by in range(3) if by != ctx.by], ctx.needs_input_grad[2:], strict=True
+            )
+        ]
+        return None, None, *found
+
+
+def _corners(points: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """The four cells around points, and their weights, 0 outside of the map.
+
+    Args:
+        points: (…, 2), x and y in cells.
+        sizes: (…, 2) of integers, width and height of the points' maps.
+
+    Returns:
+        Cells y · width + x and weights, both (…, 4).
+    """
+    # Half precision cannot tell the cells of a large map apart.
+    points = points if points.dtype == torch.float64 else points.float()
+    corner = points.detach().floor()
+    past = points - corner  # in [0, 1)
+    # NaN stays in the weights, but is no index.
+    first = corner.nan_to_num().minimum(sizes.to(corner)).clamp(min=-2).long()
+    cells = torch.stack((first, first + 1), dim=-1)  # (…, 2, 2), the axis before the corner
+    within = (cells >= 0) & (cells < sizes[..., None])
+    weights = torch.stack((1 - past, past), dim=-1) * within
+    cells = cells * within
+    index = cells[..., 1, :, None] * sizes[..., :1, None] + cells[..., 0, None, :]
+    return index.flatten(-2), (weights[..., 1, :, None] * weights[..., 0, None, :]).flatten(-2)
 
 
 def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -24,25 +120,17 @@ def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
     Returns:
         (N, C, P).
     """
-    height, width = maps.shape[2:]
-    flat = maps.flatten(2)
-    # Half precision cannot tell the cells of a large map apart.
-    points = points if points.dtype == torch.float64 else points.float()
-    corner = points.detach().floor()
-    past = points - corner  # in [0, 1)
-    first = corner.nan_to_num().long()  # NaN stays in the weights, but is no index
-    sampled = maps.new_zeros(*maps.shape[:2], points.shape[1])
-    for dx in (0, 1):
-        for dy in (0, 1):
-            x, y = first[..., 0] + dx, first[..., 1] + dy
-            weight = (past[..., 0] if dx else 1 - past[..., 0]) * (
-                past[..., 1] if dy else 1 - past[..., 1]
-            )
-            within = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-            cell = y.clamp(0, height - 1) * width + x.clamp(0, width - 1)
-            index = cell[:, None].expand(-1, maps.shape[1], -1)
-            sampled = sampled + flat.gather(2, index) * (weight * within).to(maps.dtype)[:, None]
-    return sampled
+    count, _, height, width = maps.shape
+    cells, weights = _corners(points, torch.tensor([width, height], device=maps.device))
+    of_map = torch.arange(count, device=maps.device)[:, None, None] * (height * width)
+    table = maps.permute(0, 2, 3, 1).flatten(0, 2)
+    sampled = _summed(table, (cells + of_map).flatten(0, 1), weights.flatten(0, 1))
+    return sampled.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _summed(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    dtype = torch.float64 if table.dtype == torch.float64 else torch.float32
+    return weighted_rows(table.to(dtype), index, weights.to(dtype)).to(table.dtype)
 
 
 def deformable_attention(
@@ -59,17 +147,22 @@ def deformable_attention(
     Returns:
         (B, Q, heads · D).
     """
-    batch, queries, heads, _, points, _ = locations.shape
-    gathered = value.new_zeros(batch * heads, value.shape[3], queries)
-    levels = value.split([height * width for height, width in shapes], dim=1)
-    for i, ((height, width), level) in enumerate(zip(shapes, levels, strict=True)):
-        maps = level.permute(0, 2, 3, 1).reshape(batch * heads, -1, height, width)
-        extent = locations.new_tensor([width, height])
-        where = (locations[:, :, :, i] * extent - 0.5).transpose(1, 2).reshape(batch * heads, -1, 2)
-        sampled = bilinear_sample(maps, where).unflatten(2, (queries, points))
-        share = weights[:, :, :, i].transpose(1, 2).reshape(batch * heads, 1, queries, points)
-        gathered = gathered + (sampled * share).sum(3)
-    return gathered.reshape(batch, -1, queries).transpose(1, 2)
+    batch, positions, heads, _ = value.shape
+    device = value.device
+    sizes = torch.tensor(shapes, device=device).flip(1)[:, None]  # (L, 1, 2)
+    areas = sizes.prod(2)
+    starts = areas.cumsum(0) - areas
+    # The products of small numbers in half precision would be coarse.
+    locations = locations if locations.dtype == torch.float64 else locations.float()
+    cells, shares = _corners(locations * sizes - 0.5, sizes)
+    of_image = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1, 1) * positions
+    of_head = torch.arange(heads, device=device).view(-1, 1, 1, 1)
+    index = (cells + starts[..., None] + of_image) * heads + of_head
+    shares = shares * weights[..., None]
+    attended = _summed(
+        value.flatten(0, 2), index.flatten(0, 2).flatten(1), shares.flatten(0, 2).flatten(1)
+    )
+    return attended.reshape(batch, -1, heads * value.shape[3])
 
 
 def deformable_convolution(
