@@ -11,11 +11,12 @@ The losses push the gradient heatmap of a class's best score in an image into th
 Training has two more losses, ``loss_amc_mean`` and ``loss_amc_max``. Weights, their names and
 evaluation are the plain detector's, so that each reads the other's checkpoints.
 
-Gradients are differentiated through everything between the feature map and the scores. RoIAlign has
-no second derivative: during a step, a pooler with second derivatives replaces it. Deformable
-convolutions and SyncBN have none either, and must come before the feature map. Norms of batch
-statistics after the feature map mix the images: a heatmap then also shows a little of the other
-images' scores.
+Gradients are differentiated through everything between the feature map and the best scores. The
+regions of interest that have these are computed once more for it, alone; where a head mixes
+regions, all are differentiated. RoIAlign has no second derivative: there, a pooler with second
+derivatives replaces it. Deformable convolutions and SyncBN have none either, and must come before
+the feature map. Norms of batch statistics after the feature map mix the images: a heatmap then also
+shows a little of the other images' scores.
 """
 
 from __future__ import annotations
@@ -29,10 +30,24 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import DeformConv, ModulatedDeformConv, ROIAlign
+from detectron2.layers import (
+    Conv2d,
+    DeformConv,
+    FrozenBatchNorm2d,
+    ModulatedDeformConv,
+    ROIAlign,
+)
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN, RetinaNet
+from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.structures import Boxes
+from detectron2.modeling.roi_heads import (
+    CascadeROIHeads,
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    Res5ROIHeads,
+    StandardROIHeads,
+)
+from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
@@ -58,11 +73,14 @@ class _AMCDetector(nn.Module):
 
     @abstractmethod
     def _scored_modules(self) -> list[nn.Module]:
-        """List the modules for :meth:`_class_logits`, which reads their calls."""
+        """List the modules for :meth:`_scores`, which reads their calls."""
 
     @abstractmethod
-    def _class_logits(self, calls: Sequence[Call]) -> list[list[Tensor]]:
-        """Read each image's logits, with the classes as second dimension, off the calls."""
+    def _scores(self, labels: Sequence[Sequence[int]], calls: Sequence[Call]) -> list[list[Tensor]]:
+        """Find the best scores of each image's classes by the calls; none if there are no logits.
+
+        Gradients of the scores can be differentiated.
+        """
 
     def _differentiable_twice(self) -> AbstractContextManager[None]:
         """Give the detector's modules second derivatives inside the context."""
@@ -113,10 +131,14 @@ class _AMCDetector(nn.Module):
     ) -> dict[str, Tensor]:
         pixels = next(call.args[0] for call in calls if call.module is self.backbone)
         maps = self._activation_maps(calls, len(pixels))
-        logits = self._class_logits(calls)
+        chosen = [
+            self.amc.choose(annotated_classes(image, self.device, f"number {i} of the batch"))
+            for i, image in enumerate(batched_inputs)
+        ]
+        scores = self._scores([[label for label, _ in of_image] for of_image in chosen], calls)
         images = [
-            amc_regions(image, logits_of_image, self.device, f"number {i} of the batch")
-            for i, (image, logits_of_image) in enumerate(zip(batched_inputs, logits, strict=True))
+            [ScoredRegion(score, boxes) for score, (_, boxes) in zip(found, of_image, strict=False)]
+            for found, of_image in zip(scores, chosen, strict=True)
         ]
         heatmap = GradientHeatmap()
         try:
@@ -215,15 +237,36 @@ class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
             )
         return [pooler, predictor]
 
-    def _class_logits(self, calls: Sequence[Call]) -> list[list[Tensor]]:
+    def _scores(self, labels: Sequence[Sequence[int]], calls: Sequence[Call]) -> list[list[Tensor]]:
         pooler, predictor = self._scored_modules()
-        boxes = [call.args[1] for call in calls if call.module is pooler][-1]
+        maps, boxes = [call.args for call in calls if call.module is pooler][-1]
         call = [call for call in calls if call.module is predictor][-1]
         counts = [len(of_image) for of_image in boxes]
-        logits = call.output[0][: sum(counts)]  # without those of a BatchFormer's second stream
-        return [[of_image] for of_image in logits.split(counts)]
+        # Without the logits of a BatchFormer's second stream
+        logits = call.output[0][: sum(counts)].split(counts)
+        best = [
+            x.detach()[:, of_image].argmax(0).tolist() if len(x) else []
+            for x, of_image in zip(logits, labels, strict=True)
+        ]
+        if any(best) and self._is_row_wise:
+            regions = [x[rows] for x, rows in zip(boxes, best, strict=True)]
+            with self._pooling_twice():
+                again = _logits(self.roi_heads, maps, regions)
+            logits = again.split([len(rows) for rows in best])
+            best = [list(range(len(rows))) for rows in best]
+        return [
+            [x[row, label] for row, label in zip(rows, of_image, strict=bool(rows))]
+            for x, rows, of_image in zip(logits, best, labels, strict=True)
+        ]
+
+    @property
+    def _is_row_wise(self) -> bool:
+        return _is_row_wise(self.roi_heads)
 
     def _differentiable_twice(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._is_row_wise else self._pooling_twice()
+
+    def _pooling_twice(self) -> AbstractContextManager[None]:
         return acting_as(_TwiceDifferentiablePooler, self._scored_modules()[0])
 
 
@@ -256,10 +299,13 @@ class AMCRetinaNet(_AMCDetector, RetinaNet):
     def _scored_modules(self) -> list[nn.Module]:
         return [self.head]
 
-    def _class_logits(self, calls: Sequence[Call]) -> list[list[Tensor]]:
+    def _scores(self, labels: Sequence[Sequence[int]], calls: Sequence[Call]) -> list[list[Tensor]]:
         logits, _ = next(call.output for call in calls if call.module is self.head)
         levels = [level.unflatten(1, (-1, self.num_classes)) for level in logits]
-        return [list(of_image) for of_image in zip(*levels, strict=True)]
+        return [
+            [best_score([level[i] for level in levels], label) for label in of_image]
+            for i, of_image in enumerate(labels)
+        ]
 
 
 def amc_arguments(cfg: CfgNode) -> dict[str, Any]:
@@ -293,17 +339,16 @@ def amc_losses(*, classes: int = 1, **settings: Any) -> AttentionMaskConsistency
         return AttentionMaskConsistency(phrases=classes or None, **settings)
 
 
-def amc_regions(
-    image: Mapping[str, Any], logits: Sequence[Tensor], device: torch.device, otherwise: str
-) -> list[ScoredRegion]:
-    """Find the classes that an image is annotated with, their best scores and their boxes.
+def annotated_classes(
+    image: Mapping[str, Any], device: torch.device, otherwise: str
+) -> list[tuple[int, Tensor]]:
+    """Find the classes that an image is annotated with, and their boxes (N, 4).
 
     Boxes outside of the image are left out, and so is a class without other boxes. The first such
     box is warned of.
 
     Args:
         image: with "instances", as the detector takes it.
-        logits: of the image, in any shapes with the classes as second dimension.
         device: of the boxes.
         otherwise: name of an image without "file_name".
     """
@@ -321,13 +366,58 @@ def amc_regions(
             f"{boxes[~visible][0].tolist()} in {image.get('file_name', otherwise)} "
             f"({width}x{height} pixels)",
         )
-    regions = []
-    for label in instances.gt_classes[visible].unique().tolist():
-        scores = [level[:, label].amax() for level in logits if len(level)]
-        if scores:  # else there are no regions of interest
-            own = inside[visible & (instances.gt_classes == label)]
-            regions.append(ScoredRegion(torch.stack(scores).amax(), own.to(device)))
-    return regions
+    return [
+        (label, inside[visible & (instances.gt_classes == label)].to(device))
+        for label in instances.gt_classes[visible].unique().tolist()
+    ]
+
+
+def best_score(levels: Sequence[Tensor], label: int) -> Tensor:
+    """The greatest logit of a class. Only the level that has it is in the score's graph.
+
+    Args:
+        levels: in any shapes with the classes as second dimension, none empty.
+        label: of the class.
+    """
+    of_class = [level[:, label] for level in levels]
+    best = torch.stack([x.detach().amax() for x in of_class]).argmax()
+    return of_class[int(best)].amax()
+
+
+# Modules that see each region of interest alone
+_ROW_WISE = {
+    *(FastRCNNConvFCHead, FastRCNNOutputLayers, BottleneckBlock, nn.ModuleList, nn.Sequential),
+    *(Conv2d, FrozenBatchNorm2d, nn.GroupNorm, nn.Conv2d, nn.Linear, nn.Flatten),
+    *(nn.ReLU, nn.Identity),
+}
+
+
+def _is_row_wise(heads: Any) -> bool:
+    """Tell whether a region's logits are known to depend on no other region."""
+    kind = type(heads)
+    if isinstance(heads, Res5ROIHeads):
+        is_known = kind.forward is Res5ROIHeads.forward
+        parts = [heads.res5, heads.box_predictor]
+    else:
+        is_known = getattr(kind, "_forward_box", None) in (
+            StandardROIHeads._forward_box,
+            CascadeROIHeads._forward_box,
+        )
+        parts = [heads.box_head, heads.box_predictor] if is_known else []
+    return is_known and all(type(m) in _ROW_WISE for part in parts for m in part.modules())
+
+
+def _logits(heads: Any, maps: list[Tensor], boxes: list[Boxes]) -> Tensor:
+    """Compute the logits of each image's boxes as row-wise heads do."""
+    if isinstance(heads, CascadeROIHeads):
+        proposals = [Instances((0, 0), proposal_boxes=of_image) for of_image in boxes]
+        scores, _ = heads._run_stage(maps, proposals, heads.num_cascade_stages - 1)
+    elif isinstance(heads, Res5ROIHeads):
+        pooled = heads._shared_roi_transform(maps, boxes)
+        scores, _ = heads.box_predictor(pooled.mean(dim=[2, 3]))
+    else:
+        scores, _ = heads.box_predictor(heads.box_head(heads.box_pooler(maps, boxes)))
+    return scores
 
 
 _DEFORMABLE = (DeformConv, ModulatedDeformConv)

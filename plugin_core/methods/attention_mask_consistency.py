@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch import Tensor
 from plugin_core.errors import ArgumentError
 from plugin_core.kernels.precision import in_float32
 
+_T = TypeVar("_T")
 _EPSILON = 1e-7
 # Smaller gradients count as 0: their reciprocals would overflow in a product.
 _SMALLEST = 1e-20
@@ -301,7 +303,7 @@ class AttentionMaskConsistency:
         Returns:
             ``loss_amc_mean`` and ``loss_amc_max``, scalars ≥ 0.
         """
-        chosen = [self._choose(regions) for regions in images]
+        chosen = [self.choose(regions) for regions in images]
         heats: list[Tensor] = []
         masks: list[Tensor] = []
         for turn in range(max(map(len, chosen), default=0)):
@@ -323,10 +325,11 @@ class AttentionMaskConsistency:
             "loss_amc_max": self.max_weight * max_loss,
         }
 
-    def _choose(self, regions: Sequence[ScoredRegion]) -> list[ScoredRegion]:
-        if self.phrases is None or len(regions) <= self.phrases:
-            return list(regions)
-        return [regions[i] for i in torch.randperm(len(regions))[: self.phrases].tolist()]
+    def choose(self, of_image: Sequence[_T]) -> list[_T]:
+        """Draw the phrases of an image that count, in any form; of so few all count."""
+        if self.phrases is None or len(of_image) <= self.phrases:
+            return list(of_image)
+        return [of_image[i] for i in torch.randperm(len(of_image))[: self.phrases].tolist()]
 
     def _is_resized(self, heat: Tensor, input_size: tuple[int, int]) -> bool:
         if self.resolution != "auto":

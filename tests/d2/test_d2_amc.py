@@ -28,7 +28,11 @@ from detectron2.utils import logger as detectron2_logger
 from detectron2.utils.events import EventStorage
 from small_rcnn import shrink
 
-from d2_plugins.attention_mask_consistency import AMCGeneralizedRCNN, AMCRetinaNet, amc_regions
+from d2_plugins.attention_mask_consistency import (
+    AMCGeneralizedRCNN,
+    AMCRetinaNet,
+    annotated_classes,
+)
 from d2_plugins.datasets import register_coco
 from d2_plugins.preflight import check_config
 
@@ -343,12 +347,10 @@ def test_box_outside_of_its_image_is_left_out_and_warned_of_once(warned, monkeyp
     monkeypatch.setattr(detectron2_logger, "_LOG_COUNTER", type(detectron2_logger._LOG_COUNTER)())
     boxes = [[10, 10, 20, 20], [130, 5, 150, 20], [-30, 0, 0, 40], [120, 80, 140, 99]]
     entry = {**image(boxes, [0, 0, 1, 2]), "file_name": "photo.jpg"}
-    logits = torch.arange(12.0).reshape(3, 4)
-    regions = [amc_regions(entry, [logits], torch.device("cpu"), "") for _ in range(2)][0]
-    assert [region.score for region in regions] == [8, 10]
-    assert [region.boxes.tolist() for region in regions] == [
-        [[10, 10, 20, 20]],
-        [[120, 80, 128, 96]],  # cut off where the padding begins
+    found = [annotated_classes(entry, torch.device("cpu"), "") for _ in range(2)][0]
+    assert [(label, boxes.tolist()) for label, boxes in found] == [
+        (0, [[10, 10, 20, 20]]),
+        (2, [[120, 80, 128, 96]]),  # cut off where the padding begins
     ]
     (text,) = warned
     assert "[130.0, 5.0, 150.0, 20.0] in photo.jpg (128x96 pixels)" in text
