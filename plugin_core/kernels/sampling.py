@@ -8,6 +8,7 @@ No sampled value is kept for them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -40,24 +41,35 @@ class _Places:
     """
 
     def __init__(self, index: Tensor, rows: int) -> None:
-        self.index, self.rows = index, rows
+        self.index, self.rows = index.int(), rows
 
     @cached_property
-    def _by_rows_of_table(self) -> tuple[Tensor, Tensor]:
-        """The products in the order of the table's rows, and where each row's begin."""
-        dtype = torch.int16 if self.rows < 2**15 else torch.int32  # sorted faster than int64
+    def _by_rows_of_table(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The products in the order of the table's rows, their r, and where each row's begin."""
+        dtype = torch.int16 if self.rows < 2**15 else torch.int32  # sorted faster
         row, order = self.index.flatten().to(dtype).sort()
         starts = torch.arange(self.rows, dtype=dtype, device=row.device)
-        return order.int(), torch.searchsorted(row, starts, out_int32=True)
+        of_sums = order.int() // self.index.shape[1]
+        return order, of_sums, torch.searchsorted(row, starts, out_int32=True)
 
     def derivative(self, by: int, first: Tensor, second: Tensor) -> Tensor:
         """By the weights (0), the table (1) or the sums (2); the operands are the other two."""
         if by == 2:
             return F.embedding_bag(self.index, second, per_sample_weights=first, mode="sum")
         if by == 1:
-            order, starts = self._by_rows_of_table
-            weights, rows = first.flatten()[order], order // self.index.shape[1]
-            return F.embedding_bag(rows, second, starts, per_sample_weights=weights, mode="sum")
+            order, of_sums, starts = self._by_rows_of_table
+            weights = first.flatten().index_select(0, order)
+            return F.embedding_bag(of_sums, second, starts, per_sample_weights=weights, mode="sum")
+        count, each = self.index.shape
+        if first.device.type == "cpu" and each <= self.rows:  # several times as fast there
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that compressed rows are a beta feature
+                ends = torch.arange(0, count * each + 1, each, dtype=torch.int32)
+                nothing = first.new_zeros(count * each)
+                size = (count, self.rows)
+                places = torch.sparse_csr_tensor(ends, self.index.flatten(), nothing, size)
+            products = torch.sparse.sampled_addmm(places, second, first.T, beta=0.0)
+            return products.values().view(count, each)
         with torch.enable_grad():
             unknown = first.new_zeros(self.index.shape, requires_grad=True)
             summed = self.derivative(2, unknown, first)
@@ -71,7 +83,7 @@ class _Form(torch.autograd.Function):
     def forward(ctx: Any, places: _Places, by: int, first: Tensor, second: Tensor) -> Tensor:
         ctx.places, ctx.by = places, by
         ctx.save_for_backward(first, second)
-        return places.derivative(by, first.detach(), second.detach())
+        return places.derivative(by, first, second)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
@@ -86,28 +98,30 @@ class _Form(torch.autograd.Function):
         return None, None, *found
 
 
-def _corners(points: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+def _corners(points: Tensor, width: Tensor | int, height: Tensor | int) -> tuple[Tensor, Tensor]:
     """The four cells around points, and their weights, 0 outside of the map.
 
     Args:
-        points: (…, 2), x and y in cells.
-        sizes: (…, 2) of integers, width and height of the points' maps.
+        points: (…, P, 2), x and y in cells.
+        width: of the points' maps, (P,).
+        height: of the points' maps, (P,).
 
     Returns:
-        Cells y · width + x and weights, both (…, 4).
+        Cells y · width + x, of int32, and weights, both (…, 4, P).
     """
-    # Half precision cannot tell the cells of a large map apart.
-    points = points if points.dtype == torch.float64 else points.float()
-    corner = points.detach().floor()
-    past = points - corner  # in [0, 1)
-    # NaN stays in the weights, but is no index.
-    first = corner.nan_to_num().minimum(sizes.to(corner)).clamp(min=-2).long()
-    cells = torch.stack((first, first + 1), dim=-1)  # (…, 2, 2), the axis before the corner
-    within = (cells >= 0) & (cells < sizes[..., None])
-    weights = torch.stack((1 - past, past), dim=-1) * within
-    cells = cells * within
-    index = cells[..., 1, :, None] * sizes[..., :1, None] + cells[..., 0, None, :]
-    return index.flatten(-2), (weights[..., 1, :, None] * weights[..., 0, None, :]).flatten(-2)
+    axes = []
+    for at, size in zip(points.unbind(-1), (width, height), strict=True):
+        last = torch.as_tensor(size - 1, dtype=at.dtype, device=at.device)
+        first = at.detach().floor()
+        past = at - first  # in [0, 1); NaN stays in it, but is no index
+        ends = []
+        for cell, weight in ((first, 1 - past), (first + 1, past)):
+            inside = cell.nan_to_num().clamp(min=0).minimum(last)
+            ends.append((inside.int(), weight * (inside == cell).to(weight.dtype)))
+        axes.append(ends)
+    pairs = [(y, x) for y in axes[1] for x in axes[0]]
+    cells = torch.stack([y * width + x for (y, _), (x, _) in pairs], dim=-2)
+    return cells, torch.stack([y * x for (_, y), (_, x) in pairs], dim=-2)
 
 
 def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
@@ -121,11 +135,17 @@ def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
         (N, C, P).
     """
     count, _, height, width = maps.shape
-    cells, weights = _corners(points, torch.tensor([width, height], device=maps.device))
+    cells, weights = _corners(_exact(points), width, height)
     of_map = torch.arange(count, device=maps.device)[:, None, None] * (height * width)
+    index = (cells + of_map).transpose(1, 2).flatten(0, 1)
     table = maps.permute(0, 2, 3, 1).flatten(0, 2)
-    sampled = _summed(table, (cells + of_map).flatten(0, 1), weights.flatten(0, 1))
+    sampled = _summed(table, index, weights.transpose(1, 2).flatten(0, 1))
     return sampled.unflatten(0, (count, -1)).transpose(1, 2)
+
+
+def _exact(points: Tensor) -> Tensor:
+    # Half precision cannot tell the cells of a large map apart.
+    return points if points.dtype == torch.float64 else points.float()
 
 
 def _summed(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -147,22 +167,22 @@ def deformable_attention(
     Returns:
         (B, Q, heads · D).
     """
-    batch, positions, heads, _ = value.shape
-    device = value.device
-    sizes = torch.tensor(shapes, device=device).flip(1)[:, None]  # (L, 1, 2)
-    areas = sizes.prod(2)
-    starts = areas.cumsum(0) - areas
-    # The products of small numbers in half precision would be coarse.
-    locations = locations if locations.dtype == torch.float64 else locations.float()
-    cells, shares = _corners(locations * sizes - 0.5, sizes)
-    of_image = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1, 1) * positions
-    of_head = torch.arange(heads, device=device).view(-1, 1, 1, 1)
-    index = (cells + starts[..., None] + of_image) * heads + of_head
-    shares = shares * weights[..., None]
+    batch, positions, heads, channels = value.shape
+    points, device = weights.shape[4], value.device
+    sizes = torch.tensor(shapes, dtype=torch.int32, device=device)
+    areas = sizes.prod(1)
+    starts = (areas.cumsum(0) - areas).repeat_interleave(points)
+    height, width = sizes.repeat_interleave(points, dim=0).unbind(1)  # of each level's points
+    places = _exact(locations).flatten(3, 4) * torch.stack((width, height), dim=1) - 0.5
+    cells, shares = _corners(places, width, height)
+    of_image = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1) * positions
+    of_head = torch.arange(heads, device=device).view(-1, 1, 1)
+    index = (cells + (starts + of_image).int()) * heads + of_head.int()
+    shares = shares * weights.flatten(3)[..., None, :]
     attended = _summed(
         value.flatten(0, 2), index.flatten(0, 2).flatten(1), shares.flatten(0, 2).flatten(1)
     )
-    return attended.reshape(batch, -1, heads * value.shape[3])
+    return attended.view(batch, -1, heads * channels)
 
 
 def deformable_convolution(
