@@ -12,6 +12,7 @@ from plugin_core.kernels.sampling import (
     deformable_attention,
     deformable_convolution,
     linear_operator,
+    weighted_rows,
 )
 
 
@@ -55,6 +56,38 @@ def test_a_point_that_is_nan_gives_nan():
     points = torch.tensor([[[float("nan"), 0.0], [1.0, 0.0]]])
     sampled = bilinear_sample(torch.arange(6.0).view(1, 1, 2, 3), points)[0, 0]
     assert sampled[0].isnan() and sampled[1] == 1.0
+
+
+@pytest.mark.parametrize("rows", [30, 5])  # the CPU multiplies more rows than a sum has otherwise
+def test_weighted_rows_have_the_derivatives_of_gathered_ones(rows):
+    table = torch.randn(rows, 3, dtype=torch.double, requires_grad=True)
+    index = torch.randint(rows, (6, 8))
+    weights = torch.randn(6, 8, dtype=torch.double, requires_grad=True)
+    given = (table, weights)
+    found = []
+    for sums in (weighted_rows(table, index, weights), (table[index] * weights[..., None]).sum(1)):
+        first = torch.autograd.grad(sums.tanh().sum(), given, create_graph=True)
+        total = sum(g.pow(3).sum() for g in first)
+        second = torch.autograd.grad(total, given, create_graph=True)
+        third = torch.autograd.grad(sum(g.square().sum() for g in second), given)
+        found.append((sums, *first, *second, *third))
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_no_sampled_values_are_kept_for_the_derivatives():
+    shapes, value, locations, weights = attention_inputs()
+    value = torch.randn(2, 16, 2, 64, requires_grad=True)
+    kept: list[int] = []
+
+    def keep(x):
+        kept.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        attended = deformable_attention(value, shapes, locations, weights)
+        torch.autograd.grad(attended.tanh().sum(), (value, locations, weights), create_graph=True)
+    assert max(kept) <= value.numel() < weights.numel() * 64
 
 
 def attention_inputs(dtype=torch.float):

@@ -28,10 +28,13 @@ from detectron2.utils import logger as detectron2_logger
 from detectron2.utils.events import EventStorage
 from small_rcnn import shrink
 
+from d2_plugins import attention_mask_consistency
 from d2_plugins.attention_mask_consistency import (
     AMCGeneralizedRCNN,
     AMCRetinaNet,
+    _is_row_wise,
     annotated_classes,
+    best_score,
 )
 from d2_plugins.datasets import register_coco
 from d2_plugins.preflight import check_config
@@ -217,6 +220,60 @@ def test_gradients_are_those_of_the_losses_computed_by_hand(exact):
             parameter.copy_(start)
         slope = (ends[0] - ends[1]) / 2e-6
         torch.testing.assert_close(slope, gradient.norm(), rtol=2e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["Standard", "Cascade", "C4"])
+def test_only_the_regions_of_the_best_scores_are_differentiated_twice(cfg, kind, monkeypatch):
+    small(cfg, kind).MODEL.PROPOSAL_GENERATOR.NAME = "PrecomputedProposals"  # also in float64
+    cfg.MODEL.RESNETS.NORM = "FrozenBN"
+    model, images = build(cfg).double(), batch()
+    pooled: list[int] = []
+    twice = attention_mask_consistency._TwiceDifferentiablePooler
+
+    def forward(self, maps, boxes):
+        pooled.append(sum(map(len, boxes)))
+        return pool(self, maps, boxes)
+
+    pool = twice.forward
+    monkeypatch.setattr(twice, "forward", forward)
+    found = []
+    for regions in ("of the best scores", "all"):
+        model.zero_grad()
+        value = amc(model, images)
+        value.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        found.append((value.detach(), {n: g for n, g in gradients.items() if g.any()}))
+        assert pooled[0] == 3 if regions == "of the best scores" else pooled[0] > 12
+        pooled.clear()
+        monkeypatch.setattr(attention_mask_consistency, "_ROW_WISE", ())
+    (value, gradients), (expected, all_gradients) = found
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    assert gradients.keys() == all_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = float(all_gradients[name].abs().max())
+        assert (gradient - all_gradients[name]).abs().max() <= 1e-6 * scale, name
+
+
+def test_heads_that_mix_regions_are_differentiated_as_a_whole(cfg):
+    small(cfg, "Standard")
+    assert _is_row_wise(build(cfg).roi_heads)
+    cfg.MODEL.ROI_HEADS.NAME = "StandardPluginROIHeads"
+    assert _is_row_wise(build(cfg).roi_heads)
+    cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED = True
+    model = build(cfg)
+    assert not _is_row_wise(model.roi_heads)
+    amc(model, batch()).backward()
+    assert model.roi_heads.box_head.fc1.weight.grad.any()
+
+
+def test_only_the_level_of_the_best_score_is_in_its_graph():
+    levels = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
+    scores = [level[1].flatten(1).T.unsqueeze(2) for level in levels]
+    best_score(scores, 2).backward()
+    best = max(range(3), key=lambda i: float(levels[i][1, 2].max()))
+    for i, level in enumerate(levels):
+        assert (level.grad is None) == (i != best)
+    assert levels[best].grad[1, 2].sum() == 1 and levels[best].grad.count_nonzero() == 1
 
 
 # --------------------------------------------------------------------------------- what is trained
