@@ -14,7 +14,8 @@ too, for ``PointingGameMetric``.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from mm_plugins.activations import Activation, Recorded
 from mm_plugins.auxiliary_losses import AuxiliaryLossMixin
+from mm_plugins.denoising import decode_apart, has_denoising_queries
 from mm_plugins.scores import Scores, phrase_score
 from mm_plugins.second_derivatives import second_derivatives
 from mm_plugins.settings import build_from
@@ -62,6 +64,7 @@ class AMCMixin(AuxiliaryLossMixin):
         self.heatmap_settings = build_from("heatmap", _heatmap_settings, heatmap or {})
         self._in_test: bool = self.heatmap_settings.pop("in_test")
         self._amc: AttentionMaskConsistency | None = None
+        self._hidden: list[Tensor] | None = None  # of a step's matching queries, decoded apart
         if attention_mask_consistency is not None:
             self._amc = build_from(
                 "attention_mask_consistency", AttentionMaskConsistency, attention_mask_consistency
@@ -101,15 +104,35 @@ class AMCMixin(AuxiliaryLossMixin):
         images, size = len(batch_data_samples), (batch_inputs.shape[2], batch_inputs.shape[3])
         scores = Scores(self)
         with self._activation().record(images) as recorded, scores.record() as logits_of:
-            with second_derivatives(self, wanted=lambda: bool(recorded)):
+            with second_derivatives(self, wanted=lambda: bool(recorded)), self._apart() as hidden:
                 losses = super().loss(batch_inputs, batch_data_samples)
             regions = [
                 self._scored_regions(sample, logits, scores)
-                for sample, logits in zip(batch_data_samples, logits_of(images), strict=True)
+                for sample, logits in zip(
+                    batch_data_samples, logits_of(images, *hidden), strict=True
+                )
             ]
             terms = self._amc(regions, recorded.heatmaps, size)
             # Without a phrase in the batch they are zeros of no device.
             return losses | {name: term.to(batch_inputs.device) for name, term in terms.items()}
+
+    @contextmanager
+    def _apart(self) -> Iterator[list[Tensor]]:
+        """Decode matching queries apart; gives the list that gets their last hidden states."""
+        self._hidden = [] if has_denoising_queries(self) else None
+        try:
+            yield [] if self._hidden is None else self._hidden
+        finally:
+            self._hidden = None
+
+    def forward_decoder(self, **inputs: Any) -> dict[str, Any]:
+        decode: Any = super().forward_decoder
+        if self._hidden is None or inputs.get("dn_mask") is None:
+            outputs: dict[str, Any] = decode(**inputs)
+            return outputs
+        outputs, hidden = decode_apart(decode, self.decoder, inputs, self.num_queries)
+        self._hidden.append(hidden)
+        return outputs
 
     def _scored_regions(
         self, sample: DetDataSample, logits: Tensor, scores: Scores

@@ -66,18 +66,24 @@ class Scores:
         return head, extractor
 
     @contextmanager
-    def record(self) -> Iterator[Callable[[int], list[Tensor]]]:
+    def record(self) -> Iterator[Callable[..., list[Tensor]]]:
         """Record a forward pass; gives a function that reads the logits afterwards.
 
         The function takes the number of images, and gives (candidates, columns) of each. Where
-        BatchFormerV2 makes two streams of the images, they are the first stream's.
+        BatchFormerV2 makes two streams of the images, they are the first stream's. Given hidden
+        states of a DINO's last decoder layer, it computes their logits.
         """
         head, extractor = self._modules()
         modules = [head] if extractor is None else [head, extractor]
         with record_calls(modules) as calls:
 
-            def logits(images: int) -> list[Tensor]:
+            def logits(images: int, hidden: Tensor | None = None) -> list[Tensor]:
                 outputs = [call.output for call in calls if call.module is head]
+                if hidden is not None:
+                    layer = len(outputs[-1][0]) - 1
+                    # Behind the hidden states and references are the text and its mask.
+                    text = [call.args[2:] for call in calls if call.module is head][-1]
+                    return list(head.cls_branches[layer](hidden, *text)[:images])
                 if not outputs:
                     return []
                 if extractor is not None:

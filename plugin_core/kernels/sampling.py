@@ -44,20 +44,20 @@ class _Places:
         self.index, self.rows = index.int(), rows
 
     @cached_property
-    def _by_rows_of_table(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The products in the order of the table's rows, their r, and where each row's begin."""
+    def _by_rows_of_table(self) -> tuple[Tensor, Tensor]:
+        """The products in the order of the table's rows, and where each row's begin."""
         dtype = torch.int16 if self.rows < 2**15 else torch.int32  # sorted faster
         row, order = self.index.flatten().to(dtype).sort()
         starts = torch.arange(self.rows, dtype=dtype, device=row.device)
-        of_sums = order.int() // self.index.shape[1]
-        return order, of_sums, torch.searchsorted(row, starts, out_int32=True)
+        return order.int(), torch.searchsorted(row, starts, out_int32=True)
 
     def derivative(self, by: int, first: Tensor, second: Tensor) -> Tensor:
         """By the weights (0), the table (1) or the sums (2); the operands are the other two."""
         if by == 2:
             return F.embedding_bag(self.index, second, per_sample_weights=first, mode="sum")
         if by == 1:
-            order, of_sums, starts = self._by_rows_of_table
+            order, starts = self._by_rows_of_table
+            of_sums = order // self.index.shape[1]
             weights = first.flatten().index_select(0, order)
             return F.embedding_bag(of_sums, second, starts, per_sample_weights=weights, mode="sum")
         count, each = self.index.shape
@@ -117,7 +117,7 @@ def _corners(points: Tensor, width: Tensor | int, height: Tensor | int) -> tuple
         ends = []
         for cell, weight in ((first, 1 - past), (first + 1, past)):
             inside = cell.nan_to_num().clamp(min=0).minimum(last)
-            ends.append((inside.int(), weight * (inside == cell).to(weight.dtype)))
+            ends.append((inside.int(), weight * (inside == cell)))
         axes.append(ends)
     pairs = [(y, x) for y in axes[1] for x in axes[0]]
     cells = torch.stack([y * width + x for (y, _), (x, _) in pairs], dim=-2)
