@@ -8,11 +8,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmdet.models.detectors import BaseDetector
-from mmdet.models.utils.vlfuse_helper import MAX_CLAMP_VALUE, BiMultiHeadAttention
+from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from torch import Tensor, nn
 
+from mm_plugins.fusion import FusionAttention
 from plugin_core import GradientHeatmap
 from plugin_core.errors import ArgumentError
 from plugin_core.inspection.recorder import record_calls
@@ -115,14 +115,8 @@ class Activation:
             handle.remove()
 
 
-class _NotingAttention(BiMultiHeadAttention):
-    """MMDetection's attention of image and text to each other, which notes the text's.
-
-    With queries q of V positions of the image and keys k of T tokens, in each head::
-
-        s = clamp(q·kᵀ · scale)                              (V, T)
-        image gets softmax over tokens of s · text values
-        text  gets softmax over positions of sᵀ · image values    the attention that is noted
+class _NotingAttention(FusionAttention):
+    """Notes the text's attention over the image.
 
     Attributes:
         noted: gets each call's attention (B, heads, T, V).
@@ -130,51 +124,10 @@ class _NotingAttention(BiMultiHeadAttention):
 
     noted: list[Tensor]
 
-    def forward(
-        self,
-        vision: Tensor,
-        lang: Tensor,
-        attention_mask_v: Tensor | None = None,
-        attention_mask_l: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        query = self._heads(self.v_proj(vision) * self.scale)
-        key = self._heads(self.l_proj(lang))
-        logits = query @ key.transpose(2, 3)
-        if self.stable_softmax_2d:
-            logits = logits - logits.max()
-        logits = self._clamp(logits)
-
-        of_text = logits.transpose(2, 3)
-        of_text = self._clamp(of_text - of_text.amax(3, keepdim=True))
-        if attention_mask_v is not None:  # True for padding
-            of_text = of_text.masked_fill(attention_mask_v[:, None, None], -torch.inf)
-        of_text = of_text.softmax(3)
-        _in_a_graph(of_text)
-        self.noted.append(of_text)
-
-        # MMDetection's masks of booleans have no effect, those of numbers are 0 for padding.
-        if attention_mask_l is not None and attention_mask_l.dtype != torch.bool:
-            logits = logits.masked_fill(attention_mask_l[:, None, None] == 0, -9e15)
-        of_image = logits.softmax(3)
-
-        to_image = self._dropped(of_image) @ self._heads(self.values_l_proj(lang))
-        to_text = self._dropped(of_text) @ self._heads(self.values_v_proj(vision))
-        return (
-            self.out_v_proj(to_image.transpose(1, 2).flatten(2)),
-            self.out_l_proj(to_text.transpose(1, 2).flatten(2)),
-        )
-
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, N, heads · D) → (B, heads, N, D)."""
-        return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
-
-    def _clamp(self, logits: Tensor) -> Tensor:
-        low = -MAX_CLAMP_VALUE if self.clamp_min_for_underflow else None
-        high = MAX_CLAMP_VALUE if self.clamp_max_for_overflow else None
-        return logits if low is high is None else logits.clamp(low, high)
-
-    def _dropped(self, attention: Tensor) -> Tensor:
-        return F.dropout(attention, self.dropout, self.training)
+    def _note(self, attention: Tensor) -> Tensor:
+        _in_a_graph(attention)
+        self.noted.append(attention)
+        return attention
 
 
 def _in_a_graph(output: Any) -> None:

@@ -21,10 +21,12 @@ from mmcv.ops import (
     RoIAlign,
     RoIPool,
 )
+from mmdet.models.utils.vlfuse_helper import BiMultiHeadAttention
 from mmengine.dist import get_world_size
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mm_plugins.fusion import FusionAttention
 from plugin_core.kernels.sampling import (
     deformable_attention,
     deformable_convolution,
@@ -130,6 +132,17 @@ class _Attention(MultiScaleDeformableAttention):
         return self.dropout(attended) + identity
 
 
+class _Fusion(FusionAttention):
+    """It has second derivatives anyway; these are cheaper."""
+
+    wanted: Callable[[], bool]
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        kind = FusionAttention if self.wanted() else BiMultiHeadAttention
+        fused: tuple[Tensor, Tensor] = kind.forward(self, *args, **kwargs)
+        return fused
+
+
 class _DeformConv2d(DeformConv2d):
     wanted: Callable[[], bool]
 
@@ -168,6 +181,7 @@ class _RoIAlign(RoIAlign):
 
 
 _TWICE: dict[type[nn.Module], type[nn.Module]] = {
+    BiMultiHeadAttention: _Fusion,
     MultiScaleDeformableAttention: _Attention,
     DeformConv2d: _DeformConv2d,
     ModulatedDeformConv2d: _ModulatedDeformConv2d,

@@ -40,6 +40,7 @@ from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 
 from mm_plugins.activations import Activation, _NotingAttention
+from mm_plugins.fusion import FusionAttention
 from mm_plugins.scores import Scores
 from mm_plugins.second_derivatives import second_derivatives
 from plugin_core.methods.functional_entropy import expand_target, repeat_samples
@@ -198,6 +199,42 @@ def test_noted_attention_computes_as_mmdetections(masks):
     assert type(attention) is BiMultiHeadAttention and "noted" not in vars(attention)
 
 
+def test_fusion_has_mmdetections_gradients_and_keeps_no_projection_of_the_image():
+    attention = BiMultiHeadAttention(v_dim=16, l_dim=12, embed_dim=32, num_heads=4).eval().double()
+    for bias in (p for name, p in attention.named_parameters() if name.endswith("bias")):
+        nn.init.normal_(bias)
+    image = torch.randn(2, 10, 16, dtype=torch.double, requires_grad=True)
+    text = torch.randn(2, 3, 12, dtype=torch.double, requires_grad=True)
+    mask = torch.ones(2, 3, dtype=torch.long)
+    given = (image, text, *attention.parameters())
+    found, kept = [], []
+
+    def keep(x: Tensor) -> Tensor:
+        kept[-1].append(tuple(x.shape[-2:]))
+        return x
+
+    for kind in (BiMultiHeadAttention, FusionAttention):
+        kept.append([])
+        with acting_as(kind, attention):
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                outputs = attention(image, text, None, mask)
+                value = sum(x.tanh().sum() for x in outputs)
+            first = torch.autograd.grad(value, given, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in first), given)
+        found.append((*outputs, *first, *second))
+    for other, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+    projected = {(10, 8), (10, 32), (20, 32)}
+    assert projected & set(kept[0]) and not projected & set(kept[1])
+
+
+def test_fusion_refuses_projections_that_are_not_plain():
+    attention = BiMultiHeadAttention(v_dim=16, l_dim=12, embed_dim=32, num_heads=4)
+    attention.v_proj = nn.Sequential(attention.v_proj)
+    with acting_as(FusionAttention, attention), pytest.raises(ValueError, match="got Sequential"):
+        attention(torch.randn(1, 5, 16), torch.randn(1, 3, 12))
+
+
 def test_acting_nests_and_gives_back_what_the_module_had():
     class Outer(nn.Linear):
         pass
@@ -234,10 +271,13 @@ def test_attention_and_its_gradient_are_those_of_the_product_rule(config):
     attention = detector.encoder.fusion_layers[-1].attn
     seen: dict[str, Tensor] = {}
     handles = [attention.out_l_proj.register_forward_pre_hook(lambda m, a: seen.update(out=a[0]))]
-    for name in ("v_proj", "l_proj", "values_v_proj"):
-        module = getattr(attention, name)
-        hook = lambda m, a, y, name=name: seen.update({name: y})  # noqa: E731
-        handles.append(module.register_forward_hook(hook))
+
+    def project(module: nn.Module, args: tuple, inputs: dict[str, Any]) -> None:
+        image, text = args[:2] if args else (inputs["vision"], inputs["lang"])
+        for name, x in (("v_proj", image), ("l_proj", text), ("values_v_proj", image)):
+            seen[name] = getattr(attention, name)(x)
+
+    handles.append(attention.register_forward_pre_hook(project, with_kwargs=True))
     activation, scores = Activation(detector), Scores(detector)
     with activation.record(2) as recorded, scores.record() as logits_of:
         loss(detector, samples("phrases"))
