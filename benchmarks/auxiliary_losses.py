@@ -15,7 +15,7 @@ import detector_step
 import timing
 import torch
 from detector_step import PLAIN, Case, TrainingStep
-from timing import Quantity, Row, Setting
+from timing import Quantity, Row, Setting, Target, at_most
 from torch import Tensor, nn
 from torch.utils.benchmark import Measurement
 
@@ -51,6 +51,12 @@ AUXILIARY = ("loss_amc_mean", "loss_amc_max", "loss_functional_entropy")
 # Number of images, and their size
 GROUNDING_BATCHES = {"cpu": (1, (192, 256)), "cuda": (2, (800, 1333))}
 QUERIES = {"cpu": 100, "cuda": 900}
+# Time and memory of a step in float32 on a CPU
+TARGETS: Mapping[tuple[str, str], tuple[Target, Target]] = {
+    ("Grounding DINO", AMC): (at_most(1.15), at_most(1.4)),
+    ("Grounding DINO", ENTROPY): (at_most(2.0), at_most(2.0)),
+    ("Faster R-CNN", AMC_CLASS): (at_most(1.3), at_most(1.4)),
+}
 LossesOf = Callable[[nn.Module, Any, int], Mapping[str, Tensor]]
 
 
@@ -94,6 +100,7 @@ class Step(TrainingStep):
         self._number = 0
         self.steps = steps
         self.peak: int | None = None
+        self.target: Target | None = None  # of the memory
 
     def __call__(self, given: tuple[int, Any]) -> None:
         for number in range(self.steps):
@@ -125,7 +132,8 @@ class Step(TrainingStep):
         if isinstance(plain, Step) and plain.peak and self.peak is not None:
             values["without, MiB"] = Quantity(plain.peak / 2**20)
             values["with, MiB"] = Quantity(self.peak / 2**20)
-            values["memory, with / without"] = Quantity(self.peak / plain.peak)
+            ratio = self.peak / plain.peak
+            values["memory, with / without"] = Quantity(ratio, target=self.target)
         return values
 
 
@@ -161,13 +169,17 @@ def measure(
         name: Step(model, losses_of, case.dtype, setting, STEPS_OF_A_CALL.get(name, 1))
         for name, model in models.items()
     }
+    is_bound = not setting.on_gpu and case.dtype is torch.float32
+    targets = {}
+    for name in [name for name in steps if is_bound and (case.kind, name) in TARGETS]:
+        targets[case.what, name], steps[name].target = TARGETS[case.kind, name]
     calls = timing.interleaved(steps, lambda i: (i, batch), setting, may_lack_memory=True)
     last = setting.warm_up + setting.repetitions - 1  # losses of the last round are compared
     for name in calls:
         if name != AMC_SELDOM:  # it has the same peak as AMC
             steps[name].measure_peak((last, batch))
     times = {name: of_one_step(call, steps[name].steps) for name, call in calls.items()}
-    return detector_step.compare(case, steps, times, {}, group)
+    return detector_step.compare(case, steps, times, targets, group)
 
 
 def of_one_step(call: Measurement, steps: int) -> Measurement:

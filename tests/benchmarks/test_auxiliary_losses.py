@@ -73,6 +73,17 @@ def test_each_loss_has_a_line_and_memory_unless_it_is_that_of_another():
     assert all(row.group == CLASSES for row in lines)
 
 
+def test_time_and_memory_have_targets_on_a_cpu():
+    models = {name: nn.Linear(4, 1) for name in (PLAIN, auxiliary_losses.AMC)}
+    case = Case("Grounding DINO", "training", 3, (1, 4), torch.float32)
+    given = models, losses_of(1.0), torch.rand(3, 4), SETTING, CLASSES
+    (line,) = auxiliary_losses.measure(case, *given)
+    found = {
+        name: quantity.target.bound for name, quantity in line.values.items() if quantity.target
+    }
+    assert found == {"with / without": 1.15, "memory, with / without": 1.4}
+
+
 def test_the_two_detectors_of_a_kind_differ_by_their_auxiliary_losses_only():
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     import amc_detectors
