@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from mm_plugins.activations import Activation, Recorded
 from mm_plugins.auxiliary_losses import AuxiliaryLossMixin
 from mm_plugins.denoising import decode_apart, has_denoising_queries
-from mm_plugins.scores import Scores, phrase_score
+from mm_plugins.scores import Logits, Phrase, Scores, phrase_score
 from mm_plugins.second_derivatives import second_derivatives
 from mm_plugins.settings import build_from
 from plugin_core import AttentionMaskConsistency, BatchFormer
@@ -104,13 +105,18 @@ class AMCMixin(AuxiliaryLossMixin):
         images, size = len(batch_data_samples), (batch_inputs.shape[2], batch_inputs.shape[3])
         scores = Scores(self)
         with self._activation().record(images) as recorded, scores.record() as logits_of:
-            with second_derivatives(self, wanted=lambda: bool(recorded)), self._apart() as hidden:
+            regional = self.roi_head if scores.is_of_each_region else None
+            twice = second_derivatives(self, wanted=lambda: bool(recorded), without=regional)
+            with twice, self._apart() as hidden:
                 losses = super().loss(batch_inputs, batch_data_samples)
+            logits = logits_of(images, *hidden)
+            phrases = [
+                self._amc.choose(self._visible_phrases(sample, of_image, scores))
+                for sample, of_image in zip(batch_data_samples, logits, strict=True)
+            ]
             regions = [
-                self._scored_regions(sample, logits, scores)
-                for sample, logits in zip(
-                    batch_data_samples, logits_of(images, *hidden), strict=True
-                )
+                [ScoredRegion(score, phrase.boxes) for score, phrase in zip(*found, strict=True)]
+                for found in zip(self._best(phrases, logits, logits_of), phrases, strict=True)
             ]
             terms = self._amc(regions, recorded.heatmaps, size)
             # Without a phrase in the batch they are zeros of no device.
@@ -134,13 +140,34 @@ class AMCMixin(AuxiliaryLossMixin):
         self._hidden.append(hidden)
         return outputs
 
-    def _scored_regions(
+    def _best(
+        self, phrases: list[list[Phrase]], logits: list[Tensor], logits_of: Logits
+    ) -> list[list[Tensor]]:
+        """The phrases' scores. Of regions, only the best are differentiated twice."""
+        if any(phrases) and logits_of.scores.is_of_each_region:
+            rows = [
+                [int(x[:, phrase.columns].mean(1).argmax()) for phrase in of_image]
+                for x, of_image in zip(logits, phrases, strict=True)
+            ]
+            with second_derivatives(self.roi_head):
+                again = logits_of.of_regions(rows)
+            return [
+                [phrase_score(x[None], phrase.columns) for x, phrase in zip(*found, strict=True)]
+                for found in zip(again, phrases, strict=True)
+            ]
+        return [
+            [phrase_score(x, phrase.columns) for phrase in of_image]
+            for x, of_image in zip(logits, phrases, strict=True)
+        ]
+
+    def _visible_phrases(
         self, sample: DetDataSample, logits: Tensor, scores: Scores
-    ) -> list[ScoredRegion]:
+    ) -> list[Phrase]:
+        """The phrases that have tokens, and boxes in the image; of others it warns."""
         height, width = sample.img_shape[:2]
         name = sample.get("img_path", sample.get("img_id"))
         kind = "phrase" if scores.reads_text else "class"
-        regions = []
+        found = []
         for phrase in scores.phrases(sample, logits):
             limit = phrase.boxes.new_tensor([width, height]).repeat(2)
             boxes = phrase.boxes.clamp(min=0).minimum(limit)
@@ -159,8 +186,8 @@ class AMCMixin(AuxiliaryLossMixin):
                     "language_model.max_tokens lets in; it has no part in the loss",
                 )
             elif len(logits):
-                regions.append(ScoredRegion(phrase_score(logits, phrase.columns), boxes))
-        return regions
+                found.append(replace(phrase, boxes=boxes))
+        return found
 
     # --- evaluation ----------------------------------------------------------------------------- #
 

@@ -25,7 +25,7 @@ Outputs = dict[str, Any]
 
 def has_denoising_queries(detector: Any) -> bool:
     """Tell whether :func:`decode_apart` knows the detector's decoder, and its head's scores."""
-    decoder = getattr(detector, "decoder", None)
+    decoder: Any = getattr(detector, "decoder", None)
     return (
         type(decoder) in (DinoTransformerDecoder, GroundingDinoTransformerDecoder)
         and type(detector.bbox_head) in (DINOHead, GroundingDINOHead)

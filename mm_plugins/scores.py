@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from mmcv.cnn import ConvModule
 from mmdet.models.dense_heads import ATSSVLFusionHead
 from mmdet.models.detectors import BaseDetector
+from mmdet.models.roi_heads import (
+    CascadeRoIHead,
+    ConvFCBBoxHead,
+    Shared2FCBBoxHead,
+    Shared4Conv1FCBBoxHead,
+    SingleRoIExtractor,
+    StandardRoIHead,
+)
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import get_box_tensor
 from torch import Tensor, nn
 
 from mm_plugins.mixins import not_for
-from plugin_core.inspection.recorder import record_calls
+from plugin_core.inspection.recorder import Call, record_calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,35 +74,29 @@ class Scores:
             head, extractor = head[-1], extractor[-1]
         return head, extractor
 
-    @contextmanager
-    def record(self) -> Iterator[Callable[..., list[Tensor]]]:
-        """Record a forward pass; gives a function that reads the logits afterwards.
-
-        The function takes the number of images, and gives (candidates, columns) of each. Where
-        BatchFormerV2 makes two streams of the images, they are the first stream's. Given hidden
-        states of a DINO's last decoder layer, it computes their logits.
-        """
+    @property
+    def is_of_each_region(self) -> bool:
+        """Whether the logits of a region are known to depend on no other region."""
         head, extractor = self._modules()
-        modules = [head] if extractor is None else [head, extractor]
-        with record_calls(modules) as calls:
+        return (
+            type(getattr(self.detector, "roi_head", None)) in (StandardRoIHead, CascadeRoIHead)
+            and not self.detector.roi_head.with_shared_head
+            and type(extractor) is SingleRoIExtractor
+            and type(head) in (ConvFCBBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead)
+            and all(
+                type(module) in _ROW_WISE
+                for name, child in head.named_children()
+                if not name.startswith("loss_")
+                for module in child.modules()
+            )
+        )
 
-            def logits(images: int, hidden: Tensor | None = None) -> list[Tensor]:
-                outputs = [call.output for call in calls if call.module is head]
-                if hidden is not None:
-                    layer = len(outputs[-1][0]) - 1
-                    # Behind the hidden states and references are the text and its mask.
-                    text = [call.args[2:] for call in calls if call.module is head][-1]
-                    return list(head.cls_branches[layer](hidden, *text)[:images])
-                if not outputs:
-                    return []
-                if extractor is not None:
-                    regions = [call.args[1] for call in calls if call.module is extractor][-1]
-                    # Without the logits of a BatchFormer's second stream
-                    of_classes = outputs[-1][0][: len(regions)]
-                    return [of_classes[regions[:, 0] == i] for i in range(images)]
-                return list(self._dense_logits(head, outputs[-1][0])[:images])
-
-            yield logits
+    @contextmanager
+    def record(self) -> Iterator[Logits]:
+        """Record a forward pass; gives what reads the logits afterwards."""
+        head, extractor = self._modules()
+        with record_calls([head] if extractor is None else [head, extractor]) as calls:
+            yield Logits(self, head, extractor, calls)
 
     def _dense_logits(self, head: Any, output: Any) -> Tensor:
         """(B, candidates, columns) from the output of a head without regions."""
@@ -163,6 +166,67 @@ class Scores:
         return list(
             range(1, min(len(model.tokenizer(sample.text).input_ids), model.max_tokens) - 1)
         )
+
+
+class Logits:
+    """Logits of a recorded forward pass.
+
+    Args:
+        scores: of the detector.
+        head: that gave them.
+        extractor: that cut out the head's regions, if any.
+        calls: of both.
+    """
+
+    def __init__(
+        self, scores: Scores, head: nn.Module, extractor: nn.Module | None, calls: Sequence[Call]
+    ) -> None:
+        self.scores, self._head, self._extractor, self._calls = scores, head, extractor, calls
+
+    def _last(self, module: nn.Module) -> Call:
+        return [call for call in self._calls if call.module is module][-1]
+
+    def __call__(self, images: int, hidden: Tensor | None = None) -> list[Tensor]:
+        """The logits (candidates, columns) of each of so many images.
+
+        Where BatchFormerV2 makes two streams of the images, they are the first stream's. Given
+        hidden states of a DINO's last decoder layer, it computes their logits.
+        """
+        head: Any = self._head
+        if not any(call.module is head for call in self._calls):
+            return []
+        last = self._last(head)
+        if hidden is not None:
+            # Behind the hidden states and references are the text and its mask.
+            branch = head.cls_branches[len(last.output[0]) - 1]
+            return list(branch(hidden, *last.args[2:])[:images])
+        if self._extractor is not None:
+            regions = self._last(self._extractor).args[1]
+            # Without the logits of a BatchFormer's second stream
+            of_classes = last.output[0][: len(regions)]
+            return [of_classes[regions[:, 0] == i] for i in range(images)]
+        return list(self.scores._dense_logits(head, last.output[0])[:images])
+
+    def of_regions(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Compute the logits of some regions of each image again."""
+        extractor: Any = self._extractor
+        maps, regions = self._last(extractor).args
+        chosen = [regions[regions[:, 0] == i][list(of_image)] for i, of_image in enumerate(rows)]
+        together = torch.cat(chosen)
+        levels = extractor.map_roi_levels(together, len(maps))
+        # The extractor has the levels without a region in its graph, too.
+        maps = [x if (levels == i).any() else x.detach() for i, x in enumerate(maps)]
+        logits: Tensor = self._head(extractor(maps, together))[0]
+        return list(logits.split([len(of_image) for of_image in rows]))
+
+
+# Modules of heads that see each region alone
+_ROW_WISE = frozenset(
+    {
+        *(nn.ModuleList, nn.Sequential, ConvModule, nn.Conv2d, nn.Linear, nn.ReLU),
+        *(nn.GroupNorm, nn.LayerNorm, nn.Identity, nn.AvgPool2d),
+    }
+)
 
 
 def annotated_phrases(sample: dict[str, Any]) -> list[int]:

@@ -47,7 +47,9 @@ _ONCE = (
 
 @contextmanager
 def second_derivatives(
-    model: nn.Module, wanted: Callable[[], bool] = lambda: True
+    model: nn.Module,
+    wanted: Callable[[], bool] = lambda: True,
+    without: nn.Module | None = None,
 ) -> Iterator[None]:
     """Let the model's forward passes have second derivatives; first ones stay as they are.
 
@@ -57,6 +59,7 @@ def second_derivatives(
     Args:
         model: of MMDetection.
         wanted: asked before each operator, as an operator that no gradient passes can stay.
+        without: a part of the model that stays as it is.
 
     Raises:
         ValueError: in the forward pass, by a wanted module that cannot be differentiated twice.
@@ -65,7 +68,8 @@ def second_derivatives(
     refused = (*_ONCE, nn.SyncBatchNorm) if get_world_size() > 1 else _ONCE
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        for name, module in model.named_modules():
+        memo = set() if without is None else set(without.modules())  # which it leaves out
+        for name, module in model.named_modules(memo):
             twice = _TWICE.get(type(module))
             if type(module) in _ACTING:
                 either = _either(module.wanted, wanted)

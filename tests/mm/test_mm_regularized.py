@@ -39,10 +39,12 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub
 from mmengine.model import MMDistributedDataParallel
 
+from mm_plugins import scores as scores_module
 from mm_plugins.activations import Activation, _NotingAttention
 from mm_plugins.fusion import FusionAttention
 from mm_plugins.scores import Scores
 from mm_plugins.second_derivatives import second_derivatives
+from plugin_core.kernels import sampling
 from plugin_core.methods.functional_entropy import expand_target, repeat_samples
 from plugin_core.stand_ins import acting_as
 
@@ -327,6 +329,38 @@ def test_class_detectors_have_it_too(name, config):
     assert head, "the second derivative reaches what makes the score"
 
 
+@pytest.mark.parametrize("name", ["faster-rcnn", "cascade-rcnn"])
+def test_only_the_regions_of_the_best_scores_are_differentiated_twice(name, config, monkeypatch):
+    settings = {**AMC["attention_mask_consistency"], "phrases": None}
+    model = regularized(config(name), attention_mask_consistency=settings)
+    detector, batch = build(model), samples("classes")
+    named = [(n, p) for n, p in detector.named_parameters() if p.requires_grad]
+    regions: list[int] = []
+
+    def pool(maps: Any, like: Any, gradient: Tensor) -> Any:
+        regions.append(len(gradient))
+        return differentiate(maps, like, gradient)
+
+    differentiate = sampling._Adjoint.apply
+    monkeypatch.setattr(sampling._Adjoint, "apply", pool)
+    found = []
+    for alone in (True, False):
+        assert Scores(detector).is_of_each_region is alone
+        losses = loss(detector, batch)
+        value = losses["loss_amc_mean"] + losses["loss_amc_max"]
+        parameters = [p for _, p in named]
+        found.append((value.detach(), torch.autograd.grad(value, parameters, allow_unused=True)))
+        # Two classes in each of two images
+        assert max(regions) <= 4 if alone else max(regions) > 8
+        regions.clear()
+        monkeypatch.setattr(scores_module, "_ROW_WISE", frozenset())
+    (value, gradients), (expected, all_gradients) = found
+    torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
+    for (parameter, _), mine, other in zip(named, gradients, all_gradients, strict=True):
+        if other is not None and other.any():
+            assert (mine - other).abs().max() <= 2e-3 * other.abs().max() + 1e-6, parameter
+
+
 def test_class_scores_of_regions_are_each_images_own(config):
     detector = build(regularized(config("faster-rcnn"), **AMC))
     scores = Scores(detector)
@@ -492,7 +526,7 @@ def test_a_region_ends_where_the_image_ends(config):
     batch = samples("classes", boxes=((4.0, 4, 64, 64),), count=1)
     batch[0].set_metainfo({"img_shape": (48, 44)})
     logits = torch.zeros(5, 3)
-    (region,) = detector._scored_regions(batch[0], logits, Scores(detector))
+    (region,) = detector._visible_phrases(batch[0], logits, Scores(detector))
     assert region.boxes.tolist() == [[4, 4, 44, 48]]
 
 
