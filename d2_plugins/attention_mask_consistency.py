@@ -39,6 +39,7 @@ from detectron2.layers import (
 )
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN, RetinaNet
 from detectron2.modeling.backbone.resnet import BottleneckBlock
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import (
     CascadeROIHeads,
@@ -300,12 +301,25 @@ class AMCRetinaNet(_AMCDetector, RetinaNet):
         return [self.head]
 
     def _scores(self, labels: Sequence[Sequence[int]], calls: Sequence[Call]) -> list[list[Tensor]]:
-        logits, _ = next(call.output for call in calls if call.module is self.head)
-        levels = [level.unflatten(1, (-1, self.num_classes)) for level in logits]
-        return [
-            [best_score([level[i] for level in levels], label) for label in of_image]
-            for i, of_image in enumerate(labels)
-        ]
+        call = next(call for call in calls if call.module is self.head)
+        levels = [level.unflatten(1, (-1, self.num_classes)) for level in call.output[0]]
+        reach = None if self.amc_activation.startswith("head.") else _reach(self.head)
+
+        def score(image: int, label: int) -> Tensor:
+            of_class = [level[image, :, label] for level in levels]  # (anchors, H, W)
+            best = int(torch.stack([x.detach().amax() for x in of_class]).argmax())
+            if reach is None:
+                return of_class[best].amax()
+            height, width = of_class[best].shape[1:]
+            anchor, cell = divmod(int(of_class[best].detach().argmax()), height * width)
+            y, x = divmod(cell, width)
+            top, left = max(y - reach, 0), max(x - reach, 0)
+            maps = call.args[0][best][image, None]
+            seen = maps[:, :, top : y + reach + 1, left : x + reach + 1]
+            logits = self.head.cls_score(self.head.cls_subnet(seen))
+            return logits[0, anchor * self.num_classes + label, y - top, x - left]
+
+        return [[score(i, label) for label in of_image] for i, of_image in enumerate(labels)]
 
 
 def amc_arguments(cfg: CfgNode) -> dict[str, Any]:
@@ -372,16 +386,14 @@ def annotated_classes(
     ]
 
 
-def best_score(levels: Sequence[Tensor], label: int) -> Tensor:
-    """The greatest logit of a class. Only the level that has it is in the score's graph.
-
-    Args:
-        levels: in any shapes with the classes as second dimension, none empty.
-        label: of the class.
-    """
-    of_class = [level[:, label] for level in levels]
-    best = torch.stack([x.detach().amax() for x in of_class]).argmax()
-    return of_class[int(best)].amax()
+def _reach(head: Any) -> int | None:
+    """How many cells around a position its class logits depend on, None for all that there are."""
+    layers = [*head.cls_subnet, head.cls_score]
+    convs = [layer for layer in layers if type(layer) is nn.Conv2d]
+    is_known = type(head) is RetinaNetHead and all(
+        type(layer) is nn.ReLU or layer in convs for layer in layers
+    )
+    return len(convs) if is_known else None  # all are of 3x3
 
 
 # Modules that see each region of interest alone

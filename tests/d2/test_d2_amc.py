@@ -33,8 +33,8 @@ from d2_plugins.attention_mask_consistency import (
     AMCGeneralizedRCNN,
     AMCRetinaNet,
     _is_row_wise,
+    _reach,
     annotated_classes,
-    best_score,
 )
 from d2_plugins.datasets import register_coco
 from d2_plugins.preflight import check_config
@@ -266,14 +266,28 @@ def test_heads_that_mix_regions_are_differentiated_as_a_whole(cfg):
     assert model.roi_heads.box_head.fc1.weight.grad.any()
 
 
-def test_only_the_level_of_the_best_score_is_in_its_graph():
-    levels = [torch.randn(2, 3, 4, 5, requires_grad=True) for _ in range(3)]
-    scores = [level[1].flatten(1).T.unsqueeze(2) for level in levels]
-    best_score(scores, 2).backward()
-    best = max(range(3), key=lambda i: float(levels[i][1, 2].max()))
-    for i, level in enumerate(levels):
-        assert (level.grad is None) == (i != best)
-    assert levels[best].grad[1, 2].sum() == 1 and levels[best].grad.count_nonzero() == 1
+@pytest.mark.parametrize("norm", ["", "FrozenBN"])
+def test_only_what_a_retinanets_best_position_sees_is_differentiated_twice(cfg, norm, monkeypatch):
+    small(cfg, "RetinaNet").MODEL.RESNETS.NORM = "FrozenBN"
+    cfg.MODEL.RETINANET.NUM_CONVS, cfg.MODEL.RETINANET.NORM = 2, norm
+    model, images = build(cfg).double(), batch()
+    assert _reach(model.head) == (None if norm else 3)
+    seen: list[tuple[int, ...]] = []
+    model.head.cls_score.register_forward_hook(lambda _m, args, _y: seen.append(args[0].shape))
+    found = []
+    for kind in (_reach, lambda head: None):
+        monkeypatch.setattr(attention_mask_consistency, "_reach", kind)
+        model.zero_grad()
+        value = amc(model, images)
+        value.backward()
+        named = model.named_parameters()
+        found.append((value.detach(), {n: p.grad for n, p in named if p.grad is not None}))
+    again = seen[4:-4]  # besides the levels
+    assert len(again) == (0 if norm else 3) and all(max(x[2:]) <= 7 for x in again)
+    (value, gradients), (expected, all_gradients) = found
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
+    for name, gradient in all_gradients.items():
+        assert (gradient - gradients[name]).abs().max() <= 1e-6 * gradient.abs().max(), name
 
 
 # --------------------------------------------------------------------------------- what is trained
