@@ -303,7 +303,8 @@ class AMCRetinaNet(_AMCDetector, RetinaNet):
     def _scores(self, labels: Sequence[Sequence[int]], calls: Sequence[Call]) -> list[list[Tensor]]:
         call = next(call for call in calls if call.module is self.head)
         levels = [level.unflatten(1, (-1, self.num_classes)) for level in call.output[0]]
-        reach = None if self.amc_activation.startswith("head.") else _reach(self.head)
+        head: Any = self.head
+        reach = None if self.amc_activation.startswith("head.") else _reach(head)
 
         def score(image: int, label: int) -> Tensor:
             of_class = [level[image, :, label] for level in levels]  # (anchors, H, W)
@@ -316,7 +317,7 @@ class AMCRetinaNet(_AMCDetector, RetinaNet):
             top, left = max(y - reach, 0), max(x - reach, 0)
             maps = call.args[0][best][image, None]
             seen = maps[:, :, top : y + reach + 1, left : x + reach + 1]
-            logits = self.head.cls_score(self.head.cls_subnet(seen))
+            logits = head.cls_score(head.cls_subnet(seen))
             return logits[0, anchor * self.num_classes + label, y - top, x - left]
 
         return [[score(i, label) for label in of_image] for i, of_image in enumerate(labels)]

@@ -105,7 +105,8 @@ class AMCMixin(AuxiliaryLossMixin):
         images, size = len(batch_data_samples), (batch_inputs.shape[2], batch_inputs.shape[3])
         scores = Scores(self)
         with self._activation().record(images) as recorded, scores.record() as logits_of:
-            regional = self.roi_head if scores.is_of_each_region else None
+            in_head = recorded.of.name.startswith("roi_head.")
+            regional = self.roi_head if scores.is_of_each_region and not in_head else None
             twice = second_derivatives(self, wanted=lambda: bool(recorded), without=regional)
             with twice, self._apart() as hidden:
                 losses = super().loss(batch_inputs, batch_data_samples)
@@ -116,7 +117,11 @@ class AMCMixin(AuxiliaryLossMixin):
             ]
             regions = [
                 [ScoredRegion(score, phrase.boxes) for score, phrase in zip(*found, strict=True)]
-                for found in zip(self._best(phrases, logits, logits_of), phrases, strict=True)
+                for found in zip(
+                    self._best(phrases, logits, logits_of if regional is not None else None),
+                    phrases,
+                    strict=True,
+                )
             ]
             terms = self._amc(regions, recorded.heatmaps, size)
             # Without a phrase in the batch they are zeros of no device.
@@ -141,16 +146,16 @@ class AMCMixin(AuxiliaryLossMixin):
         return outputs
 
     def _best(
-        self, phrases: list[list[Phrase]], logits: list[Tensor], logits_of: Logits
+        self, phrases: list[list[Phrase]], logits: list[Tensor], regional: Logits | None
     ) -> list[list[Tensor]]:
-        """The phrases' scores. Of regions, only the best are differentiated twice."""
-        if any(phrases) and logits_of.scores.is_of_each_region:
+        """The phrases' scores; the best regions' are computed again where these are given."""
+        if any(phrases) and regional is not None:
             rows = [
                 [int(x[:, phrase.columns].mean(1).argmax()) for phrase in of_image]
                 for x, of_image in zip(logits, phrases, strict=True)
             ]
-            with second_derivatives(self.roi_head):
-                again = logits_of.of_regions(rows)
+            with second_derivatives(self):
+                again = regional.of_regions(rows)
             return [
                 [phrase_score(x[None], phrase.columns) for x, phrase in zip(*found, strict=True)]
                 for found in zip(again, phrases, strict=True)

@@ -181,7 +181,7 @@ class Logits:
     def __init__(
         self, scores: Scores, head: nn.Module, extractor: nn.Module | None, calls: Sequence[Call]
     ) -> None:
-        self.scores, self._head, self._extractor, self._calls = scores, head, extractor, calls
+        self._scores, self._head, self._extractor, self._calls = scores, head, extractor, calls
 
     def _last(self, module: nn.Module) -> Call:
         return [call for call in self._calls if call.module is module][-1]
@@ -205,7 +205,7 @@ class Logits:
             # Without the logits of a BatchFormer's second stream
             of_classes = last.output[0][: len(regions)]
             return [of_classes[regions[:, 0] == i] for i in range(images)]
-        return list(self.scores._dense_logits(head, last.output[0])[:images])
+        return list(self._scores._dense_logits(head, last.output[0])[:images])
 
     def of_regions(self, rows: Sequence[Sequence[int]]) -> list[Tensor]:
         """Compute the logits of some regions of each image again."""
