@@ -61,7 +61,8 @@ class _Places:
             weights = first.flatten().index_select(0, order)
             return F.embedding_bag(of_sums, second, starts, per_sample_weights=weights, mode="sum")
         count, each = self.index.shape
-        if first.device.type == "cpu" and each <= self.rows:  # several times as fast there
+        # Several times as fast on a CPU; it takes no more products a row than the table has rows.
+        if first.device.type == "cpu" and each <= self.rows:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that compressed rows are a beta feature
                 ends = torch.arange(0, count * each + 1, each, dtype=torch.int32)
@@ -140,7 +141,7 @@ def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
     index = (cells + of_map).transpose(1, 2).flatten(0, 1)
     table = maps.permute(0, 2, 3, 1).flatten(0, 2)
     sampled = _summed(table, index, weights.transpose(1, 2).flatten(0, 1))
-    return sampled.unflatten(0, (count, -1)).transpose(1, 2)
+    return sampled.unflatten(0, points.shape[:2]).transpose(1, 2)
 
 
 def _exact(points: Tensor) -> Tensor:
@@ -182,7 +183,7 @@ def deformable_attention(
     attended = _summed(
         value.flatten(0, 2), index.flatten(0, 2).flatten(1), shares.flatten(0, 2).flatten(1)
     )
-    return attended.view(batch, -1, heads * channels)
+    return attended.view(batch, locations.shape[1], heads * channels)
 
 
 def deformable_convolution(

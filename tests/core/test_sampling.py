@@ -90,6 +90,17 @@ def test_no_sampled_values_are_kept_for_the_derivatives():
     assert max(kept) <= value.numel() < weights.numel() * 64
 
 
+def test_there_may_be_nothing_to_sample():
+    value, shapes = torch.randn(2, 6, 2, 4, requires_grad=True), [(2, 3)]
+    for images, queries in ((2, 0), (0, 3)):
+        locations = torch.rand(images, queries, 2, 1, 3, 2, requires_grad=True)
+        attended = deformable_attention(value[:images], shapes, locations, locations[..., 0])
+        assert attended.shape == (images, queries, 8)
+        (slope,) = torch.autograd.grad(attended.sum(), locations, create_graph=True)
+        assert slope.shape == locations.shape
+    assert bilinear_sample(torch.randn(0, 2, 3, 3), torch.zeros(0, 4, 2)).shape == (0, 2, 4)
+
+
 def attention_inputs(dtype=torch.float):
     shapes = [(4, 3), (2, 2)]
     value = torch.randn(2, 16, 2, 4, dtype=dtype, requires_grad=True)
