@@ -31,10 +31,10 @@ Functional entropy has one noisy copy of each image and text. Grounding DINO is 
 ResNet-50, 6 layers in the encoder and 6 in the decoder, no activation checkpoints (AMC cannot have
 them), a small text model of random weights and a caption of 4 phrases; on a CPU it has 100 queries,
 not 900, and where the losses differentiate twice, deformable attention is faster than mmcv's, which
-the detector has otherwise. Faster R-CNN and RetinaNet are Detectron2's with ResNet-50 and FPN. Memory is the most that
-a step has allocated at once, its gradients too, beyond the weights and the optimizer's state; on a
-CPU, what PyTorch has not handed out itself is not seen. The losses that differ are the detector's
-own; they differ by rounding only."""
+the detector has otherwise. Faster R-CNN and RetinaNet are Detectron2's with ResNet-50 and FPN.
+Memory is the most that a step has allocated at once, its gradients too, beyond the weights and the
+optimizer's state; on a CPU, what PyTorch has not handed out itself is not seen. The losses that
+differ are the detector's own; they differ by rounding only."""
 MINUTES = 6
 AMC, AMC_ALL, AMC_SELDOM = "AMC of 1 phrase", "AMC of all 4 phrases", "AMC in every 4th step"
 ENTROPY, AMC_CLASS = "functional entropy", "AMC of 1 class"
