@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from mmdet.models.utils.vlfuse_helper import MAX_CLAMP_VALUE, BiMultiHeadAttention
@@ -31,7 +33,7 @@ class FusionAttention(BiMultiHeadAttention):
     ) -> tuple[Tensor, Tensor]:
         heads = self.num_heads
         key = self._heads(self.l_proj(lang)) * self.scale
-        weight, bias = self._of_heads(self.v_proj)
+        weight, bias = self._of_heads(self.v_proj, vision.shape[2])
         logits = vision @ (key @ weight).flatten(1, 2).transpose(1, 2)
         logits = logits.unflatten(2, (heads, -1)) + (key @ bias[..., None]).squeeze(3)[:, None]
         if self.stable_softmax_2d:
@@ -49,12 +51,13 @@ class FusionAttention(BiMultiHeadAttention):
             logits = logits.masked_fill(attention_mask_l[:, None, None] == 0, -9e15)
         of_image = self._dropped(logits.softmax(3))
 
-        weight = self._plain(self.out_v_proj).weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
+        weight, bias = _affine(self.out_v_proj, heads * self.head_dim)
+        weight = weight.unflatten(1, (heads, -1)).permute(1, 2, 0)
         to_image = (self._heads(self.values_l_proj(lang)) @ weight).flatten(1, 2)
-        to_image = of_image.flatten(2) @ to_image + self.out_v_proj.bias
+        to_image = of_image.flatten(2) @ to_image + bias
 
         of_text = self._dropped(of_text)
-        weight, bias = self._of_heads(self.values_v_proj)
+        weight, bias = self._of_heads(self.values_v_proj, vision.shape[2])
         seen = (of_text.flatten(1, 2) @ vision).unflatten(1, (heads, -1))
         to_text = seen @ weight.transpose(1, 2) + of_text.sum(3, keepdim=True) * bias[:, None]
         return to_image, self.out_l_proj(to_text.transpose(1, 2).flatten(2))
@@ -67,20 +70,10 @@ class FusionAttention(BiMultiHeadAttention):
         """(B, N, heads · D) → (B, heads, N, D)."""
         return x.unflatten(2, (self.num_heads, self.head_dim)).transpose(1, 2)
 
-    def _of_heads(self, projection: nn.Linear) -> tuple[Tensor, Tensor]:
+    def _of_heads(self, projection: nn.Module, channels: int) -> tuple[Tensor, Tensor]:
         """Weight (heads, D, C) and bias (heads, D)."""
-        projection, heads = self._plain(projection), self.num_heads
-        return projection.weight.unflatten(0, (heads, -1)), projection.bias.unflatten(
-            0, (heads, -1)
-        )
-
-    def _plain(self, projection: nn.Linear) -> nn.Linear:
-        if type(projection) is not nn.Linear:
-            raise ValueError(
-                "attention mask consistency and functional entropy need projections in fusion "
-                f"layers that are nn.Linear, got {type(projection).__name__}"
-            )
-        return projection
+        weight, bias = _affine(projection, channels)
+        return weight.unflatten(0, (self.num_heads, -1)), bias.unflatten(0, (self.num_heads, -1))
 
     def _clamp(self, logits: Tensor) -> Tensor:
         low = -MAX_CLAMP_VALUE if self.clamp_min_for_underflow else None
@@ -89,3 +82,13 @@ class FusionAttention(BiMultiHeadAttention):
 
     def _dropped(self, attention: Tensor) -> Tensor:
         return F.dropout(attention, self.dropout, self.training)
+
+
+def _affine(projection: Any, channels: int) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear layer; of another one, such as with LoRA, by calling it."""
+    if type(projection) is nn.Linear:
+        return projection.weight, projection.bias
+    first = next(projection.parameters())
+    unit = torch.eye(channels, dtype=first.dtype, device=first.device)
+    bias = projection(unit.new_zeros(1, channels))
+    return (projection(unit) - bias).T, bias[0]

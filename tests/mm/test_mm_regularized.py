@@ -230,11 +230,27 @@ def test_fusion_has_mmdetections_gradients_and_keeps_no_projection_of_the_image(
     assert projected & set(kept[0]) and not projected & set(kept[1])
 
 
-def test_fusion_refuses_projections_that_are_not_plain():
-    attention = BiMultiHeadAttention(v_dim=16, l_dim=12, embed_dim=32, num_heads=4)
-    attention.v_proj = nn.Sequential(attention.v_proj)
-    with acting_as(FusionAttention, attention), pytest.raises(ValueError, match="got Sequential"):
-        attention(torch.randn(1, 5, 16), torch.randn(1, 3, 12))
+def test_fusion_calls_projections_that_are_not_plain_such_as_with_lora():
+    torch.manual_seed(0)
+    attention = BiMultiHeadAttention(8, 6, 16, 2, dropout=0.0).double()
+    for name in ("v_proj", "values_v_proj", "out_v_proj"):
+        projection = attention.get_submodule(name)
+        low = nn.Linear(projection.in_features, 2, bias=False).double()
+        added = nn.Linear(2, projection.out_features, bias=False).double()
+        setattr(attention, name, WithLora(projection, nn.Sequential(low, added)))
+    inputs = torch.randn(2, 5, 8).double(), torch.randn(2, 3, 6).double()
+    expected = attention(*inputs)
+    with acting_as(FusionAttention, attention):
+        torch.testing.assert_close(attention(*inputs), expected)
+
+
+class WithLora(nn.Module):
+    def __init__(self, base: nn.Module, added: nn.Module) -> None:
+        super().__init__()
+        self.base, self.added = base, added
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.added(x)
 
 
 def test_acting_nests_and_gives_back_what_the_module_had():
