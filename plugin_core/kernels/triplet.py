@@ -77,10 +77,17 @@ def z_pool(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         The maps, maximum and mean, and the links for :func:`scale`.
     """
     if torch.is_grad_enabled():
-        found = _ZPool.apply(x, x.requires_grad)
+        found = _ZPool.apply(x, _dtype_of_indices(x) if x.requires_grad else None)
     else:
-        found = torch.ops.plugin_core.z_pool(x, False)
+        found = torch.ops.plugin_core.z_pool(x, None)
     return list(found[:3]), list(found[6:])
+
+
+def _dtype_of_indices(x: Tensor) -> torch.dtype:
+    # They wait for the backward, and no axis of a detector's features is longer. A compiled model
+    # must not be bound to such sizes.
+    is_short = not is_compiling() and max(x.shape[1:]) < 2**15
+    return torch.int16 if is_short else torch.int32
 
 
 def scale(
@@ -148,15 +155,15 @@ def backend(x: Tensor) -> Passes:
     return TorchPasses() if found is None else found
 
 
-def _z_pool(passes: _Backend, x: Tensor, indices: bool) -> tuple[Tensor, ...]:
+def _z_pool(passes: _Backend, x: Tensor, indices: torch.dtype | None) -> tuple[Tensor, ...]:
     layout = _Layout.of(x)
     pqr = layout.to_pqr(x)
-    pooled, at = passes(pqr).pool(pqr, indices)
+    pooled, at = passes(pqr).pool(pqr, indices is not None)
     maps = layout.to_named(pooled)
-    # They wait for the backward, and no axis of a detector's features is longer.
-    dtype = torch.int16 if max(x.shape[1:]) < 2**15 else torch.int32
-    found = [m.to(dtype) for m in layout.to_named(at)] if indices else []
-    found = found or [x.new_empty(0, dtype=dtype) for _ in maps]
+    if indices is None:
+        found = [x.new_empty(0, dtype=torch.int16) for _ in maps]
+    else:
+        found = [index.to(indices) for index in layout.to_named(at)]
     # Gradients need links of their shapes; nobody reads the links' values.
     links = [x.new_zeros(()).expand(x.shape)]
     links += [m.new_zeros(()).expand(m[:, :1].shape) for m in maps]
@@ -241,15 +248,16 @@ class _ZPool(torch.autograd.Function):
 
     @staticmethod
     @_signed
-    def forward(x: Tensor, indices: bool) -> tuple[Tensor, ...]:
+    def forward(x: Tensor, indices: torch.dtype | None) -> tuple[Tensor, ...]:
         return tuple(torch.ops.plugin_core.z_pool(x, indices))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        indices = output[3:6]
+        (x, dtype), indices = inputs, output[3:6]
         ctx.outputs = [(made.shape, made.dtype, made.device) for made in output]
         ctx.mark_non_differentiable(*indices)
-        ctx.save_for_backward(*indices)
+        # x may need a gradient in an outer transform of torch.func alone, or after an export.
+        ctx.save_for_backward(*([x] if dtype is None else indices))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -262,6 +270,9 @@ class _ZPool(torch.autograd.Function):
             for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
         ]
         pooled, g, gates, indices = filled[:3], filled[6], filled[7:], ctx.saved_tensors
+        if len(indices) == 1:
+            x = indices[0].detach()
+            indices = torch.ops.plugin_core.z_pool(x, torch.int32)[3:6]
         # PyTorch's operators have derivatives, for create_graph.
         if torch.is_grad_enabled():
             return _input_gradient_with_derivatives(g, gates, pooled, indices), None
@@ -298,6 +309,29 @@ class _Scale(torch.autograd.Function):
         # The first gradient of x goes through the links. Higher ones go through the saved x.
         links = _weighted(*gates, weight, offset)
         return None, *(s * weight for s in sums), for_weight, for_offset, g, *links
+
+
+class _ScaleByMaps:
+    """Gradient of the operator ``scale`` by itself, in a program that was exported."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, *maps = ctx.saved_tensors
+        ops = torch.ops.plugin_core
+        gx = ops.scale(g, *maps) if ctx.needs_input_grad[0] else None
+        return gx, *ops.product(g, x)
+
+
+class _Product(_ScaleByMaps):
+    @staticmethod
+    def backward(ctx: Any, *maps: Tensor) -> tuple[Tensor | None, ...]:
+        g, x = ctx.saved_tensors
+        ops = torch.ops.plugin_core
+        return ops.scale(x, *maps), ops.scale(g, *maps)
 
 
 class _Correlate(torch.autograd.Function):
@@ -399,7 +433,7 @@ def _in_turns(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) ->
     return torch.stack([operator(*turn) for turn in turns]), 0
 
 
-_register(f"z_pool(Tensor x, bool indices) -> ({', '.join(['Tensor'] * 10)})", _z_pool)
+_register(f"z_pool(Tensor x, ScalarType? indices) -> ({', '.join(['Tensor'] * 10)})", _z_pool)
 _register(f"scale(Tensor x, {_GATES}) -> Tensor", _scale)
 _register("product(Tensor g, Tensor x) -> (Tensor, Tensor, Tensor)", _product)
 _register(
@@ -413,10 +447,28 @@ _register(
     is_folded=False,
 )
 
+if _HAS_FAKES:
+    # For the operators by themselves, as in an exported program that is trained
+    gradients: dict[str, Any] = {
+        "z_pool": _ZPool, "scale": _ScaleByMaps, "product": _Product, "correlate": _Correlate,
+    }  # fmt: skip
+    for name, gradient in gradients.items():
+        torch.library.register_autograd(
+            f"plugin_core::{name}", gradient.backward, setup_context=gradient.setup_context
+        )
+
 
 def _flops(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     return flop_counter.conv_flop_count(x, weight, out_shape)
 
 
+def _weight_gradients_flops(
+    g: Any, x: Any, k: int, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    return flop_counter.conv_flop_count(x, out_shape, g)
+
+
 if hasattr(flop_counter, "register_flop_formula"):  # since PyTorch 2.2
-    flop_counter.register_flop_formula(torch.ops.plugin_core.correlate)(_flops)
+    ops = torch.ops.plugin_core
+    flop_counter.register_flop_formula(ops.correlate)(_flops)
+    flop_counter.register_flop_formula(ops.correlate_weight_gradient)(_weight_gradients_flops)

@@ -336,6 +336,17 @@ def ensemble(module: nn.Module, x: Tensor) -> Any:
     return vmap(lambda parameters: functional_call(module, parameters, (x,)))(stacked)
 
 
+def mixed_derivative(module: nn.Module, x: Tensor) -> Tensor:
+    """Derivative by x, which only the outer transform follows, of one by parameters."""
+    parameters = {name: p.detach() for name, p in module.named_parameters()}
+
+    def size(x: Tensor) -> Tensor:
+        grads = torch.func.grad(of_parameters(module, x))(parameters)
+        return torch.stack([grad.square().sum() for grad in grads.values()]).sum()
+
+    return torch.func.grad(size)(x)
+
+
 TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "vmap": lambda m, x: vmap(m)(torch.stack([x, 2 * x])),
     "grad": lambda m, x: torch.func.grad(lambda x: square(m, x))(x),
@@ -345,6 +356,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
     "per-sample gradients": per_sample_gradients,
     "ensemble": ensemble,
     "jacrev": lambda m, x: torch.func.jacrev(m)(x[:1]),
+    "mixed derivative": mixed_derivative,
     "batch of gradients": lambda m, x: jacobian(m, x[:1], vectorize=True),
     "make_fx": lambda m, x: make_fx(m)(x)(x),
     "export": lambda m, x: torch.export.export(m, (x,)).module()(x),
@@ -393,13 +405,35 @@ def test_compiled_module_uses_the_kernels_without_a_graph_break(
         torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")], **TOLERANCE)
 
 
+def test_exported_program_takes_any_size(fast, uses):
+    module, x = TripletAttention(kernel_size=3).eval(), torch.randn(2, 4, 8, 9)
+    sizes = {axis: torch.export.Dim(name) for axis, name in {0: "b", 2: "h", 3: "w"}.items()}
+    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,), strict=True).module()
+    for shape in ((3, 4, 12, 7), (2, 4, 2, 5)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(exported(x), module(x))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
+def test_exported_program_can_be_trained(memory_format, fast, uses):
+    module = attention(warm_start=True).double()
+    x = torch.randn(2, 2, 3, 4, dtype=torch.double).to(memory_format=memory_format)
+    exported = torch.export.export(copy.deepcopy(module), (x,)).module()
+    found, expected = results(exported, x, "fast"), results(module, x, FORMULA)
+    assert uses
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], **TOLERANCE)
+    inputs = (x.requires_grad_(), *exported.parameters())
+    assert torch.autograd.gradgradcheck(lambda x, *_: exported(x), inputs, fast_mode=True)
+
+
 def test_flops_are_those_of_the_formula(fast, uses):
-    module, x = TripletAttention(kernel_size=3), torch.randn(2, 4, 5, 6)
+    module, x = TripletAttention(kernel_size=3), torch.randn(2, 4, 5, 6, requires_grad=True)
     found = []
     for kernels in ("fast", FORMULA):
         with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
             take(kernels, patch)
-            module(x)
+            module(x).sum().backward()
         found.append(counter.get_total_flops())
     assert uses and found[0] == found[1] > 0
 
