@@ -16,7 +16,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +60,8 @@ def chosen(device: torch.device, dtype: torch.dtype, make: Callable[[], Passes |
         if _is_capturing(device):  # a graph must not record the measurement
             return None
         try:
-            _CHOSEN[key] = _choose(device, dtype, make(), is_forced)
+            with on(device):  # clocks wait for the current device alone
+                _CHOSEN[key] = _choose(device, dtype, make(), is_forced)
         except torch.cuda.OutOfMemoryError:  # there may be room next time
             return None
     found = _CHOSEN[key]
@@ -105,16 +106,19 @@ def _measured_once(
     """Measure, or read what another process has measured."""
     file = cache_folder() / "kernels.json"
     with in_turn(file):
-        known = {}
-        with suppress(FileNotFoundError, ValueError):  # a broken file is written anew
-            known = json.loads(file.read_text(encoding="utf-8"))
-        if name not in known:
-            times = _measured(made, device, dtype)
-            if isinstance(times, str):
-                return times
-            known[name] = times
+        known: dict[str, Any] = {}
+        # A broken file is written anew.
+        with suppress(FileNotFoundError, ValueError, TypeError):
+            known = dict(json.loads(file.read_text(encoding="utf-8")))
+        with suppress(KeyError, ValueError, TypeError):
+            times = {which: float(known[name][which]) for which in ("kernels", "operators")}
+            # What was right and fast elsewhere may lack a need of it here, as a C compiler.
+            return failure_of(made, device, dtype) or times
+        measured = _measured(made, device, dtype)
+        if not isinstance(measured, str):
+            known[name] = measured
             write_text(file, json.dumps(known, indent=2))
-        return {which: float(known[name][which]) for which in ("kernels", "operators")}
+        return measured
 
 
 def _measured(made: Passes, device: torch.device, dtype: torch.dtype) -> dict[str, float] | str:
@@ -134,10 +138,15 @@ def _measured(made: Passes, device: torch.device, dtype: torch.dtype) -> dict[st
         )
         timers[name] = Timer(statement, globals=values, num_threads=torch.get_num_threads())
     found = dict.fromkeys(candidates, math.inf)
-    with torch.no_grad():
-        for _ in range(_ROUNDS):
-            for name, timer in timers.items():
-                found[name] = min(found[name], timer.timeit(_RUNS_OF_A_ROUND).median)
+    try:
+        with torch.no_grad():
+            for _ in range(_ROUNDS):
+                for name, timer in timers.items():
+                    found[name] = min(found[name], timer.timeit(_RUNS_OF_A_ROUND).median)
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return _described(error, device)
     return found
 
 
@@ -154,10 +163,13 @@ def _version_of(kernels: type) -> str:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
+    with on(device):
+        return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current device; other devices have none."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache
@@ -205,9 +217,13 @@ def failure_of(passes: Passes, device: torch.device, dtype: torch.dtype) -> str 
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # Triton and the driver raise whatever they like
-        first_line = str(error).strip().partition("\n")[0]
-        return f"the kernels fail on {device} ({type(error).__name__}: {first_line})"
+        return _described(error, device)
     return None
+
+
+def _described(error: Exception, device: torch.device) -> str:
+    first_line = str(error).strip().partition("\n")[0]
+    return f"the kernels fail on {device} ({type(error).__name__}: {first_line})"
 
 
 def _inputs(

@@ -19,7 +19,6 @@ all sizes share the blocks, and a kernel is compiled once for a dtype.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugin_core.kernels.triplet_choice import chosen
+from plugin_core.kernels.triplet_choice import chosen, on
 from plugin_core.kernels.triplet_torch import TorchPasses, wide_of
 
 try:
@@ -102,7 +101,7 @@ class CudaPasses(TorchPasses):
         at = empty((), torch.int32) if indices else []
         without: list[Any] = [None] * 5
         pq_at, pr_at, qr_at, partial_pr_at, partial_qr_at = at or without
-        with _on(x.device):
+        with on(x.device):
             _pool_rows[(b * p * row_blocks,)](
                 x, pq, partial_pr, pq_at, partial_pr_at, *x.shape, **_BLOCK_OF_ROWS
             )
@@ -118,7 +117,7 @@ class CudaPasses(TorchPasses):
 
     def scale(self, x: Tensor, gates: list[Tensor], y: Tensor) -> None:
         blocks, planes, parts = self._tiles(x)
-        with _on(x.device):
+        with on(x.device):
             _scale[(blocks * parts,)](x, y, *gates, *x.shape, planes, **_BLOCK)
 
     def product(self, g: Tensor, x: Tensor) -> list[Tensor]:
@@ -127,7 +126,7 @@ class CudaPasses(TorchPasses):
         row_blocks, column_blocks = -(-q // _BLOCK["BLOCK_Q"]), -(-r // _BLOCK["BLOCK_R"])
         sizes = ((column_blocks, b, p, q), (row_blocks, b, p, r), (parts, b, q, r))
         sums = [x.new_empty(size, dtype=wide_of(x)) for size in sizes]
-        with _on(x.device):
+        with on(x.device):
             _product[(blocks * parts,)](g, x, *sums, *x.shape, planes, **_BLOCK)
         return [s.sum(0) if len(s) > 1 else s[0] for s in sums]
 
@@ -137,7 +136,7 @@ class CudaPasses(TorchPasses):
         gx = torch.empty_like(g)
         blocks, planes, parts = self._tiles(g)
         options = _BLOCK if g.dtype is torch.float64 else _BLOCK | _FEWER_REGISTERS
-        with _on(g.device):
+        with on(g.device):
             _input_gradient[(blocks * parts,)](
                 g, gx, *gates, *pooled, *indices, *g.shape, planes, **options
             )
@@ -161,11 +160,6 @@ class CudaPasses(TorchPasses):
         planes = max(_PLANES_OF_A_PART, -(-p // max(1, parts)))
         planes = max(1, min(planes, p, _LARGEST_PART // (q * r)))
         return planes, -(-p // planes)
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device; its interpreter, on CPU tensors, has none."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------------------ kernels

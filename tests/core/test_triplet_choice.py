@@ -50,6 +50,13 @@ class Failing(TorchPasses):
         raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
 
 
+class FailingOnLargeMaps(TorchPasses):
+    def product(self, g: Tensor, x: Tensor) -> list[Tensor]:
+        if x.shape == triplet_choice._TIMED_SHAPE:
+            raise RuntimeError("out of resource")
+        return super().product(g, x)
+
+
 class Differing(TorchPasses):
     def product(self, g: Tensor, x: Tensor) -> list[Tensor]:
         return [s + 1 for s in super().product(g, x)]
@@ -136,9 +143,10 @@ def test_faster_kernels_are_taken_and_both_times_logged(caplog):
         (Slow(), r"the kernels take .* ms on cpu, .*, PyTorch's operators .* ms"),
         (Failing(), r"the kernels fail on cpu \(RuntimeError: Failed to find C compiler\.\)"),
         (Differing(), "product differs from PyTorch's result"),
+        (FailingOnLargeMaps(), r"the kernels fail on cpu \(RuntimeError: out of resource\)"),
         ("Triton is not installed", "Triton is not installed"),
     ],
-    ids=["slow", "failing", "differing", "missing"],
+    ids=["slow", "failing", "differing", "failing on large maps", "missing"],
 )
 def test_other_kernels_are_left_with_one_warning(passes, reason):
     with pytest.warns(UserWarning, match=f"PyTorch's operators are used, as .*{reason}"):
@@ -239,8 +247,18 @@ def test_folder_that_cannot_be_written_to_leaves_a_process_alone_with_its_measur
         assert chosen(CPU, torch.float32, lambda: fast) is None
 
 
-def test_broken_file_is_measured_anew(tmp_path):
-    (tmp_path / "kernels.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"NAME": {}}', '{"NAME": {"kernels": "?"}}'])
+def test_broken_file_is_measured_anew(text, tmp_path):
     fast = Fast()
+    name = triplet_choice._name(CPU, torch.float32, fast)
+    (tmp_path / "kernels.json").write_text(text.replace("NAME", name))
     assert chosen(CPU, torch.float32, lambda: fast) is fast
-    assert json.loads((tmp_path / "kernels.json").read_text())
+    assert json.loads((tmp_path / "kernels.json").read_text())[name].keys() > {"kernels"}
+
+
+def test_kernels_that_won_elsewhere_are_left_where_they_fail(tmp_path):
+    name = triplet_choice._name(CPU, torch.float32, Failing())
+    won = {"kernels": 1.0, "operators": 2.0}
+    (tmp_path / "kernels.json").write_text(json.dumps({name: won}))
+    with pytest.warns(UserWarning, match="the kernels fail on cpu"):
+        assert chosen(CPU, torch.float32, Failing) is None
