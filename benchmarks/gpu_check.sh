@@ -5,9 +5,9 @@
 #   benchmarks/gpu_check.sh --wheels wheels --out DIR  on the machine: everything, in at most 8 minutes
 #   benchmarks/gpu_check.sh --quick --device cpu       a try of it without a GPU, in this environment
 #
-# Nothing is fetched on the machine. Each part has its own limit of time, and a part that fails does
-# not stop the others. DIR (work_dirs/gpu_check) gets their output and the results of the benchmarks,
-# as `make bench` writes them. PYTHON names another Python than python3.
+# Nothing is fetched on the machine. Each part has its own limit of time, and all share the 8 minutes.
+# A part that fails does not stop the others. DIR (work_dirs/gpu_check) gets their output and the
+# results of the benchmarks, as `make bench` writes them. PYTHON names another Python than python3.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 wheels="" out=work_dirs/gpu_check device=cuda quick="" failed=""
@@ -57,11 +57,12 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} MPLBACKEND=Agg
 
 # part NAME SECONDS COMMAND…
 part() {
-    local name=$1 limit=$2 start=$SECONDS
+    local name=$1 start=$SECONDS left=$((470 - SECONDS))
+    local limit=$(($2 < left ? $2 : left > 1 ? left : 1))
     shift 2
-    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    timeout --kill-after 5 "$limit" "$@" >"$out/$name.log" 2>&1
     local status=$?
-    [ $status = 124 ] && echo "stopped after $limit s" >>"$out/$name.log"
+    case $status in 124 | 137) echo "stopped after $limit s" >>"$out/$name.log" ;; esac
     [ $status = 0 ] || failed="$failed $name"
     echo "== $name: exit $status after $((SECONDS - start)) s"
     tail -n 25 "$out/$name.log"
