@@ -9,8 +9,8 @@
 # A part that fails does not stop the others. DIR (work_dirs/gpu_check) gets their output and the
 # results of the benchmarks, as `make bench` writes them. PYTHON names another Python than python3.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-wheels="" out=work_dirs/gpu_check device=cuda quick="" failed=""
+root=$(cd "$(dirname "$0")/.." && pwd)
+wheels="" out=$root/work_dirs/gpu_check device=cuda quick="" failed=""
 
 # Detectron2 in Python with what it imports, and pytest. PyTorch, torchvision and Triton are there.
 pure=(fvcore iopath yacs portalocker termcolor tabulate cloudpickle omegaconf hydra-core
@@ -18,9 +18,9 @@ pure=(fvcore iopath yacs portalocker termcolor tabulate cloudpickle omegaconf hy
 compiled=(pyyaml pycocotools pillow numpy)
 
 pack() {
-    local folder=$1 version=${2:-3.12} python=.venv/bin/python
-    [ -x $python ] || { echo "error: make setup comes first: $python is missing" >&2; exit 2; }
-    mkdir -p "$folder"
+    local version=${2:-3.12} python=.venv/bin/python folder
+    [ -x "$root/$python" ] || { echo "error: make setup comes first: $python is missing" >&2; exit 2; }
+    mkdir -p "$1" && folder=$(cd "$1" && pwd) && cd "$root" || exit 2
     $python -m pip wheel --quiet --no-deps -c constraints.txt -w "$folder" "${pure[@]}" packaging/detectron2 &&
         $python -m pip download --quiet --no-deps -c constraints.txt -d "$folder" --only-binary :all: \
             --python-version "$version" --platform manylinux_2_28_x86_64 \
@@ -49,11 +49,13 @@ out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
 if [ -n "$wheels" ]; then
     [ -d "$wheels" ] || { echo "error: --wheels $wheels: there is no such folder" >&2; exit 2; }
+    wheels=$(cd "$wheels" && pwd)
     # Beside the machine's own packages, wherever these are
     "$python" -m pip install --quiet --no-index --no-deps --upgrade --target "$out/site" "$wheels"/*.whl || exit 2
     PYTHONPATH=$out/site${PYTHONPATH:+:$PYTHONPATH}
 fi
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} MPLBACKEND=Agg
+cd "$root" || exit 2
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} MPLBACKEND=Agg
 
 # part NAME SECONDS COMMAND…
 part() {

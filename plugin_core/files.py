@@ -46,36 +46,48 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def cache_folder() -> Path:
     """Return the folder of results and copies; ``DETECTION_PLUGINS_CACHE`` names another one.
 
-    Where it cannot be written to, it is a folder for temporary files.
+    Where it cannot be written to, it is a folder for temporary files, of this process alone.
     """
-    own = os.environ.get("DETECTION_PLUGINS_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    folder = Path(own or os.path.join(base, "detection-plugins")).absolute()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
+        return shared_cache_folder()
     except OSError:
         folder = Path(tempfile.mkdtemp(prefix="detection-plugins-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         return folder
 
 
+def shared_cache_folder() -> Path:
+    """Return the folder that all processes of a user share.
+
+    Raises:
+        OSError: if it cannot be written to.
+    """
+    own = os.environ.get("DETECTION_PLUGINS_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(own or os.path.join(base, "detection-plugins")).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        return folder
+
+
 @contextmanager
-def in_turn(path: Path) -> Iterator[None]:
+def in_turn(path: Path) -> Iterator[bool]:
     """Let one process after the other into the block.
 
     Where no lock can be made, all go in at once: on a full disk, or a file system without locks.
+    The block gets whether there is one.
 
     Args:
         path: of the file that they share; its folder is made.
     """
     with ExitStack() as stack:
+        is_alone = False
         with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(open(path.with_suffix(".lock"), "w"))
             fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield
+            is_alone = True
+        yield is_alone
 
 
 def make_folder(option: str, folder: Path) -> None:

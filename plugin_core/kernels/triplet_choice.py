@@ -14,6 +14,8 @@ import inspect
 import json
 import logging
 import math
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor, distributed
 from torch.utils.benchmark import Timer
 
-from plugin_core.files import cache_folder, in_turn, write_text
+from plugin_core.files import in_turn, shared_cache_folder, write_text
 from plugin_core.kernels import choice
 from plugin_core.kernels.triplet_torch import TorchPasses, wide_of
 
@@ -41,6 +43,8 @@ _ROUNDS, _RUNS_OF_A_ROUND = 5, 3
 
 # The kernels by device, dtype and whether they are forced; or the reason why they are not taken.
 _CHOSEN: dict[tuple[torch.device, torch.dtype, bool], Passes | str] = {}
+_FULL: set[tuple[torch.device, torch.dtype, bool]] = set()  # those that once lacked memory
+_LOCK = threading.Lock()
 
 
 def chosen(device: torch.device, dtype: torch.dtype, make: Callable[[], Passes | str]) -> Any:
@@ -58,12 +62,18 @@ def chosen(device: torch.device, dtype: torch.dtype, make: Callable[[], Passes |
     key = (device, dtype, is_forced)
     if key not in _CHOSEN:
         if _is_capturing(device):  # a graph must not record the measurement
-            return None
+            made = make() if is_forced else None
+            return None if isinstance(made, str) else made
         try:
-            with on(device):  # clocks wait for the current device alone
+            with _LOCK, on(device):  # clocks wait for the current device alone
                 _CHOSEN[key] = _choose(device, dtype, make(), is_forced)
-        except torch.cuda.OutOfMemoryError:  # there may be room next time
-            return None
+        except torch.cuda.OutOfMemoryError:
+            if is_forced:
+                raise
+            if key not in _FULL:  # there may be room next time
+                _FULL.add(key)
+                return None
+            _CHOSEN[key] = f"{device} had no room to compare the kernels"
     found = _CHOSEN[key]
     if not isinstance(found, str):
         return found
@@ -104,8 +114,10 @@ def _measured_once(
     name: str, made: Passes, device: torch.device, dtype: torch.dtype
 ) -> Mapping[str, float] | str:
     """Measure, or read what another process has measured."""
-    file = cache_folder() / "kernels.json"
-    with in_turn(file):
+    file = shared_cache_folder() / "kernels.json"
+    with in_turn(file) as is_alone:
+        if not is_alone:
+            raise OSError(f"{file} cannot be locked")
         known: dict[str, Any] = {}
         # A broken file is written anew.
         with suppress(FileNotFoundError, ValueError, TypeError):
@@ -153,13 +165,11 @@ def _measured(made: Passes, device: torch.device, dtype: torch.dtype) -> dict[st
 def _name(device: torch.device, dtype: torch.dtype, made: Passes) -> str:
     """Name what a measurement holds for."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    triton = getattr(sys.modules.get("triton"), "__version__", "missing")
+    sources = [Path(inspect.getfile(kind)).read_bytes() for kind in (type(made), TorchPasses)]
+    version = hashlib.sha256(b"".join(sources)).hexdigest()[:8]
     dtype_name = str(dtype).removeprefix("torch.")
-    return f"{gpu}, {dtype_name}, torch {torch.__version__}, {_version_of(type(made))}"
-
-
-def _version_of(kernels: type) -> str:
-    source = Path(inspect.getfile(kernels)).read_bytes()
-    return f"kernels {hashlib.sha256(source).hexdigest()[:8]}"
+    return f"{gpu}, {dtype_name}, torch {torch.__version__}, triton {triton}, kernels {version}"
 
 
 def _is_capturing(device: torch.device) -> bool:

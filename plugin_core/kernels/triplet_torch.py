@@ -51,8 +51,9 @@ class TorchPasses:
 
     def correlate(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve x (B, I, H, W) with weight (O, I, k, k), k odd, to (B, O, H, W)."""
-        device = "cpu" if x.is_meta else x.device.type
-        with torch.autocast(device, enabled=False):  # keep x's dtype
+        # Keep x's dtype. Not every device has autocast.
+        device = x.device.type if x.device.type == "cuda" else "cpu"
+        with torch.autocast(device, enabled=False):
             return F.conv2d(x, weight, padding=weight.shape[2] // 2)
 
     def correlate_weight_gradient(self, g: Tensor, x: Tensor, k: int) -> Tensor:

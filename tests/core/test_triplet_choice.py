@@ -67,7 +67,8 @@ def _nothing_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[
     """As if no device had been seen yet."""
     monkeypatch.delenv("PLUGIN_KERNELS", raising=False)
     monkeypatch.setattr(triplet_choice, "_CHOSEN", {})
-    monkeypatch.setattr(triplet_choice, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(triplet_choice, "_FULL", set())
+    monkeypatch.setenv("DETECTION_PLUGINS_CACHE", str(tmp_path))
     monkeypatch.setattr(triplet_choice, "_TIMED_SHAPE", (1, 8, 12, 16))
     monkeypatch.setattr(triplet_choice, "_ROUNDS", 2)
     triplet_choice._warn_once.cache_clear()
@@ -173,9 +174,12 @@ def test_graph_does_not_capture_the_measurement(monkeypatch):
     assert chosen(CPU, torch.float32, lambda: fast) is None and triplet_choice._CHOSEN == {}
     assert chosen(CPU, torch.float32, lambda: fast) is fast
     assert chosen(CPU, torch.float32, lambda: fast) is fast  # nobody asks again
+    monkeypatch.setattr(triplet_choice, "_is_capturing", lambda device: True)
+    monkeypatch.setenv("PLUGIN_KERNELS", "fast")
+    assert chosen(CPU, torch.float32, lambda: fast) is fast  # unchecked
 
 
-def test_full_gpu_says_nothing_about_the_kernels():
+def test_full_gpu_says_nothing_about_the_kernels_and_is_asked_twice(monkeypatch):
     class Full(TorchPasses):
         def pool(self, x: Tensor, indices: bool) -> tuple[list[Tensor], list[Tensor]]:
             raise torch.cuda.OutOfMemoryError
@@ -183,6 +187,13 @@ def test_full_gpu_says_nothing_about_the_kernels():
     fast = Fast()
     assert chosen(CPU, torch.float32, Full) is None
     assert chosen(CPU, torch.float32, lambda: fast) is fast
+    monkeypatch.setattr(triplet_choice, "_CHOSEN", {})
+    with pytest.warns(UserWarning, match="cpu had no room to compare the kernels"):
+        assert chosen(CPU, torch.float32, Full) is None
+    assert chosen(CPU, torch.float32, lambda: pytest.fail("asked again")) is None
+    monkeypatch.setenv("PLUGIN_KERNELS", "fast")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        chosen(CPU, torch.float32, Full)
 
 
 # --------------------------------------------------------------------------------- what is kept
@@ -193,7 +204,7 @@ def test_choice_is_kept_for_other_processes_by_device_dtype_and_versions(tmp_pat
     chosen(CPU, torch.float32, lambda: fast)
     known = json.loads((tmp_path / "kernels.json").read_text())
     (name,) = known
-    assert name.startswith(f"cpu, float32, torch {torch.__version__}, kernels ")
+    assert name.startswith(f"cpu, float32, torch {torch.__version__}, triton ")
     # As another process, to which these kernels seem slow
     monkeypatch.setattr(triplet_choice, "_CHOSEN", {})
     monkeypatch.setattr(triplet_choice, "_measured", lambda *args: pytest.fail("measured again"))
@@ -237,7 +248,7 @@ def test_processes_of_one_machine_take_the_same_choice():
 def test_folder_that_cannot_be_written_to_leaves_a_process_alone_with_its_measurement(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(triplet_choice, "cache_folder", lambda: tmp_path / "file" / "folder")
+    monkeypatch.setenv("DETECTION_PLUGINS_CACHE", str(tmp_path / "file" / "folder"))
     (tmp_path / "file").write_text("")
     fast = Fast()
     assert chosen(CPU, torch.float32, lambda: fast) is fast
