@@ -51,6 +51,7 @@ STEPS_OF_A_CALL = {AMC_SELDOM: 4}
 AUXILIARY = ("loss_amc_mean", "loss_amc_max", "loss_functional_entropy")
 # Number of images, and their size
 GROUNDING_BATCHES = {"cpu": (1, (192, 256)), "cuda": (2, (800, 1333))}
+CLASS_BATCHES = {"cpu": (2, (320, 448)), "cuda": (8, (800, 1333))}
 QUERIES = {"cpu": 100, "cuda": 900}
 # Time and memory of a step in float32 on a CPU
 TARGETS: Mapping[tuple[str, str], tuple[Target, Target]] = {
@@ -67,7 +68,7 @@ def rows(setting: Setting) -> list[Row]:
     for dtype in setting.dtypes:
         case = Case("Grounding DINO", "training", images, detector_step.small(size, setting), dtype)
         measured += timing.attempt(GROUNDING, str(case), partial(grounding, case, setting))
-    images, size = detector_step.CHANGING[setting.device.type]
+    images, size = CLASS_BATCHES[setting.device.type]
     for kind in ("Faster R-CNN", "RetinaNet"):
         for dtype in setting.dtypes:
             case = Case(kind, "training", images, detector_step.small(size, setting), dtype)
