@@ -1,17 +1,18 @@
 #!/usr/bin/env python
-"""Does attention make a detector depend less on the company that objects keep?
+"""Does IDA make a detector depend less on the company that objects keep?
 
     benchmarks/context_bias.py
 
 draws biased scenes: of the images with a class, 9 of 10 in train also hold its companion class, and
-1 of 10 in val. tools/try_plugins.py trains a small detector of Detectron2 plain, with triplet
-attention, with IDA in its last two stages, and with IDA as the classifier of regions. A plain
-detector trained on scenes without the bias shows the effect of the bias itself. Each is measured as
+1 of 10 in val. In the clear scenes every object has its outline; in the ambiguous ones every second
+object is a pebble, which only its company tells (--ambiguous of tools/make_synthetic_coco.py).
+tools/try_plugins.py trains a small detector of Detectron2 on each, plain, with three forms of IDA
+in its last two stages, and with IDA as the classifier of regions. Plain detectors trained on
+ambiguous scenes with less bias show what the bias does. Each is measured as
 tools/evaluate_context_bias.py does. Mean and spread over the seeds go to
 benchmarks/results/context_bias.md and .json.
 
-Started again, this goes on where it was stopped. 15 runs; two at a time (--jobs 2) take a quarter
-of an hour on 2 CPU cores.
+Started again, this goes on where it was stopped; all runs of a seed come before those of the next.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,42 +35,68 @@ import try_plugins  # noqa: E402
 
 from plugin_core.evaluation.context_bias import NUMBERS, means  # noqa: E402
 
-CONFIG = ROOT / "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"
+CONFIG = ROOT / "configs/d2/Synthetic-Detection/faster_rcnn_R_18_FPN_demo.yaml"
 SIZE = {"--size": 128, "--classes": 4, "--seed": 0}
+TRAINED = {"--train": 400, "--val": 0, "--ambiguous": 0.5, **SIZE}
 # Folder → options of the drawn data
 DATA = {
-    "coco": {"--train": 400, "--val": 1200, "--context-bias": 0.9, **SIZE},
-    "coco_unbiased": {"--train": 400, "--val": 0, "--context-bias": 0.5, **SIZE},
+    "clear": {"--train": 400, "--val": 1200, "--context-bias": 0.9, **SIZE},
+    "ambiguous": {**TRAINED, "--val": 1200, "--context-bias": 0.9},
+    "ambiguous_70": {**TRAINED, "--context-bias": 0.7},
+    "ambiguous_50": {**TRAINED, "--context-bias": 0.5},
 }
-IDA_HEAD = {"ROI_HEADS": {"NAME": "StandardPluginROIHeads"}, "ROI_BOX_HEAD": {"NAME": "IDABoxHead"}}
-# Name of a config in the work folder → what it holds
+NAMES = {"NAME": "ida", "STAGES": ["res4", "res5"], "WARM_START": True}
+GROUPED = {**NAMES, "PROJECTION": "grouped"}
+NINE_BLOCKS = {**NAMES, "BLOCKS": "all", "NUM_HEADS": 4, "PROJECTION": "full"}
+HEAD = {"ROI_HEADS": {"NAME": "StandardPluginROIHeads"}}
+
+
+def _in_stages(plugin: dict[str, Any]) -> dict[str, Any]:
+    backbone = {"NAME": "build_resnet_plugin_fpn_backbone"}
+    return {"MODEL": {"BACKBONE": backbone, "RESNETS": {"PLUGINS": [plugin]}}}
+
+
+def _as_head(**settings: Any) -> dict[str, Any]:
+    return {"MODEL": {**HEAD, "ROI_BOX_HEAD": {"NAME": "IDABoxHead", "IDA": settings}}}
+
+
+# Name of a config in the work folder → what differs from the plain detector's
 CONFIGS: dict[str, dict[str, Any]] = {
-    "plain": {"_BASE_": str(CONFIG), "MODEL": {"RESNETS": {"PLUGINS": []}}},
-    "ida_head": {"_BASE_": "plain.yaml", "MODEL": IDA_HEAD},
-    "unbiased": {"_BASE_": "plain.yaml", "DATASETS": {"TRAIN": ["unbiased_train"]}},
+    "ida_grouped": _in_stages(GROUPED),
+    "ida_full": _in_stages(NINE_BLOCKS),
+    "ida_head": _as_head(),
+    "ida_bare_head": _as_head(NUM_FC=0),
+    "bias_70": {"DATASETS": {"TRAIN": ["train_70"]}},
+    "bias_50": {"DATASETS": {"TRAIN": ["train_50"]}},
 }
-# Name of the detector → its label in the trial
-DETECTORS = {
+# Name of a trial and its data → name of the detector → its label in the trial
+FORMS = {
     "plain": "plain",
-    "triplet attention": "triplet",
     "IDA in stages": "ida",
+    "IDA in stages, grouped": "ida_grouped",
+    "IDA in stages, full in all blocks": "ida_full",
     "IDA in the RoI head": "ida_head",
-    "plain, unbiased train images": "unbiased",
+}
+TRIALS = {
+    "clear": {**FORMS, "IDA in the RoI head, no layers before": "ida_bare_head"},
+    "ambiguous": {**FORMS, "plain, bias 0.7": "bias_70", "plain, bias 0.5": "bias_50"},
 }
 
-TEMPLATE = """# Contextual bias of detectors with and without attention
+TEMPLATE = """# Contextual bias of detectors with and without IDA
 
 `{command}` wrote this, but for the last section. {machine}.
 
 Drawn scenes: in train 9 of 10 images with an object of a class hold its companion class too, in val
-1 of 10. Each detector is a small one (Faster R-CNN R18-FPN, 500 steps of 8 images of 128 px, from
-random weights, which are the same but for IDA's and the attention's own), on the same images with
-the same schedule, from {seeds} seeds. Mean and sample standard deviation over the seeds, each a
-mean over the classes of box AP in percent on the val images: all of them, those with the class and
-its companion ("in company"), those with the class without it ("alone"), and the gap between these
-two in percentage points, as it is and between images with equally many objects; and the share in
-percent of the images without the class in which it is detected nevertheless, with a score of at
-least 0.5, where the companion is and where it is not.
+1 of 10. In the ambiguous scenes every second object is a pebble, whatever its class. "Bias 0.7" and
+"0.5" are trained on ambiguous scenes of which 7 and 5 of 10 images hold the companion. Each
+detector is a small one (Faster R-CNN R18-FPN, {steps} steps of 8 images of 128 px, from random
+weights, which are the same but for IDA's own), on the same images with the same schedule, from
+{seeds} seeds. Mean and sample standard deviation over the seeds, each a mean over the classes of
+box AP in percent on the val images: all of them, those with the class and its companion ("in
+company"), those with the class without it ("alone"), and the gap between these two in percentage
+points, as it is and between images with equally many objects; and the share in percent of the
+images without the class in which it is detected nevertheless, with a score of at least 0.5, where
+the companion is and where it is not.
 
 {table}
 
@@ -90,8 +118,11 @@ def main() -> None:
     for name in DATA:
         study.draw(draw_command(name, args.work_dir))
     for name, content in CONFIGS.items():
-        (args.work_dir / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    try_plugins.main(trial_command(args)[1:])
+        text = yaml.safe_dump({"_BASE_": str(CONFIG), **content})
+        (args.work_dir / f"{name}.yaml").write_text(text)
+    for seeds in range(1, args.seeds + 1):
+        for trial in TRIALS:
+            try_plugins.main(trial_command(trial, args, seeds)[1:])
     write(args)
 
 
@@ -99,25 +130,26 @@ def draw_command(name: str, work_dir: Path) -> study.Command:
     return study.draw_command(work_dir / name, DATA[name])
 
 
-def trial_command(args: argparse.Namespace) -> study.Command:
+def trial_command(trial: str, args: argparse.Namespace, seeds: int) -> study.Command:
     work_dir, register = args.work_dir, []
-    for name, data, part in (
-        ("synthetic_train", "coco", "train2017"),
-        ("synthetic_val", "coco", "val2017"),
-        ("unbiased_train", "coco_unbiased", "train2017"),
-    ):
+    parts = [("synthetic_train", trial, "train2017"), ("synthetic_val", trial, "val2017")]
+    if trial == "ambiguous":
+        parts += [(f"train_{bias}", f"ambiguous_{bias}", "train2017") for bias in (70, 50)]
+    for name, data, part in parts:
         json_file = work_dir / data / "annotations" / f"instances_{part}.json"
         register += ["--register-coco", name, json_file, work_dir / data / part]
-    own = [f"{name}={work_dir / name}.yaml" for name in ("ida_head", "unbiased")]
-    variants = [f"triplet={CONFIG.relative_to(ROOT)}", "ida", *own]
-    return study.trial_command(
-        work_dir / "plain.yaml", variants, work_dir / "trial", args, *register
-    )
+    variants = [
+        f"{label}={work_dir / label}.yaml" if label in CONFIGS else label
+        for label in TRIALS[trial].values()
+        if label != "plain"
+    ]
+    arguments = argparse.Namespace(**{**vars(args), "seeds": seeds})
+    out = work_dir / f"trial_{trial}"
+    return study.trial_command(CONFIG.relative_to(ROOT), variants, out, arguments, *register)
 
 
-def measured(results: Path, work_dir: Path) -> dict[str, float | None]:
+def measured(results: Path, labels: Path) -> dict[str, float | None]:
     """Measure the means over the classes, by the number's name."""
-    labels = work_dir / "coco" / "annotations"
     words = ["--annotations", labels / "instances_val2017.json", "--results", results]
     words += ["--pairs", labels / "context_bias.json"]
     report = evaluate_context_bias.prepare(evaluate_context_bias.parse_args([*map(str, words)]))()
@@ -126,10 +158,16 @@ def measured(results: Path, work_dir: Path) -> dict[str, float | None]:
 
 def write(args: argparse.Namespace) -> None:
     """Write the table over the seeds, every run's numbers, and how to repeat them."""
-    detectors = {name: (args.work_dir / "trial", label) for name, label in DETECTORS.items()}
-    runs = study.measure_runs(detectors, lambda path: measured(path, args.work_dir), args)
-    commands = [*(draw_command(name, args.work_dir) for name in DATA), trial_command(args)]
-    study.write(args.results / "context_bias", TEMPLATE, runs, NUMBERS.values(), commands)
+    runs: dict[str, Any] = {}
+    commands = [draw_command(name, args.work_dir) for name in DATA]
+    for trial, detectors in TRIALS.items():
+        labels, out = args.work_dir / trial / "annotations", args.work_dir / f"trial_{trial}"
+        named = {f"{trial}: {name}": (out, label) for name, label in detectors.items()}
+        runs |= study.measure_runs(named, partial(measured, labels=labels), args)
+        commands.append(trial_command(trial, args, args.seeds))
+    steps = args.steps or yaml.safe_load(CONFIG.read_text())["SOLVER"]["MAX_ITER"]
+    path = args.results / "context_bias"
+    study.write(path, TEMPLATE, runs, NUMBERS.values(), commands, steps=steps)
 
 
 if __name__ == "__main__":

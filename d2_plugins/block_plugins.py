@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import CNNBlockBase, Conv2d
 from torch import nn
 
-from plugin_core.block_plugins import ApplyChildren, build_block_plugin, child_name
+from plugin_core.block_plugins import ApplyChildren, blocks_of, build_block_plugin, child_name
 from plugin_core.errors import ArgumentError
 from plugin_core.published_names import read_published_children
 
@@ -29,6 +29,7 @@ class PluginSettings:
         setting: path of the entry, such as "MODEL.RESNETS.PLUGINS[0]".
         name: of the block plugin.
         stages: "res2" … "res5", whose blocks get it.
+        blocks: "all" blocks of a stage, or the "last" one.
         warm_start: whether the plugin starts as the identity.
         arguments: of the plugin's module.
         is_upper: whether the config spells keys in capitals, for messages.
@@ -37,6 +38,7 @@ class PluginSettings:
     setting: str
     name: str
     stages: tuple[str, ...]
+    blocks: str
     warm_start: bool
     arguments: Mapping[str, Any]
     is_upper: bool
@@ -60,8 +62,8 @@ def read_plugins(
     """Read a list of block plugins, in the order in which a block applies them.
 
     Args:
-        plugins: mappings, each with NAME, STAGES, maybe WARM_START, and the module's arguments; in
-            capitals or, in a LazyConfig, in lower case.
+        plugins: mappings, each with NAME, STAGES, maybe BLOCKS and WARM_START, and the module's
+            arguments; in capitals or, in a LazyConfig, in lower case.
         setting: path of the list in the config.
         stages: stages of the network.
         why_these: ends the sentence that names them.
@@ -104,7 +106,12 @@ def read_plugins(
                     f"{why_these}"
                 )
         warm_start = arguments.pop("warm_start", False)
-        one = PluginSettings(where, name, tuple(chosen), warm_start, arguments, is_upper)
+        try:
+            blocks = blocks_of(name, arguments.pop("blocks", None))
+        except ArgumentError as error:
+            key = error.argument.upper() if is_upper else error.argument
+            raise ValueError(f"{where}.{key}: {error.reason}") from error
+        one = PluginSettings(where, name, tuple(chosen), blocks, warm_start, arguments, is_upper)
         for other in read:
             both = [stage for stage in one.stages if stage in other.stages]
             if both and child_name(str(name)) == child_name(other.name):
@@ -140,10 +147,11 @@ def plugins_of(cfg: CfgNode) -> list[PluginSettings]:
 def insert_plugins(
     blocks: Iterable[CNNBlockBase], stage: str, plugins: Sequence[PluginSettings]
 ) -> None:
-    """Insert a stage's plugins after the residual branch of each of its blocks.
+    """Insert a stage's plugins after the residual branch of its blocks.
 
     Args:
-        blocks: of the stage. In a frozen block the plugins are frozen too, with a warning.
+        blocks: of the stage. A plugin may be for the last alone. In a frozen block the plugins are
+            frozen too, with a warning.
         stage: name of the stage.
         plugins: of all stages, in the order in which a block applies them.
 
@@ -157,6 +165,8 @@ def insert_plugins(
     frozen = [not any(p.requires_grad for p in block.parameters()) for block in blocks]
     for block, is_frozen in zip(blocks, frozen, strict=True):
         for plugin in plugins:
+            if plugin.blocks == "last" and block is not blocks[-1]:
+                continue
             module = plugin.build(block.out_channels)
             child = child_name(plugin.name)
             if hasattr(block, child):

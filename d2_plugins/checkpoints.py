@@ -33,6 +33,7 @@ def backbone_target(depth: int, plugins: Sequence[FoundPlugin]) -> Target:
         {
             "NAME": plugin.name,
             "STAGES": [RESNET_STAGES[stage - 1] for stage in plugin.stages],
+            "BLOCKS": plugin.blocks,
             "WARM_START": plugin.warm_start,
             **{argument.upper(): value for argument, value in plugin.arguments.items()},
         }

@@ -37,6 +37,7 @@ def add_plugin_config(cfg: CN) -> None:
     # NAME: "triplet_attention", "ida" or another registered name; "timm:eca" or any other name
     #     that timm.layers.create_attn takes; "my_package.blocks:MyAttention", a class of your own
     # STAGES: the blocks of these stages get the plugin, for example ["res3", "res4", "res5"]
+    # BLOCKS: "all" blocks of the stages, or the "last" one of each; "last" for IDA, otherwise "all"
     # WARM_START: whether the plugin starts as the identity; False. This keeps the features of a
     #     ResNet that was pretrained without it. Published checkpoints load the same either way.
     # and the arguments of the plugin's constructor, such as KERNEL_SIZE: 7
@@ -51,6 +52,8 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS = 4
     # Added to the norm of a class's weights, > 0
     cfg.MODEL.ROI_BOX_HEAD.IDA.BETA = 1 / 32
+    # Number of linear layers with ReLU that are applied to each position before
+    cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_FC = 2
     # Whether to attend over the heads with two transformer layers and a projection
     cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = False
     # What the second attention takes as a sample: "heads" as in the paper, or "interleaved" as in

@@ -100,6 +100,7 @@ class IDAOutputLayers(FastRCNNOutputLayers):
         heavy: as there.
         sample_order: as there.
         last_head_norm: as there.
+        num_fc: number of linear layers before, ``num_fcs`` there.
         output_layers: arguments of ``FastRCNNOutputLayers``.
 
     Raises:
@@ -120,12 +121,13 @@ class IDAOutputLayers(FastRCNNOutputLayers):
         heavy: bool = False,
         sample_order: str = "heads",
         last_head_norm: bool = False,
+        num_fc: int = 2,
         **output_layers: Any,
     ) -> None:
         super().__init__(input_shape, **output_layers)
         num_scores = self.num_classes + 1
         self.cls_score = IDAClassifier(
-            map_channels, num_scores, num_heads, beta, heavy, sample_order, last_head_norm
+            map_channels, num_scores, num_heads, beta, heavy, sample_order, last_head_norm, num_fc
         )
 
     @classmethod

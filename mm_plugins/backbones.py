@@ -1,4 +1,7 @@
-"""ResNet-18, ResNet-34 and MobileNetV2 with plugins, which MMDetection's own do not take."""
+"""ResNets and MobileNetV2 with plugins in places where MMDetection's own take none.
+
+These are the blocks of ResNet-18, ResNet-34 and MobileNetV2, and the last block of a stage alone.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from mmengine.model import PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mm_plugins.block_plugins import BlockPlugin
+from mm_plugins.block_plugins import BlockPlugin, is_for_last_block
 from plugin_core.block_plugins import ApplyChildren
 from plugin_core.errors import ArgumentError
 from plugin_core.published_names import read_published_children
@@ -57,7 +60,10 @@ class PluginBasicBlock(BasicBlock):
 
 @MODELS.register_module()
 class PluginResNet(ResNet):
-    """``ResNet`` that takes plugins at every depth; for 50 and more layers it is ``ResNet``.
+    """``ResNet`` that takes plugins at every depth, and where they say so in one block of a stage.
+
+    An entry of ``plugins`` may have ``blocks``, "all" or "last" of a stage. The class of the plugin
+    may have a default of its own; otherwise it is "all", as in ``ResNet``.
 
     Args:
         contract_dilation: halve the dilation of a stage's first block, as torchvision does. The DC5
@@ -77,10 +83,15 @@ class PluginResNet(ResNet):
                         module.dilation = module.padding = dilation
         read_published_children(self)
 
-    def make_res_layer(self, block: type[nn.Module], **kwargs: Any) -> nn.Module:
+    def make_res_layer(
+        self, block: type[nn.Module], plugins: Sequence[dict] | None = None, **kwargs: Any
+    ) -> nn.Module:
         if block is BasicBlock:
             block = PluginBasicBlock
-        return super().make_res_layer(block=block, **kwargs)
+        layer: Any = super().make_res_layer(block=block, plugins=plugins, **kwargs)
+        for other in layer[:-1]:
+            _remove_plugins_of_last_block(other, plugins or ())
+        return layer
 
 
 @MODELS.register_module()
@@ -89,7 +100,8 @@ class PluginMobileNetV2(MobileNetV2):
 
     Args:
         plugins: as :class:`ResNet` takes them, at the position ``after_linear_conv``, with seven
-            ``stages`` (layer1 to layer7). Blocks without a shortcut get them too.
+            ``stages`` (layer1 to layer7), and maybe ``blocks`` as in :class:`PluginResNet`. Blocks
+            without a shortcut get them too.
         **kwargs: of ``MobileNetV2``.
 
     Raises:
@@ -112,7 +124,9 @@ class PluginMobileNetV2(MobileNetV2):
                     f"got {stages!r}",
                 )
             for index, wanted in enumerate(stages, start=1):
-                for block in getattr(self, f"layer{index}") if wanted else ():
+                layer = getattr(self, f"layer{index}")
+                blocks = layer[-1:] if is_for_last_block(plugin) else layer
+                for block in blocks if wanted else ():
                     _insert_after_linear_conv(block, plugin["cfg"])
         # Freeze at once, as ResNet does. MobileNetV2 freezes when the training starts. By then a
         # distributed training waits for these parameters' gradients.
@@ -128,6 +142,16 @@ class PluginMobileNetV2(MobileNetV2):
             for module in self.modules():
                 if isinstance(module, BlockPlugin):
                     module.init_weights()
+
+
+def _remove_plugins_of_last_block(block: nn.Module, plugins: Sequence[dict]) -> None:
+    for position in {plugin["position"] for plugin in plugins}:
+        names = getattr(block, f"{position}_plugin_names")
+        here = [plugin for plugin in plugins if plugin["position"] == position]
+        for name, plugin in zip(list(names), here, strict=True):
+            if is_for_last_block(plugin):
+                delattr(block, name)
+                names.remove(name)
 
 
 def _insert_after_linear_conv(block: InvertedResidual, cfg: dict) -> None:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from mmdet.registry import MODELS
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import plugin_core
-from plugin_core.block_plugins import make_module, registered_block_plugins
+from plugin_core.block_plugins import blocks_of, make_module, registered_block_plugins
 
 
 @MODELS.register_module()
@@ -66,6 +67,23 @@ class _Registered(BlockPlugin):
 
     def __init__(self, in_channels: int, warm_start: bool = False, **arguments: Any) -> None:
         super().__init__(in_channels, self.registered_name, warm_start, **arguments)
+
+
+def is_for_last_block(plugin: Mapping[str, Any]) -> bool:
+    """Tell whether an entry of a backbone's ``plugins`` is for the last block of its stages alone.
+
+    Args:
+        plugin: with ``cfg``, and maybe ``blocks``, "all" or "last". By default the class says it.
+
+    Raises:
+        ArgumentError: of "blocks", or of an unknown "name".
+    """
+    blocks, cfg = plugin.get("blocks"), plugin["cfg"]
+    kind = MODELS.get(cfg["type"]) if isinstance(cfg["type"], str) else cfg["type"]
+    if kind is BlockPlugin:
+        return blocks_of(cfg["name"], blocks) == "last"
+    name = getattr(kind, "registered_name", None)
+    return blocks_of(name or "", blocks if name or blocks else "all") == "last"
 
 
 # A type for each registered name: a new method is its own file and nothing here.

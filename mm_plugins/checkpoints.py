@@ -34,6 +34,7 @@ def backbone_target(depth: int | None, plugins: Sequence[FoundPlugin]) -> Target
             "cfg": _layer(plugin),
             "stages": tuple(stage in plugin.stages for stage in stages),
             "position": position,
+            "blocks": plugin.blocks,
         }
         for plugin in plugins
     ]

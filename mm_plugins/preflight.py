@@ -21,7 +21,8 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from mm_plugins.analysis import load_config
-from mm_plugins.block_plugins import BlockPlugin
+from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
+from mm_plugins.block_plugins import BlockPlugin, is_for_last_block
 from mm_plugins.datasets import reads
 from mm_plugins.grounding.text_models import check_pretrained
 from plugin_core.checkpoints.reading import read_checkpoint
@@ -32,7 +33,7 @@ from plugin_core.inspection.building import build_once, in_a_line
 
 _RESNET_POSITIONS = ("after_conv1", "after_conv2", "after_conv3")
 _MOBILENET_POSITIONS = ("after_linear_conv",)
-_PLUGIN_KEYS = ("cfg", "position", "stages")
+_PLUGIN_KEYS = ("cfg", "position", "stages", "blocks")
 # Keys that no constructor is given
 _REGISTRY_KEYS = ("type", "_scope_", "_delete_", "postfix")
 
@@ -188,12 +189,23 @@ def _check_plugins(backbone: ConfigDict, kind: Any, setting: str) -> None:
                 f"{where}.cfg.type: must be a plugin layer such as 'TripletAttention' or "
                 f"'BlockPlugin', got {name!r}{hint}"
             )
-        kind = MODELS.get(name) if isinstance(name, str) else name
-        if inspect.isclass(kind) and issubclass(kind, BlockPlugin):
+        layer = MODELS.get(name) if isinstance(name, str) else name
+        if inspect.isclass(layer) and issubclass(layer, BlockPlugin):
             if "in_channels" in plugin["cfg"]:
                 raise ValueError(f"{where}.cfg.in_channels: leave it out; the backbone passes it")
-            if kind is BlockPlugin and "name" not in plugin["cfg"]:
+            if layer is BlockPlugin and "name" not in plugin["cfg"]:
                 raise ValueError(f"{where}.cfg.name: is missing; name a block plugin ('timm:eca')")
+        try:
+            is_for_last = is_for_last_block(plugin)
+        except ArgumentError as error:
+            at = "cfg." if error.argument == "name" else ""
+            raise ValueError(f"{where}.{at}{error.argument}: {error.reason}") from error
+        if is_for_last and not issubclass(kind, (PluginResNet, PluginMobileNetV2)):
+            hint = "use type='PluginResNet', or " if kind is ResNet else ""
+            raise ValueError(
+                f"{where}.blocks: {name!r} is for the last block of a stage, and "
+                f"{kind.__name__} puts plugins into all of them; {hint}say so by blocks='all'"
+            )
         chosen = range(num_stages) if stages is None else [n for n, on in enumerate(stages) if on]
         for stage in chosen:
             other = children.setdefault((name, plugin["cfg"].get("postfix", ""), stage), i)

@@ -21,7 +21,6 @@ from plugin_core.stand_ins import view
 # Any other value would deny the classifier its map, or leave parameters without a gradient.
 _FIXED = MappingProxyType(
     {
-        "num_cls_fcs": 0,
         "with_avg_pool": False,
         "with_cls": True,
         "with_reg": True,
@@ -39,7 +38,7 @@ class IDABBoxHead(ConvFCBBoxHead):
     Boxes are regressed as in MMDetection, under the same names. Fully connected layers serve
     regression alone:
 
-        shared convs -> cls convs -> :class:`plugin_core.IDAClassifier`
+        shared convs -> cls convs -> cls fcs, :class:`plugin_core.IDAClassifier`
                      -> reg convs or shared fcs -> reg fcs -> reg
 
     The classifier keeps its own initial weights. MMDetection would draw them with a deviation of
@@ -50,6 +49,8 @@ class IDABBoxHead(ConvFCBBoxHead):
     Args:
         num_shared_fcs: as in ``ConvFCBBoxHead``, where the default is 0.
         num_cls_convs: as in ``ConvFCBBoxHead``, but also allowed with shared fcs.
+        num_cls_fcs: number of linear layers before the attention, applied to each position,
+            ``num_fcs`` of the classifier.
         num_heads: as :class:`plugin_core.IDAClassifier` takes it; it divides the channels of the
             map.
         beta: as there.
@@ -68,6 +69,7 @@ class IDABBoxHead(ConvFCBBoxHead):
         *,
         num_shared_fcs: int = 2,
         num_cls_convs: int = 0,
+        num_cls_fcs: int = 2,
         num_heads: int = 4,
         beta: float = 1 / 32,
         heavy: bool = False,
@@ -99,7 +101,14 @@ class IDABBoxHead(ConvFCBBoxHead):
         else:
             num_scores = self.num_classes + 1  # the background
         self.fc_cls = IDAClassifier(
-            channels, num_scores, num_heads, beta, heavy, sample_order, last_head_norm
+            channels,
+            num_scores,
+            num_heads,
+            beta,
+            heavy,
+            sample_order,
+            last_head_norm,
+            num_cls_fcs,
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

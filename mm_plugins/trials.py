@@ -35,7 +35,7 @@ from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
 from mm_plugins.preflight import check_config
 from mm_plugins.roi_heads import BatchFormerBBoxHead
 from mm_plugins.training_settings import check_training_settings
-from plugin_core.block_plugins import registered_block_plugins
+from plugin_core.block_plugins import blocks_of, registered_block_plugins
 from plugin_core.files import replacing
 from plugin_core.inspection.building import silence
 from plugin_core.inspection.cost import Cost
@@ -155,6 +155,7 @@ class MMDetectionTrials:
         name = backbone.get("type")
         kind: Any = MODELS.get(name) if isinstance(name, str) else name
         changed: dict[str, Any] = {}
+        is_last = blocks_of(plugin.name) == "last"
         if _is(name, MobileNetV2):
             changed = {"type": "PluginMobileNetV2"} if kind is MobileNetV2 else {}
             takes, position = PluginMobileNetV2, "after_linear_conv"
@@ -162,7 +163,7 @@ class MMDetectionTrials:
             count = 7
         elif _is(name, ResNet):
             is_small = backbone.get("depth") in (18, 34)
-            changed = {"type": "PluginResNet"} if is_small and kind is ResNet else {}
+            changed = {"type": "PluginResNet"} if kind is ResNet and (is_small or is_last) else {}
             takes = PluginResNet if is_small else ResNet
             position = "after_conv2" if is_small else "after_conv3"
             layers = [stage - 1 for stage in plugin.stages]
@@ -185,6 +186,8 @@ class MMDetectionTrials:
             layer = {"type": "BlockPlugin", "name": plugin.name, "warm_start": True}
         layer |= plugin.arguments
         new: dict[str, Any] = {"cfg": layer, "position": position}
+        if is_last and not (changed or _is(name, PluginResNet) or _is(name, PluginMobileNetV2)):
+            new["blocks"] = "all"  # a relative of MMDetection's ResNet puts it into no other place
         if len(layers) < count:
             new["stages"] = tuple(number in layers for number in range(1, count + 1))
         if backbone.get("frozen_stages", -1) >= layers[0]:

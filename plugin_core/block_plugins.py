@@ -14,7 +14,8 @@ A module may offer more than its ``forward``:
 - ``maps(x)``: pictures of what it attends to in x, by name, each (B, h, w);
 - ``published_names``: other spellings of its parameters' names, by their beginnings;
 - ``published_children``: other names of the block's child in published files;
-- ``arguments_in(state_dict)``: the constructor's arguments that its state dict tells.
+- ``arguments_in(state_dict)``: the constructor's arguments that its state dict tells;
+- ``default_blocks``: "last" where by default the last block of a stage gets it, not all.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from plugin_core.errors import ArgumentError, did_you_mean, origin, unknown_argu
 from plugin_core.kernels import is_compiling
 
 _REGISTRY: dict[str, type[nn.Module]] = {}
+BLOCKS = ("all", "last")  # of a stage
 _NO_NAMES: Mapping[str, str] = MappingProxyType({})
 # For hints only: timm has no list of them.
 _TIMM_NAMES = (
@@ -148,6 +150,24 @@ def child_name(name: str) -> str:
         words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", path)
         return words.replace(".", "_").lower()
     return name.replace(":", "_")
+
+
+def blocks_of(name: str, blocks: Any = None) -> str:
+    """Tell which blocks of its stages a block plugin is in.
+
+    Args:
+        name: of the block plugin.
+        blocks: "all" or "last", as a config says; by default the class's ``default_blocks``, or
+            "all".
+
+    Raises:
+        ArgumentError: of "name" or "blocks".
+    """
+    if blocks is None:
+        blocks = getattr(find_block_plugin(name), "default_blocks", "all")
+    if blocks not in BLOCKS:
+        raise ArgumentError("blocks", f"must be 'all' or 'last', got {blocks!r}")
+    return blocks
 
 
 def is_known_child(child: str) -> bool:

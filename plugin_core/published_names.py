@@ -45,7 +45,10 @@ def find_unread(
     unexpected: Collection[str],
     given: Mapping[str, Any],
 ) -> str:
-    """Say which block plugin stays at its start though a checkpoint has tensors that look like its.
+    """Say which block plugin a checkpoint has otherwise than the model, or leaves at its start.
+
+    It has it with other arguments, or in more blocks of a stage, or under another name with tensors
+    of the same number and shapes.
 
     Args:
         model: that was given a checkpoint.
@@ -63,6 +66,8 @@ def find_unread(
         if not isinstance(plugin, BlockPlugin):
             continue
         *outer, child = path.split(".")
+        if told := _with_other_arguments(plugin, path, given) or _in_other_blocks(path, unread):
+            return told
         own = {
             name: tuple(tensor.shape)
             for name, tensor in plugin.state_dict().items()
@@ -87,6 +92,40 @@ def find_unread(
                     f"tools/convert_checkpoint.py, or rename its tensors as those of {child}"
                 )
     return ""
+
+
+def _with_other_arguments(plugin: BlockPlugin, path: str, given: Mapping[str, Any]) -> str:
+    reads = getattr(plugin.module, "arguments_in", None)
+    # A file of a backbone alone has shorter names, but the same for a block in its stage.
+    place = re.escape(".".join(path.split(".")[-3:]))
+    known = re.compile(rf"(?:.*\.)?{place}\.(?:module\.)?(.+)")
+    tensors = {match[1]: t for name, t in given.items() if (match := known.fullmatch(name))}
+    own = plugin.module.state_dict()
+    if reads is None or not own or not tensors:
+        return ""
+    try:
+        theirs, ours = reads(tensors), reads(own)
+    except (KeyError, ValueError):  # which would be another module's tensors
+        return ""
+    other = [key for key, value in theirs.items() if ours.get(key) != value]
+    if not other:
+        return ""
+    with_, has = (", ".join(f"{k}={d.get(k)!r}" for k in other) for d in (theirs, ours))
+    return (
+        f"{path} was trained with {with_}, and the model has {has}; state what it was trained with"
+    )
+
+
+def _in_other_blocks(path: str, unread: Collection[str]) -> str:
+    *_, stage, index, child = ["", "", *path.split(".")]
+    known = re.compile(rf"(?:.*\.)?{re.escape(stage)}\.(\d+)\.{re.escape(child)}\..+")
+    others = {match[1] for name in unread if (match := known.fullmatch(name))} - {index}
+    if not others or not index.isdigit():
+        return ""
+    return (
+        f"the checkpoint has {child} in more blocks of {stage} than the model, which has it in "
+        f'block {index}: {", ".join(sorted(others))} too; state blocks "all" beside its stages'
+    )
 
 
 def find_cold(model: nn.Module, missing: Collection[str]) -> list[str]:

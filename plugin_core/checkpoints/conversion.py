@@ -109,12 +109,14 @@ class FoundPlugin:
         stages: stages with the plugin in their blocks, counted from 1.
         warm_start: whether it was trained with a warm start.
         arguments: arguments of its constructor that its tensors tell.
+        blocks: "all" blocks of the stages have it, or the "last" one of each.
     """
 
     name: str
     stages: tuple[int, ...]
     warm_start: bool
     arguments: dict[str, Any]
+    blocks: str = "all"
 
 
 @dataclass(frozen=True)
@@ -238,17 +240,21 @@ def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
             )
         stages = tuple(sorted({int(block[len("layer")]) for block in blocks}))
         of_stages = {b for b in all_blocks if int(b[len("layer")]) in stages}
+        in_order = sorted(of_stages, key=lambda block: int(block.partition(".")[2]))
+        last = {block.partition(".")[0]: block for block in in_order}
+        places = {"all": of_stages, "last": set(last.values())}
+        place = next((key for key, value in places.items() if value == set(blocks)), None)
         parameters = {frozenset(names) for names in blocks.values()}
-        if of_stages != set(blocks) or len(parameters) > 1:
+        if place is None or len(parameters) > 1:
             raise ValueError(
-                f"not every block of its stages has the same {child}; say by --config what the "
-                "model has"
+                f"neither every block of its stages nor the last of each has the same {child}; say "
+                "by --config what the model has"
             )
         names = next(iter(blocks.values()))
         tensors = {parameter: state_dict[name_] for parameter, name_ in names.items()}
         reads = getattr(kind, "arguments_in", None)
         arguments = {} if reads is None else reads(tensors)
-        found.append(FoundPlugin(name, stages, "alpha" in names, arguments))
+        found.append(FoundPlugin(name, stages, "alpha" in names, arguments, place))
     return found
 
 

@@ -49,7 +49,8 @@ class Classifier(Detector):
             network = getattr(models, f"resnet{found.depth}")(num_classes=classes)
             for plugin in plugins_in(state):
                 for stage in plugin.stages:
-                    for block in getattr(network, f"layer{stage}"):
+                    layer = getattr(network, f"layer{stage}")
+                    for block in layer[-1:] if plugin.blocks == "last" else layer:
                         norm = getattr(block, "bn3", block.bn2)
                         made = build_block_plugin(
                             plugin.name, norm.num_features, plugin.warm_start, **plugin.arguments

@@ -23,14 +23,16 @@ head. Its checkpoints load here under the same names and need the same places:
 In the middle of a network nothing is decided. There the classes are K learned queries, and what
 they gathered is handed back to the positions that asked for it:
 
-    y_n(p) = sum_k softmax_k(s_nk(p)) Ê_nk,   out = x + conv1x1(y)
+    y_n(p) = sum_k softmax_k(s_nk(p)) Ê_nk,   out = x + P y
 
-With the warm start of :class:`plugin_core.BlockPlugin` the sum is x + alpha * conv1x1(y), alpha = 0
-at first. This second form is ours, so it has the order of the formulas alone.
+P scales each channel, or projects the channels of a head or all of them, with a bias. With the warm
+start of :class:`plugin_core.BlockPlugin` the sum is x + alpha * P y, alpha = 0 at first. This
+second form is ours, so it has the order of the formulas alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +47,7 @@ from plugin_core.kernels import has_hooks
 from plugin_core.kernels.precision import in_float32
 
 SAMPLE_ORDERS = ("heads", "interleaved")
+PROJECTIONS = ("scale", "grouped", "full")
 
 
 class _DualAttention(nn.Module):
@@ -87,13 +90,15 @@ class _DualAttention(nn.Module):
         norms = torch.linalg.vector_norm(weights, dim=2, keepdim=True)
         return weights / ((norms[-1:] if last_head_norm else norms) + self.beta)
 
-    def _attend(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and spatial attention (B, N, K, H·W), and the samples Ê (B, N, K, D)."""
+    def _check_input(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(
                 f"{type(self).__name__} takes an input (B, {self.in_channels}, H, W), got "
                 f"{tuple(x.shape)}"
             )
+
+    def _attend(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and spatial attention (B, N, K, H·W), and the samples Ê (B, N, K, D)."""
         heads = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)
         scores = weights.to(x.dtype).expand(len(x), -1, -1, -1) @ heads
         attention = in_float32(scores).softmax(dim=3)
@@ -128,6 +133,8 @@ class IDAClassifier(_DualAttention):
             as (N, D), as the public reproduction does.
         last_head_norm: divide all heads' parts of a logit by the last head's norm, as an earlier
             version of the reproduction does.
+        num_fcs: number of linear layers with ReLU, from C to C channels, that are applied to each
+            position before; a classifier of the hidden layers' worth of a usual RoI head has 2.
 
     Checkpoints of the reproduction load either way, but have their own logits only with its order.
 
@@ -149,8 +156,11 @@ class IDAClassifier(_DualAttention):
         heavy: bool = False,
         sample_order: str = "heads",
         last_head_norm: bool = False,
+        num_fcs: int = 0,
     ) -> None:
         _check_positive("num_classes", num_classes)
+        if type(num_fcs) is not int or num_fcs < 0:
+            raise ArgumentError("num_fcs", f"must be 0 or a positive integer, got {num_fcs!r}")
         if sample_order not in SAMPLE_ORDERS:
             names = " or ".join(map(repr, SAMPLE_ORDERS))
             raise ArgumentError("sample_order", f"must be {names}, got {sample_order!r}")
@@ -158,17 +168,38 @@ class IDAClassifier(_DualAttention):
         super().__init__(in_channels, num_classes, num_heads, beta, heavy)
         self.sample_order = sample_order
         self.last_head_norm = last_head_norm
+        self.fcs = nn.Sequential()
+        for _ in range(num_fcs):
+            conv = nn.Conv2d(in_channels, in_channels, 1)
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.get_parameter("bias"))
+            self.fcs.extend([conv, nn.ReLU(inplace=True)])
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, and where it is asked for the spatial attention (B, N, K, H, W)."""
+        self._check_input(x)
         weights = self._class_weights()
-        _, attention, attended = self._attend(x, weights)
+        _, attention, attended = self._attend(self.fcs(x), weights)
         if self.last_head_norm:
             weights = self._class_weights(last_head_norm=True)
         logits = torch.einsum("bnkd,nkd->bk", attended, weights.to(attended.dtype))
         if return_attention:
             return logits, attention.unflatten(3, x.shape[2:])
         return logits
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        given = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+        # Frameworks load what fits and log the rest: other layers would give other logits.
+        num_fcs = sum(re.fullmatch(r"fcs\.\d+\.weight", name) is not None for name in given)
+        if "head.0.weight" in given and num_fcs != len(self.fcs) // 2:
+            raise RuntimeError(
+                f"{prefix}fcs: this state dict was trained with {num_fcs} linear layers before the "
+                f"attention, and the module was built with {len(self.fcs) // 2}; build it with "
+                f"{num_fcs} (num_fcs)"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         order = f"sample_order={self.sample_order!r}, last_head_norm={self.last_head_norm}"
@@ -182,17 +213,22 @@ class IDABlock(_DualAttention):
     Args:
         channels: C.
         num_queries: K.
-        num_heads: N, by which C can be divided.
+        num_heads: N, by which C can be divided. The light form has 4 (C / N)² weights of the second
+            attention: many heads make it lean.
         beta: added to the norm of a query, > 0.
         heavy: attend over the samples with two transformer layers and a projection.
+        projection: P: "scale" has one weight a channel and starts as the identity, "grouped"
+            projects the C / N channels of each head, "full" all C.
 
     Shape: (B, C, H, W) → (B, C, H, W), same dtype; B may be 0. Memory grows with N·K·H·W.
 
     Raises:
-        ArgumentError: if an argument is not positive, or ``num_heads`` does not divide C.
+        ArgumentError: if an argument is out of its range, or ``num_heads`` does not divide C.
         ValueError: if the input is of another shape.
     """
 
+    # What a stage has gathered is at its end, and every further block costs as much again.
+    default_blocks = "last"
     # The learnable scalar had its own name before it became every block plugin's.
     published_names: Mapping[str, str] = MappingProxyType({"gamma": "alpha"})
 
@@ -200,16 +236,25 @@ class IDABlock(_DualAttention):
         self,
         channels: int,
         num_queries: int = 80,
-        num_heads: int = 4,
+        num_heads: int = 16,
         beta: float = 1 / 32,
         heavy: bool = False,
+        projection: str = "scale",
     ) -> None:
         _check_positive("num_queries", num_queries)
+        if projection not in PROJECTIONS:
+            names = ", ".join(map(repr, PROJECTIONS))
+            raise ArgumentError("projection", f"must be one of {names}, got {projection!r}")
         super().__init__(channels, num_queries, num_heads, beta, heavy)
-        self.proj = nn.Conv2d(channels, channels, 1)
+        groups = {"scale": channels, "grouped": num_heads, "full": 1}[projection]
+        self.proj = nn.Conv2d(channels, channels, 1, groups=groups)
+        if projection == "scale":
+            nn.init.ones_(self.proj.weight)
+            nn.init.zeros_(self.proj.get_parameter("bias"))
 
     def forward(self, x: Tensor, warm_start: Tensor | None = None) -> Tensor:
-        """Add conv1x1(y) to x, or with a scalar alpha alpha * conv1x1(y)."""
+        """Add P y to x, or with a scalar alpha alpha * P y."""
+        self._check_input(x)
         scores, _, attended = self._attend(x, self._class_weights())
         share = in_float32(scores).softmax(dim=2).to(attended.dtype)
         return x + self._hand_back(attended, share, x, warm_start).to(x.dtype)
@@ -217,10 +262,14 @@ class IDABlock(_DualAttention):
     @staticmethod
     def arguments_in(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         """The constructor's arguments that a state dict tells."""
+        num_heads = sum(name.startswith("head.") for name in state_dict)
+        channels, of_group = state_dict["proj.weight"].shape[:2]
+        groups = channels // of_group
         return {
             "num_queries": len(state_dict["head.0.weight"]),
-            "num_heads": sum(name.startswith("head.") for name in state_dict),
+            "num_heads": num_heads,
             "heavy": "out_proj.weight" in state_dict,
+            "projection": {1: "full", channels: "scale"}.get(groups, "grouped"),
         }
 
     def spatial_attention(self, x: Tensor) -> Tensor:
@@ -236,17 +285,18 @@ class IDABlock(_DualAttention):
     def _hand_back(
         self, attended: Tensor, share: Tensor, x: Tensor, alpha: Tensor | None
     ) -> Tensor:
-        """Give alpha * conv1x1(y), in the shape of x.
+        """Give alpha * P y, in the shape of x.
 
-        The convolution is linear, so instead of the H·W positions it can be applied to the samples
-        Ê, before they are handed back: that is less to do where there are many more positions than
-        queries. The shares of a head add up to 1, so a sample of each of the N heads brings a part
-        of the bias.
+        P is linear, so instead of the H·W positions it can be applied to the samples Ê, before they
+        are handed back: that is less to do where there are more positions than queries, for a full
+        projection many more. The shares of a head add up to 1, so the samples bring the bias.
         """
         batch, heads, queries, channels = attended.shape
         positions = share.shape[3]
-        of_samples = queries * self.in_channels * (self.in_channels + heads * positions)
-        of_positions = positions * self.in_channels * (self.in_channels + queries)
+        width = self.in_channels // self.proj.groups  # channels that P mixes
+        copies = heads if width > channels else 1  # of all channels, as a full P mixes the heads
+        of_samples = queries * self.in_channels * (width + copies * positions)
+        of_positions = positions * self.in_channels * (width + queries)
         # What traces a model to count its work hooks every module, and wants it as it is.
         is_hooked = has_hooks(self.proj) and not torch.jit.is_tracing()
         if of_samples >= of_positions or type(self.proj) is not nn.Conv2d or is_hooked:
@@ -256,9 +306,18 @@ class IDABlock(_DualAttention):
         bias: Tensor = self.proj.get_parameter("bias")
         if alpha is not None:  # the samples are the smallest tensor on the way
             attended, bias = alpha * attended, alpha * bias
+        if copies == 1:
+            weight = self.proj.weight.to(attended.dtype)
+            if width == 1:
+                attended = attended * weight.view(heads, 1, channels)
+            else:
+                attended = attended @ weight.view(heads, channels, channels).mT
+            attended = (attended + bias.view(heads, 1, channels)).to(share.dtype)
+            return (attended.mT @ share).reshape(x.shape)
         weight = self.proj.weight.flatten(1).unflatten(1, (heads, channels)).transpose(0, 1)
         samples = weight.to(attended.dtype) @ attended.transpose(0, 1).flatten(1, 2).mT
         samples = samples.unflatten(2, (batch, queries)).permute(2, 1, 0, 3).flatten(2)
+        # Each of the N samples that a position gets brings a part of the bias.
         samples = (samples + bias[:, None] / heads).to(share.dtype)  # (B, C, N·K)
         share = share.flatten(1, 2)  # (B, N·K, H·W)
         # y comes to lie in memory as x does.

@@ -173,7 +173,7 @@ def test_a_users_module_is_imported_with_memory(tmp_path, monkeypatch):
 def test_an_empty_batch_stays_empty():
     pytest.importorskip("timm", reason="timm is not installed")
     for name in ("timm:eca", "triplet_attention", "ida", "simam"):
-        assert build_block_plugin(name, 8, True)(torch.ones(0, 8, 4, 4)).shape == (0, 8, 4, 4)
+        assert build_block_plugin(name, 16, True)(torch.ones(0, 16, 4, 4)).shape == (0, 16, 4, 4)
 
 
 @pytest.mark.parametrize("warm_start", [False, True])

@@ -417,9 +417,11 @@ def test_block_plugins_are_found_with_their_arguments(no_spatial, warm_start):
     ]
     with pytest.raises(ValueError, match="its blocks have 'my_attention', which is no block plug"):
         plugins_in(state_dict | {"layer3.1.my_attention.weight": torch.zeros(1)})
-    del state_dict["layer3.0.timm_eca.conv.weight"]
-    with pytest.raises(ValueError, match="not every block of its stages has the same timm_eca"):
-        plugins_in(state_dict)
+    first = state_dict.pop("layer3.0.timm_eca.conv.weight")
+    assert plugins_in(state_dict)[1] == FoundPlugin("timm:eca", (3,), False, {}, "last")
+    del state_dict["layer3.1.timm_eca.conv.weight"]
+    with pytest.raises(ValueError, match="nor the last of each has the same timm_eca"):
+        plugins_in(state_dict | {"layer3.0.timm_eca.conv.weight": first})
 
 
 def test_another_name_is_another_plugin_unless_it_says_nothing():

@@ -20,6 +20,7 @@ from plugin_core import IDABlock, IDAClassifier, build_block_plugin
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 HEAVY = pytest.mark.parametrize("heavy", [False, True], ids=["light", "heavy"])
+PROJECTION = pytest.mark.parametrize("projection", ["scale", "grouped", "full"])
 BOTH = pytest.mark.parametrize("kind", [IDAClassifier, IDABlock])
 
 
@@ -119,8 +120,11 @@ def test_constant_input_attends_everywhere_alike():
     torch.testing.assert_close(attention, torch.full_like(attention, 1 / 20))
 
 
-def test_block_hands_a_class_back_to_the_positions_that_asked_for_it():
-    block = IDABlock(8, num_queries=3, num_heads=2).double()
+@PROJECTION
+def test_block_hands_a_class_back_to_the_positions_that_asked_for_it(projection):
+    block = IDABlock(8, num_queries=3, num_heads=2, projection=projection).double()
+    nn.init.uniform_(block.proj.weight)
+    nn.init.uniform_(block.proj.bias)
     x = torch.randn(1, 8, 2, 3, dtype=torch.float64)
     expected = torch.zeros(1, 8, 2, 3, dtype=torch.float64)
     heads = x.view(2, 4, 6)
@@ -140,11 +144,52 @@ def test_block_hands_a_class_back_to_the_positions_that_asked_for_it():
     alpha = torch.tensor(0.7, dtype=torch.float64)
     torch.testing.assert_close(block(x), x + block.proj(expected))
     torch.testing.assert_close(block(x, warm_start=alpha), x + 0.7 * block.proj(expected))
+    block.proj.register_forward_hook(lambda *_: None)  # then the module itself is called
+    torch.testing.assert_close(block(x, warm_start=alpha), x + 0.7 * block.proj(expected))
+
+
+def test_what_a_position_gets_is_added_as_it_is_before_the_scale_has_learned():
+    block = IDABlock(8, num_queries=3, num_heads=2)
+    full = IDABlock(8, num_queries=3, num_heads=2, projection="full")
+    full.load_state_dict({k: v for k, v in block.state_dict().items() if "proj." != k[:5]}, False)
+    nn.init.dirac_(full.proj.weight)
+    nn.init.zeros_(full.proj.bias)
+    x = torch.randn(2, 8, 4, 5)
+    torch.testing.assert_close(block(x), full(x))
+
+
+@PROJECTION
+@HEAVY
+def test_state_dict_of_a_block_tells_its_arguments(projection, heavy):
+    arguments = {"num_queries": 3, "num_heads": 2, "heavy": heavy, "projection": projection}
+    assert IDABlock.arguments_in(IDABlock(8, **arguments).state_dict()) == arguments
+
+
+def test_default_block_has_less_than_a_hundredth_of_a_ResNet_50s_parameters():
+    counts = [sum(p.numel() for p in IDABlock(c).parameters()) for c in (1024, 2048)]
+    assert counts == [100_608, 233_984]
+
+
+def test_linear_layers_before_the_classifier_are_applied_to_each_position():
+    model, x = IDAClassifier(8, 3, num_fcs=2), torch.randn(2, 8, 4, 5)
+    plain = IDAClassifier(8, 3)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k[:4] != "fcs."})
+    hidden = x.flatten(2)
+    for linear in (model.fcs[0], model.fcs[2]):
+        hidden = (linear.weight.flatten(1) @ hidden + linear.bias[:, None]).relu()
+    torch.testing.assert_close(model(x), plain(hidden.view_as(x)))
+
+
+@pytest.mark.parametrize(("saved", "built"), [(0, 2), (2, 0)])
+def test_classifier_of_other_linear_layers_is_not_loaded(saved, built):
+    state = IDAClassifier(8, 3, num_fcs=saved).state_dict()
+    with pytest.raises(RuntimeError, match=f"trained with {saved} linear layers .* with {built};"):
+        IDAClassifier(8, 3, num_fcs=built).load_state_dict(state, strict=False)
 
 
 @HEAVY
 def test_every_parameter_of_the_block_learns(heavy):
-    block = IDABlock(16, num_queries=5, heavy=heavy)
+    block = IDABlock(16, num_queries=5, num_heads=4, heavy=heavy)
     x, alpha = torch.randn(2, 16, 5, 4), torch.full((), 0.1, requires_grad=True)
     (block(x, warm_start=alpha) ** 3).sum().backward()
     silent = {name for name, p in block.named_parameters() if not p.grad.any()}
@@ -153,7 +198,7 @@ def test_every_parameter_of_the_block_learns(heavy):
 
 
 def test_alpha_of_an_earlier_version_was_called_gamma():
-    plugin = build_block_plugin("ida", 8, True, num_queries=3)
+    plugin = build_block_plugin("ida", 8, True, num_queries=3, num_heads=4)
     state = {name.replace("alpha", "gamma"): t for name, t in plugin.state_dict().items()}
     state["gamma"] = torch.tensor(0.3)
     plugin.load_state_dict(state, strict=True)
@@ -167,7 +212,7 @@ def test_alpha_of_an_earlier_version_was_called_gamma():
 @HEAVY
 @pytest.mark.parametrize("case", ["constant", "one position", "empty batch", "zero weight"])
 def test_values_and_gradients_are_finite(kind, heavy, case):
-    model = kind(8, 3, heavy=heavy)
+    model = kind(8, 3, num_heads=4, heavy=heavy)
     shape = {"one position": (2, 8, 1, 1), "empty batch": (0, 8, 3, 3)}.get(case, (2, 8, 3, 3))
     x = torch.ones(shape) if case == "constant" else torch.randn(shape)
     x.requires_grad_()
@@ -202,7 +247,7 @@ def test_softmaxes_and_norms_are_in_float32_under_autocast(kind, dtype):
             return func(*args, **(kwargs or {}))
 
     x = torch.randn(2, 8, 3, 3)
-    model = kind(8, 3, heavy=True)
+    model = kind(8, 3, num_heads=4, heavy=True)
     with torch.autocast("cpu", dtype), Watch():
         y = model(x)
     assert kinds == {"softmax": {torch.float32}, "norm": {torch.float32}}
@@ -222,7 +267,7 @@ def test_no_tensor_is_as_large_as_the_square_of_the_positions(kind):
                 largest = max(largest, result.numel())
             return result
 
-    model, x = kind(8, 3), torch.randn(1, 8, 20, 20)
+    model, x = kind(8, 3, num_heads=4), torch.randn(1, 8, 20, 20)
     with Watch():
         model(x).sum().backward()
     assert largest <= 4 * 3 * 400  # heads, classes, positions
@@ -243,7 +288,7 @@ def test_wrong_argument_is_named(kind, arguments, message):
     channels = arguments.get("channels", 8)
     others = {key: value for key, value in arguments.items() if key != "channels"}
     with pytest.raises(ValueError, match=message):
-        kind(channels, **{count: 3, **others})
+        kind(channels, **{count: 3, "num_heads": 4, **others})
     with pytest.raises(ValueError, match=f"{count} must be a positive integer, got -1"):
         kind(8, -1)
 
@@ -253,18 +298,24 @@ def test_wrong_argument_is_named(kind, arguments, message):
     [
         ({"sample_order": "head"}, "sample_order must be 'heads' or 'interleaved', got 'head'"),
         ({"last_head_norm": 1}, "last_head_norm must be True or False, got 1"),
+        ({"num_fcs": -1}, "num_fcs must be 0 or a positive integer, got -1"),
     ],
 )
-def test_wrong_choice_of_the_reproductions_is_named(argument, message):
+def test_wrong_choice_of_the_classifier_is_named(argument, message):
     with pytest.raises(ValueError, match=message):
         IDAClassifier(8, 3, **argument)
+
+
+def test_wrong_projection_is_named():
+    with pytest.raises(ValueError, match="projection must be one of 'scale', 'grouped', 'full', g"):
+        IDABlock(16, projection="none")
 
 
 @BOTH
 @pytest.mark.parametrize("shape", [(8, 3, 3), (1, 4, 3, 3)])
 def test_input_of_another_shape_is_named(kind, shape):
     with pytest.raises(ValueError, match=r"takes an input \(B, 8, H, W\), got"):
-        kind(8, 3)(torch.zeros(shape))
+        kind(8, 3, num_heads=4)(torch.zeros(shape))
 
 
 # --------------------------------------------------------------------- what frameworks do to models
@@ -279,5 +330,5 @@ def test_classifier_compiles_without_a_graph_break(heavy):
 
 @BOTH
 def test_memory_format_of_the_input_does_not_matter(kind):
-    model, x = kind(8, 3), torch.randn(2, 8, 4, 5)
+    model, x = kind(8, 3, num_heads=4), torch.randn(2, 8, 4, 5)
     torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), model(x))

@@ -162,7 +162,8 @@ def keypoint_records(
 
 def _keypoints(thing: Thing, number: int, things: NDArray[np.uint8], size: int) -> list[int]:
     """List 51 integers x, y, v. COCO's keypoints are whole pixels, unlike its polygons."""
-    assert thing.pose is not None
+    if thing.pose is None:  # a pebble, of which COCO would label nothing
+        return [0] * (3 * len(KEYPOINTS))
     height, width = things.shape
     values: list[int] = []
     pixels = np.floor(thing.keypoints() * size).astype(int)

@@ -60,6 +60,7 @@ def make_dataset(
     context_bias: float | None = None,
     imbalance: float = 1.0,
     class_colors: bool = False,
+    ambiguous: float = 0.0,
     force: bool = False,
     progress: bool = True,
 ) -> Summary:
@@ -77,6 +78,8 @@ def make_dataset(
         imbalance: ≥ 1; object counts of the classes fall geometrically to 1/R in train. Val
             stays balanced, so that the rare classes' AP can be measured.
         class_colors: give each class a colour of its own. Otherwise any object may have any colour.
+        ambiguous: P in 0…1: a share P of the objects is drawn as a pebble, which tells no class.
+            Their annotations keep the class.
         force: replace a dataset that this tool wrote, once the new one is complete.
         progress: show a progress bar on stderr.
 
@@ -86,7 +89,7 @@ def make_dataset(
     Raises:
         ArgumentError: an argument is out of range, or ``out`` may not be written.
     """
-    settings = Settings(classes, context_bias, imbalance, class_colors)
+    settings = Settings(classes, context_bias, imbalance, class_colors, ambiguous)
     _check_arguments(train, val, size, seed, settings)
     target = Path(os.path.abspath(out))
     _check_target(target, force)
@@ -98,6 +101,8 @@ def make_dataset(
                 for split in SPLITS
             )
         options = {"size": size, "seed": seed, **counts, **asdict(settings)}
+        if not ambiguous:
+            del options["ambiguous"]  # so that the file stays what it was without the option
         _write_json(root / MARKER, {"description": annotations.DESCRIPTION, "options": options})
         if context_bias is not None:
             _write_json(root / "annotations/context_bias.json", _bias(classes, context_bias))
@@ -127,6 +132,13 @@ def _check_arguments(train: int, val: int, size: int, seed: int, settings: Setti
         raise ArgumentError(
             f"--imbalance: {ratio} together with --context-bias {bias}; give only one of them, "
             "since companions that are always seen together cannot differ in frequency"
+        )
+    if not 0 <= settings.ambiguous <= 1:
+        raise ArgumentError(f"--ambiguous: {settings.ambiguous}; give a share from 0 to 1")
+    if settings.ambiguous and settings.class_colors:
+        raise ArgumentError(
+            f"--ambiguous: {settings.ambiguous} together with --class-colors; give only one of "
+            "them, since a color of its own would tell the class"
         )
 
 

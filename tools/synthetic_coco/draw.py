@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .scene import Scene, Texture, Thing
 from .shapes import bounds, fill
-from .vocabulary import OBJECT_COLORS, PERSON_ID, STUFF_COLORS
+from .vocabulary import OBJECT_COLORS, STUFF_COLORS
 
 SUPERSAMPLE = 4
 _SKINS = ((236, 188, 152), (205, 150, 112), (150, 100, 70), (100, 66, 48))
@@ -103,7 +103,7 @@ def _average(fine: Field, shape: tuple[int, int]) -> Field:
 def _paints(thing: Thing, rng: np.random.Generator) -> dict[str, tuple[int, ...]]:
     """Choose the colour of each paint; a person's named colour is the shirt's."""
     color = OBJECT_COLORS[thing.color]
-    if thing.category_id != PERSON_ID:
+    if thing.pose is None:
         return {"body": color}
     skin = _SKINS[rng.integers(len(_SKINS))]
     return {
@@ -127,7 +127,7 @@ def _textured(
     xs = (xs + (left + 0.5 - thing.center[0] * size)) * scale
     ys = (ys + (top + 0.5 - thing.center[1] * size)) * scale
     # A stripe on a shirt must be as fine as the shirt, not as the figure.
-    repeats = thing.texture.repeats * (2.0 if thing.category_id == PERSON_ID else 1.0)
+    repeats = thing.texture.repeats * (1.0 if thing.pose is None else 2.0)
     weight = _pattern(thing.texture, xs, ys, repeats)[..., None]
     second = np.asarray(thing.texture.second, np.float32)
     return tone * (1 - weight) + second * weight

@@ -47,12 +47,14 @@ class Settings:
             class; in val it is 1 - P. None: classes are drawn independently.
         imbalance: ratio (≥ 1) of the first class's frequency to the last's in train.
         class_colors: give all objects of a class one colour.
+        ambiguous: probability (0…1) that an object is drawn as a pebble, whatever its class.
     """
 
     classes: int = len(THINGS)
     context_bias: float | None = None
     imbalance: float = 1.0
     class_colors: bool = False
+    ambiguous: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class Texture:
 
 @dataclass(frozen=True, eq=False)
 class Thing:
-    """One object: ``outline`` in units of the long side, ``color`` by name, ``size`` by name."""
+    """One object: ``outline`` in units of the long side, ``color`` by name, ``size`` by name.
+
+    A person that is drawn as a pebble has no pose.
+    """
 
     category_id: int
     outline: list[Part]
@@ -125,7 +130,10 @@ def sample_scene(rng: np.random.Generator, split: str, settings: Settings) -> Sc
     visible = np.zeros((round(aspect[1] * GRID), round(aspect[0] * GRID)), np.uint8)
     full: list[int] = []
     for category_id, color in zip(categories, colors, strict=True):
-        placed = _place(rng, category_id, color, aspect, visible, full)
+        # Without the option no number is drawn, so that scenes stay what they were.
+        is_pebble = settings.ambiguous > 0 and rng.random() < settings.ambiguous
+        name = "pebble" if is_pebble else THINGS[category_id - 1].name
+        placed = _place(rng, category_id, name, color, aspect, visible, full)
         # A very crowded image may have no room left. Then the object is left out.
         if placed is not None:
             thing, visible, area = placed
@@ -201,6 +209,7 @@ def _sample_colors(rng: np.random.Generator, stuff: tuple[int, ...], count: int)
 def _place(
     rng: np.random.Generator,
     category_id: int,
+    name: str,
     color: str,
     aspect: tuple[float, float],
     visible: NDArray[np.uint8],
@@ -209,15 +218,16 @@ def _place(
     """Find room for one more object in front of the others.
 
     ``visible`` (rows, columns) is the grid with the number of the object seen, from 1. ``full`` has
-    the whole area of each object. Returns the object, the new grid and the object's whole area.
+    the whole area of each object. ``name`` tells the outline. Returns the object, the new grid and
+    the object's whole area.
     """
-    sizes = PERSON_SIZES if category_id == PERSON_ID else SIZES
+    is_figure = name == THINGS[PERSON_ID - 1].name
+    sizes = PERSON_SIZES if is_figure else SIZES
     size = str(rng.choice(list(sizes)))
     side = float(rng.uniform(*sizes[size]))
     texture = _sample_texture(rng, color)
-    pose = sample_pose(rng) if category_id == PERSON_ID else None
+    pose = sample_pose(rng) if is_figure else None
     angle, variation = rng.uniform(0, 2 * np.pi), rng.uniform()
-    name = THINGS[category_id - 1].name
     unit = figure_outline(pose) if pose else shape_outline(name, angle, variation)
     for attempt in range(_ATTEMPTS):
         if attempt % 8 == 7:

@@ -52,7 +52,7 @@ def shape_outline(name: str, angle: float, variation: float) -> list[Part]:
     """Draw the unit outline of a shape class.
 
     Args:
-        name: a shape of ``vocabulary.THINGS``.
+        name: a shape of ``vocabulary.THINGS``, or "pebble".
         angle: rotation in radians.
         variation: 0…1, by class: side ratio, thickness or pointedness.
     """
@@ -66,6 +66,8 @@ def shape_outline(name: str, angle: float, variation: float) -> list[Part]:
 def _contours(name: str, variation: float) -> list[Points]:
     if name == "disk":
         return [circle((0, 0), 1, 64)]
+    if name == "pebble":  # an ellipse too flat for a disk
+        return [circle((0, 0), 1, 64) * np.array([1, 0.55 + 0.2 * variation])]
     if name == "ring":
         return [circle((0, 0), 1, 64), circle((0, 0), 0.5 + 0.15 * variation, 64)]
     if name == "square":
