@@ -89,7 +89,7 @@ class PluginResNet(ResNet):
         if block is BasicBlock:
             block = PluginBasicBlock
         layer: Any = super().make_res_layer(block=block, plugins=plugins, **kwargs)
-        for other in layer[:-1]:
+        for other in list(layer)[:-1]:
             _remove_plugins_of_last_block(other, plugins or ())
         return layer
 

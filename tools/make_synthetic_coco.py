@@ -30,7 +30,7 @@ of ids, to 1/R in train. Val stays balanced, so that the rare classes' AP can be
 
 ``--ambiguous P``: a share P of the objects is drawn as a pebble, a flat ellipse that is the same
 for all classes. Annotations keep the class, and only the object's company tells it, where there is
-a --context-bias. A person drawn so has no keypoints. It goes with no --class-colors.
+a --context-bias. A person drawn so has no keypoints. With --class-colors pebbles are purple.
 
 ``--class-colors``: each class has a colour of its own, a person the shirt's. A detector learns such
 scenes in fewer steps. Otherwise any object may have any colour.

@@ -125,6 +125,22 @@ def test_insertion_into_another_kind_of_block_is_refused(make_block):
     assert list(block.state_dict()) == children
 
 
+@pytest.mark.parametrize(
+    ("plugin", "blocks"),
+    [
+        ({}, [0, 1, 2]),
+        ({"BLOCKS": "last"}, [2]),
+        ({"NAME": "ida", "NUM_HEADS": 2}, [2]),
+        ({"NAME": "ida", "NUM_HEADS": 2, "BLOCKS": "all"}, [0, 1, 2]),
+    ],
+)
+def test_plugin_is_in_all_blocks_of_a_stage_or_in_the_last(plugin, blocks):
+    stage = [BasicBlock(4, 4, norm="BN") for _ in range(3)]
+    insert_plugins(stage, "res2", settings(**plugin))
+    has = [any(isinstance(m, BlockPlugin) for m in block.modules()) for block in stage]
+    assert [i for i in range(3) if has[i]] == blocks
+
+
 # --------------------------------------------------------------------------------- for a LazyConfig
 
 
@@ -149,11 +165,12 @@ def test_resnet_of_a_lazy_config_is_detectron2s_with_plugins_in_their_order():
     found = {n: m for n, m in resnet.named_modules() if isinstance(m, BlockPlugin)}
     assert list(found) == [
         *(f"res2.{i}.triplet_attention" for i in (0, 1)),
-        *(f"res4.{i}.{name}" for i in (0, 1) for name in ("ida", "triplet_attention")),
+        "res4.0.triplet_attention",
+        *(f"res4.1.{name}" for name in ("ida", "triplet_attention")),
     ]
     plugin = resnet.res4[0].triplet_attention
     assert plugin.module.kernel_size == 3 and plugin.alpha is None
-    plugin = resnet.res4[0].ida
+    plugin = resnet.res4[1].ida
     assert plugin.module.num_classes == 5 and plugin.alpha is not None
 
 
@@ -167,6 +184,7 @@ def test_resnet_of_a_lazy_config_without_stages_is_plain(plugins):
     [
         ({"stages": ["res3", "res6"]}, "stages: unknown stage 'res6'; there are res2, res3, res4"),
         ({"stages": "res5"}, "stages: must be a list such as ['res4', 'res5'], got 'res5'"),
+        ({"blocks": 2}, "blocks: must be 'all' or 'last', got 2"),
         ({"kernal_size": 3}, "kernal_size: is no argument; there are kernel_size"),
         ({"kernel_size": 4}, "kernel_size: must be a positive odd number (3 or 7 in"),
         ({"norm": "GN"}, "norm: must be one of BN, SyncBN, FrozenBN, got 'GN'"),

@@ -72,10 +72,8 @@ def position(backbone: dict[str, Any]) -> str:
 def build(variant: str, *layers: dict[str, Any], stages: Any = None, **changed: Any) -> nn.Module:
     """A backbone of the table, with plugin layers where some are given."""
     backbone = copy.deepcopy(VARIANTS[variant] | changed)
-    plugins = [
-        {"cfg": layer, "position": position(backbone)} | ({"stages": stages} if stages else {})
-        for layer in layers
-    ]
+    place = {"position": position(backbone)} | ({"stages": stages} if stages else {})
+    plugins = [layer if "cfg" in layer else {"cfg": layer, **place} for layer in layers]
     return MODELS.build(backbone | ({"plugins": plugins} if plugins else {}))
 
 
@@ -125,7 +123,7 @@ def assert_equal_features(model: nn.Module, other: nn.Module) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_backbone_starts_as_it_was_and_trains_with_plugins(variant):
-    layers = [triplet(), {"type": "IDABlock", "num_queries": 3}]
+    layers = [triplet(), {"type": "IDABlock", "num_queries": 3, "num_heads": 4}]
     expected = plain(variant, norm_eval=False)
     randomize(expected)
     # In the many blocks of a deep one's other stages it is no different.
@@ -154,6 +152,21 @@ def test_table_of_the_docs_names_these_backbones():
         assert {f"`{position({'type': kind, **arguments})}`" for arguments in rows} <= set(
             re.findall(r"`\w+`", row)
         )
+
+
+@pytest.mark.parametrize("variant", ["PluginResNet-18", "PluginResNet-50", "PluginMobileNetV2"])
+@pytest.mark.parametrize("blocks", ["all", "last", None])
+def test_plugin_is_in_all_blocks_of_a_stage_or_in_the_last(variant, blocks):
+    place = {"position": position(VARIANTS[variant])} | ({"blocks": blocks} if blocks else {})
+    ida = {"cfg": {"type": "IDABlock", "num_heads": 4, "num_queries": 3}, **place}
+    model = build(variant, triplet(), ida)
+    assert len(plugins_of(model)) > 4
+    for name, layer in model.named_children():
+        for i, block in enumerate(layer.children() if name.startswith("layer") else ()):
+            children = [child for child, m in block.named_children() if isinstance(m, BlockPlugin)]
+            has_ida = blocks == "all" or i == len(layer) - 1
+            assert children == ["triplet_attention", "ida"][: 1 + has_ida]
+    assert len(model(X)) == 4 or "Mobile" in variant
 
 
 @pytest.mark.parametrize("variant", ["ResNet-50", "PluginResNet-18", "PluginMobileNetV2"])
@@ -331,7 +344,7 @@ def test_gates_of_a_mobilenet_with_weights_of_a_file_are_the_files_or_the_constr
 
 @pytest.mark.parametrize("variant", ["ResNet-50", "PluginResNet-18", "PluginMobileNetV2"])
 def test_warm_start_is_the_identity_after_the_weights_are_initialized(variant):
-    layers = [triplet(warm_start=True), {"type": "IDABlock", "warm_start": True}]
+    layers = [triplet(warm_start=True), {"type": "IDABlock", "num_heads": 4, "warm_start": True}]
     model = build(variant, *layers)
     model.init_weights()
     plugins = plugins_of(model)
@@ -561,7 +574,8 @@ def by_formula(block: InvertedResidual, x: Tensor) -> Tensor:
 
 
 def test_mobilenets_plugins_come_in_their_order_after_the_last_norm_and_before_the_sum():
-    model = evaluating(build("PluginMobileNetV2", triplet(), {"type": "IDABlock"}))
+    ida = {"cfg": {"type": "IDABlock", "num_heads": 4}, "position": "after_linear_conv"}
+    model = evaluating(build("PluginMobileNetV2", triplet(), {**ida, "blocks": "all"}))
     randomize(model)
     assert {block.with_res_shortcut for block in mobile_blocks(model)} == {True, False}
     for block in mobile_blocks(model):

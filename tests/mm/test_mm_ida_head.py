@@ -114,7 +114,8 @@ def test_settings_reach_the_classifier():
 
 def test_defaults_of_the_settings_are_the_classifiers_own():
     own, of_head = (inspect.signature(k).parameters for k in (IDAClassifier, IDABBoxHead))
-    for name in [*own][2:]:
+    assert [*own][-1] == "num_fcs" and of_head["num_cls_fcs"].default == 2
+    for name in [*own][2:-1]:
         assert of_head[name].default == own[name].default
 
 
@@ -168,7 +169,7 @@ def test_loss_with_channels_of_its_own_gets_them():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"num_cls_fcs": 1}, "num_cls_fcs must be 0, .* feature map .* got 1"),
+        ({"num_cls_fcs": -1}, "num_fcs must be 0 or a positive integer, got -1"),
         ({"with_avg_pool": True}, "with_avg_pool must be False, .* got True"),
         ({"with_cls": False}, "with_cls must be True, .* got False"),
         ({"with_reg": False}, "with_reg must be True, .* got False"),
@@ -186,11 +187,9 @@ def test_argument_that_cannot_work_is_named(argument, message):
         IDABBoxHead(**SMALL_HEAD, **argument)
 
 
-@pytest.mark.parametrize("name", ["num_cls_fcs", "with_avg_pool", "with_cls", "cls_predictor_cfg"])
+@pytest.mark.parametrize("name", ["with_avg_pool", "with_cls", "cls_predictor_cfg"])
 def test_argument_that_says_what_holds_anyway_is_accepted(name):
-    value = {"num_cls_fcs": 0, "with_avg_pool": False, "with_cls": True}.get(
-        name, {"type": "Linear"}
-    )
+    value = {"with_avg_pool": False, "with_cls": True}.get(name, {"type": "Linear"})
     assert head(**{name: value})(regions())[0].shape == (6, 5)
 
 

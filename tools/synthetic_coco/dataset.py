@@ -135,11 +135,6 @@ def _check_arguments(train: int, val: int, size: int, seed: int, settings: Setti
         )
     if not 0 <= settings.ambiguous <= 1:
         raise ArgumentError(f"--ambiguous: {settings.ambiguous}; give a share from 0 to 1")
-    if settings.ambiguous and settings.class_colors:
-        raise ArgumentError(
-            f"--ambiguous: {settings.ambiguous} together with --class-colors; give only one of "
-            "them, since a color of its own would tell the class"
-        )
 
 
 def _check_target(target: Path, force: bool) -> None:

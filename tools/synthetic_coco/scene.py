@@ -14,6 +14,7 @@ from .shapes import Part, bounds, fill, shape_outline
 from .vocabulary import (
     CLASS_COLORS,
     OBJECT_COLORS,
+    PEBBLE_COLOR,
     PERSON_ID,
     RGB,
     SKY_ID,
@@ -133,6 +134,8 @@ def sample_scene(rng: np.random.Generator, split: str, settings: Settings) -> Sc
         # Without the option no number is drawn, so that scenes stay what they were.
         is_pebble = settings.ambiguous > 0 and rng.random() < settings.ambiguous
         name = "pebble" if is_pebble else THINGS[category_id - 1].name
+        if is_pebble and settings.class_colors:
+            color = PEBBLE_COLOR
         placed = _place(rng, category_id, name, color, aspect, visible, full)
         # A very crowded image may have no room left. Then the object is left out.
         if placed is not None:

@@ -73,6 +73,7 @@ CLASS_COLORS = {
     6: "cyan",
     7: "orange",
 }
+PEBBLE_COLOR = "purple"  # which is no class's
 
 TEXTURES = ("plain", "striped", "dotted", "shaded", "checkered")
 

@@ -6,4 +6,4 @@ plugin = dict(
     stages=(False, False, True, True),
     position="after_conv3",
 )
-model = dict(backbone=dict(plugins=[plugin]))
+model = dict(backbone=dict(type="PluginResNet", plugins=[plugin]))

@@ -7,6 +7,6 @@ plugin = dict(
     position="after_conv3",
 )
 model = dict(
-    backbone=dict(plugins=[plugin]),
+    backbone=dict(type="PluginResNet", plugins=[plugin]),
     roi_head=dict(bbox_head=dict(type="IDABBoxHead")),
 )

@@ -9,6 +9,7 @@ ida = dict(
 )
 model = dict(
     backbone=dict(
+        type="PluginResNet",
         frozen_stages=0,  # layer1 trains: the weights of the base hold no attention
         plugins=[triplet, ida],
     )
