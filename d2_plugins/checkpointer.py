@@ -150,14 +150,14 @@ class PluginCheckpointer(DetectionCheckpointer):
                 f"{self.setting}: no tensor of the checkpoint fits the model (it holds "
                 f"{shapes[0] if shapes else repr(example)}); name a checkpoint of this detector"
             )
+        missing = result.missing_keys
+        if told := find_unread(self.model, missing, result.unexpected_keys, given):
+            raise CheckpointError(f"{self.setting}: {told}")
         if shapes and self.whole:
             raise CheckpointError(
                 f"{self.setting}: the checkpoint is of another model, as with another number of "
                 f"classes; these weights do not fit: {few(shapes)}"
             )
-        missing = result.missing_keys
-        if told := find_unread(self.model, missing, result.unexpected_keys, given):
-            raise CheckpointError(f"{self.setting}: {told}")
         if self.whole and (cold := find_cold(self.model, missing)):
             raise CheckpointError(
                 f"{self.setting}: the checkpoint lacks weights of block plugins, which would be "

@@ -149,6 +149,8 @@ def _load(model: nn.Module, tensors: dict[str, Tensor]) -> tuple[list[str], list
             result = model.load_state_dict(OrderedDict(tensors), strict=False)
         except RuntimeError as error:
             for name, old, new in _MISMATCH.findall(str(error)):
+                if name not in tensors:  # PyTorch calls a block plugin's tensor what it is inside
+                    name = name.replace(".module.", ".", 1)
                 mismatched[name] = f"{name} ({old} in the file, {new} in the model)"
             rest = {name: value for name, value in tensors.items() if name not in mismatched}
             result = model.load_state_dict(OrderedDict(rest), strict=False)

@@ -47,8 +47,8 @@ def find_unread(
 ) -> str:
     """Say which block plugin a checkpoint has otherwise than the model, or leaves at its start.
 
-    It has it with other arguments, or in more blocks of a stage, or under another name with tensors
-    of the same number and shapes.
+    It has it with other arguments, so that its alpha would meet fresh weights, or in more blocks of
+    a stage, or under another name with tensors of the same number and shapes.
 
     Args:
         model: that was given a checkpoint.
@@ -96,6 +96,8 @@ def find_unread(
 
 def _with_other_arguments(plugin: BlockPlugin, path: str, given: Mapping[str, Any]) -> str:
     reads = getattr(plugin.module, "arguments_in", None)
+    if plugin.alpha is None:  # then fresh weights are a start like any other
+        return ""
     # A file of a backbone alone has shorter names, but the same for a block in its stage.
     place = re.escape(".".join(path.split(".")[-3:]))
     known = re.compile(rf"(?:.*\.)?{place}\.(?:module\.)?(.+)")

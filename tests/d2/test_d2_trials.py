@@ -85,7 +85,7 @@ def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, 
     triplet = inserted(models["triplet_attention"])
     assert set(triplet) == {f"{b}.triplet_attention" for b in blocks}
     assert all(module.plugin_name == "triplet_attention" for module in triplet.values())
-    assert set(inserted(models["ida"])) == {f"{b}.ida" for b in blocks[4:]}
+    assert set(inserted(models["ida"])) == {f"{b}.ida" for b in blocks[5::2]}
     assert set(inserted(models["timm_eca"])) == {f"{b}.timm_eca" for b in blocks}
     assert any(isinstance(m, BatchFormer) for m in models["batchformer_v1"].modules())
     assert isinstance(models["amc"], AMCGeneralizedRCNN)

@@ -457,6 +457,20 @@ def test_unread_attention_that_looks_like_the_models_is_an_error(tmp_path):
             check_weights(Detector("PluginResNet-18"), path, "load_from", whole=whole)
 
 
+def test_ida_of_more_blocks_or_other_arguments_says_what_to_state(tmp_path):
+    path, place = str(tmp_path / "model.pth"), {"position": "after_conv2"}
+    layer = {"type": "IDABlock", "num_queries": 5, "warm_start": True, "num_heads": 4}
+    old = {"cfg": {**layer, "projection": "full"}, **place, "blocks": "all"}
+    torch.save({"state_dict": build("PluginResNet-18", old).state_dict()}, path)
+    check_weights(build("PluginResNet-18", old), path, "load_from", whole=True)
+    for changed, said in (
+        ({"blocks": "last"}, r'has ida in more blocks of layer1 than the model, .* blocks "all"'),
+        ({"cfg": layer}, r"trained with projection='full', and the model has projection='scale'"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            check_weights(build("PluginResNet-18", old | changed), path, "load_from", whole=False)
+
+
 class Triplet(nn.Module):
     """A user's own, whose child and parameters are called as published ones of ours."""
 

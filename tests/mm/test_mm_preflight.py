@@ -183,12 +183,25 @@ IN_BACKBONE = "model.backbone.plugins[0]"
             {"cfg": {"type": "IDABlock", "in_channels": 8}},
             ".cfg.in_channels: leave it out; the backbone passes it",
         ),
-        ({"cfg": {"type": "IDABlock", "num_queries": 0}}, ".cfg.num_queries: must be a positive"),
-        ({"cfg": {"type": "IDABlock", "beta": 0.0}}, ".cfg.beta: must be positive, got 0.0"),
         (
-            {"cfg": {"type": "IDABlock", "warm_start": 1}},
+            {"cfg": {"type": "IDABlock", "num_queries": 0}, "blocks": "all"},
+            ".cfg.num_queries: must be a positive",
+        ),
+        (
+            {"cfg": {"type": "IDABlock", "beta": 0.0}, "blocks": "all"},
+            ".cfg.beta: must be positive, got 0.0",
+        ),
+        (
+            {"cfg": {"type": "SimAM", "warm_start": 1}},
             ".cfg.warm_start: must be True or False, got 1",
         ),
+        (
+            {"cfg": {"type": "IDABlock"}},
+            ".blocks: 'IDABlock' is for the last block of a stage, and ResNet puts plugins into "
+            "all of them; use type='PluginResNet', or say so by blocks='all'",
+        ),
+        ({"blocks": "last"}, ".blocks: 'TripletAttention' is for the last block of a stage, and"),
+        ({"blocks": "first"}, ".blocks: must be 'all' or 'last', got 'first'"),
         (
             {"cfg": {"type": "BlockPlugin", "name": "simm"}},
             ".cfg.name: must be one of ida, simam, triplet_attention, one of timm's such as ",
@@ -230,7 +243,7 @@ def test_two_of_a_type_in_one_stage_need_a_postfix_of_their_own():
     [
         {"type": "TripletAttention", "postfix": "_2", "warm_start": True},
         {"type": "mmdet.TripletAttention", "norm": "SyncBN"},
-        {"type": "BlockPlugin", "name": "ida", "num_queries": 3},
+        {"type": "BlockPlugin", "name": "simam", "e_lambda": 0.1},
         {"type": "ContextBlock", "ratio": 1 / 16},
         {"type": "NonLocal2d", "reduction": 2},
     ],
@@ -253,7 +266,7 @@ def test_layers_of_ours_and_of_mmcv_pass(layer):
 )
 def test_heads_that_do_not_divide_the_channels_of_a_stage_are_named(backbone, entry, channels):
     layers = [{"type": "IDABlock", "num_heads": heads, "postfix": heads} for heads in (8, 7)]
-    plugins = [attention(cfg=layer, **entry) for layer in layers]
+    plugins = [attention(cfg=layer, blocks="all", **entry) for layer in layers]
     assert error_of(config(backbone | {"plugins": plugins})) == (
         f"model.backbone.plugins[1].cfg.num_heads: must divide the {channels} channels, got 7"
     )
@@ -268,7 +281,8 @@ def test_stage_without_the_layer_does_not_matter():
 def test_backbone_with_attention_stays_as_its_config_says():
     dcn = {"type": "DCN", "deform_groups": 1, "fallback_on_stride": False}
     deformable = {"dcn": dcn, "stage_with_dcn": (False, True, True, True)}
-    cfg = config(resnet(**deformable, plugins=[attention(cfg={"type": "IDABlock"})]))
+    layer = {"type": "IDABlock", "num_heads": 4}
+    cfg = config(resnet(**deformable, plugins=[attention(cfg=layer, blocks="all")]))
     before = cfg.to_dict()
     check(cfg)
     assert cfg.to_dict() == before

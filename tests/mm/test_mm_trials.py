@@ -76,7 +76,7 @@ def test_derived_models_have_their_plugin_and_begin_with_the_same_weights(make, 
     models = derived_models(make(), tmp_path, build, load_checkpoint, "state_dict")
     blocks = [f"layer{layer}.{block}" for layer in (1, 2, 3, 4) for block in (0, 1)]
     assert set(inserted(models["triplet_attention"])) == {f"{b}.triplet_attention" for b in blocks}
-    assert set(inserted(models["ida"])) == {f"{b}.ida" for b in blocks[4:]}
+    assert set(inserted(models["ida"])) == {f"{b}.ida" for b in blocks[5::2]}
     assert len(inserted(models["timm_eca"])) == len(blocks)
     assert isinstance(models["batchformer_v1"].roi_head.bbox_head, BatchFormerBBoxHead)
     assert isinstance(models["amc"], AMCMixin)

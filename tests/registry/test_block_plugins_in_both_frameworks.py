@@ -98,8 +98,9 @@ def mmdetection_resnet(depth: int, plugins: Sequence[dict[str, Any]], freeze_at:
             "cfg": {
                 "type": "BlockPlugin",
                 "postfix": f"_{child_name(plugin['name'])}",
-                **{key: value for key, value in plugin.items() if key != "stages"},
+                **{k: value for k, value in plugin.items() if k not in ("stages", "blocks")},
             },
+            **{k: value for k, value in plugin.items() if k == "blocks"},
             "stages": tuple(stage in plugin.get("stages", (3, 4)) for stage in (1, 2, 3, 4)),
             "position": position,
         }
@@ -187,7 +188,7 @@ def test_a_pretrained_resnet_starts_as_it_was_with_every_plugin_in_it(build, dep
 @BOTH
 @EVERY
 def test_plugin_changes_the_residual_branch_and_learns(build, name):
-    net = build(50, [{"name": name, "warm_start": True, "stages": (4,)}])
+    net = build(50, [{"name": name, "warm_start": True, "stages": (4,), "blocks": "all"}])
     plugins = plugins_of(net)
     assert len(plugins) == 3 and {plugin.plugin_name for plugin in plugins} == {name}
     x = torch.randn(2, 3, 64, 64)
@@ -295,10 +296,10 @@ def test_copies_and_averages_are_independent(build, duplicate):
 
 @EVERY
 def test_compiles_without_a_graph_break(name):
-    plugin = build_block_plugin(name, 8, True).eval()
+    plugin = build_block_plugin(name, 16, True).eval()
     with torch.no_grad():
         plugin.alpha.fill_(0.5)
-    assert_compiles(plugin, 8)
+    assert_compiles(plugin, 16)
 
 
 @BOTH
@@ -319,7 +320,7 @@ def assert_compiles(module: nn.Module, channels: int) -> None:
 
 @EVERY
 def test_is_traced_and_exported(name):
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), build_block_plugin(name, 8, True), nn.ReLU()).eval()
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), build_block_plugin(name, 16, True), nn.ReLU()).eval()
     with torch.no_grad():
         net[1].alpha.fill_(0.7)
     x = torch.randn(2, 3, 16, 16)
@@ -335,10 +336,10 @@ def test_is_traced_and_exported(name):
 @pytest.mark.parametrize("name", [*registered_block_plugins(), "timm:se", "timm:cbam", OWN])
 def test_runs_in_onnxruntime(name):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    net = nn.Sequential(build_block_plugin(name, 8, True)).eval()
+    net = nn.Sequential(build_block_plugin(name, 16, True)).eval()
     with torch.no_grad():
         net[0].alpha.fill_(0.7)
-    x = torch.randn(1, 8, 6, 6)
+    x = torch.randn(1, 16, 6, 6)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(net, (x,), dynamo=True, verbose=False, input_names=["x"])
@@ -349,11 +350,11 @@ def test_runs_in_onnxruntime(name):
 
 @EVERY
 def test_mixed_precision_keeps_the_dtype_and_gives_finite_gradients(name):
-    plugin = build_block_plugin(name, 8, True)
+    plugin = build_block_plugin(name, 16, True)
     with torch.no_grad():
         plugin.alpha.fill_(0.5)
     for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(2, 8, 6, 6, dtype=dtype, requires_grad=True)
+        x = torch.randn(2, 16, 6, 6, dtype=dtype, requires_grad=True)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             y = plugin(x)
         assert y.dtype == dtype and y.shape == x.shape
@@ -398,10 +399,10 @@ def test_checkpoint_goes_there_and_back(build):
 
 @EVERY
 def test_recomputed_activations_give_the_same_gradients(name):
-    plugin = build_block_plugin(name, 8, True).train()
+    plugin = build_block_plugin(name, 16, True).train()
     with torch.no_grad():
         plugin.alpha.fill_(0.5)
-    x = torch.randn(2, 8, 6, 6)
+    x = torch.randn(2, 16, 6, 6)
     gradients = []
     for run in (plugin, lambda x: checkpoint(plugin, x, use_reentrant=False)):
         given = x.clone().requires_grad_()
