@@ -29,6 +29,7 @@ from synthetic_coco import (
 )
 from synthetic_coco.annotations import instance_records, keypoint_records
 from synthetic_coco.scene import MIN_VISIBLE, class_frequencies, sample_categories
+from synthetic_coco.shapes import bounds
 from synthetic_coco.vocabulary import OBJECT_COLORS, STUFF_COLORS
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -419,6 +420,58 @@ def test_class_colors_change_the_colors_alone_and_each_stands_out_from_every_gro
             assert np.linalg.norm(np.subtract(OBJECT_COLORS[color], ground)) > 95
 
 
+@pytest.mark.parametrize("class_colors", [False, True])
+def test_ambiguous_objects_look_alike_whatever_their_class(class_colors: bool) -> None:
+    settings = Settings(4, ambiguous=0.5, class_colors=class_colors)
+    looks, share = defaultdict(list), []
+    for index in range(300):
+        for thing in sample_scene(image_generator(3, "train", index), "train", settings).things:
+            x0, y0, x1, y1 = bounds(thing.outline)
+            is_pebble = [len(part.contours[0]) for part in thing.outline] == [64]
+            is_pebble &= min(x1 - x0, y1 - y0) < 0.999 * max(x1 - x0, y1 - y0)  # no disk
+            share.append(is_pebble)
+            if is_pebble:
+                assert thing.pose is None and thing.color == "purple" or not class_colors
+                looks[thing.category_id].append((x1 - x0) * (y1 - y0))
+    assert sorted(looks) == [1, 2, 3, 4]
+    assert 0.45 < np.mean(share) < 0.55
+    areas = [np.mean(values) for values in looks.values()]
+    assert max(areas) < 1.2 * min(areas)  # a figure's would be twice as large
+
+
+def test_ambiguous_objects_keep_their_class_and_a_person_among_them_has_no_keypoints(
+    tmp_path: Path,
+) -> None:
+    root = make(tmp_path / "coco", train=6, classes=2, ambiguous=1.0, context_bias=0.9)
+    persons = annotations_of(root, "person_keypoints_train")["annotations"]
+    assert persons and all(p["category_id"] == 1 and p["num_keypoints"] == 0 for p in persons)
+    assert all(person["keypoints"] == [0] * 51 for person in persons)
+    instances = annotations_of(root, "instances_train")["annotations"]
+    assert {ann["category_id"] for ann in instances} == {1, 2}
+    options = json.loads((root / "annotations/synthetic_coco.json").read_text())["options"]
+    assert options["ambiguous"] == 1.0
+    assert tree_digest(root) == tree_digest(
+        make(tmp_path / "again", train=6, classes=2, ambiguous=1.0, context_bias=0.9)
+    )
+
+
+def test_scenes_without_the_option_are_what_they_were_before_it(tmp_path: Path) -> None:
+    scene = sample_scene(image_generator(0, "train", 0), "train", Settings(4, 0.9))
+    assert [t.category_id for t in scene.things] == [3, 4, 1, 2]
+    np.testing.assert_allclose(
+        [t.center for t in scene.things],
+        [
+            [0.8221735, 0.5624352],
+            [0.7897662, 0.3772331],
+            [0.2719718, 0.4829042],
+            [0.5908939, 0.7840301],
+        ],
+        atol=1e-6,
+    )
+    options = json.loads((make(tmp_path / "a") / "annotations/synthetic_coco.json").read_text())
+    assert "ambiguous" not in options["options"]
+
+
 # Safe writing
 
 
@@ -545,6 +598,8 @@ def test_a_terminated_run_cleans_up(tmp_path: Path) -> None:
         (("--context-bias", "nan"), "--context-bias: nan; give a probability"),
         (("--imbalance", 0.5), "--imbalance: 0.5; give a ratio of at least 1"),
         (("--imbalance", 4, "--context-bias", 0.9), "give only one of them"),
+        (("--ambiguous", 1.5), "--ambiguous: 1.5; give a share from 0 to 1"),
+        (("--ambiguous", "nan"), "--ambiguous: nan; give a share from 0 to 1"),
     ],
 )
 def test_bad_arguments_are_one_sentence_and_exit_code_2(
