@@ -128,14 +128,18 @@ def main() -> None:
     args = study.parse_args(__doc__, Path("work_dirs/context_bias"))
     for name in DATA:
         study.draw(draw_command(name, args.work_dir))
-    for name, content in CONFIGS.items():
-        text = yaml.safe_dump({"_BASE_": "plain.yaml", **content})
-        (args.work_dir / f"{name}.yaml").write_text(text)
+    write_configs(args.work_dir)
     for seeds in range(1, args.seeds + 1):
         for trial in TRIALS:
             # A process of its own: both trials name their datasets alike.
             subprocess.run([sys.executable, *trial_command(trial, args, seeds)], check=True)
     write(args)
+
+
+def write_configs(work_dir: Path) -> None:
+    for name, content in CONFIGS.items():
+        text = yaml.safe_dump({"_BASE_": "plain.yaml", **content})
+        (work_dir / f"{name}.yaml").write_text(text)
 
 
 def draw_command(name: str, work_dir: Path) -> study.Command:

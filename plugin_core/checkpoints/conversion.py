@@ -78,7 +78,7 @@ class Backbone:
 
     def __str__(self) -> str:
         plugins = [
-            f"{child.replace('_', ' ')} in {len(blocks)} blocks"
+            f"{child.replace('_', ' ')} in {len(blocks)} block{'s' * (len(blocks) > 1)}"
             for child, blocks in self.plugins().items()
         ]
         has = f" with {' and '.join(plugins)}" if plugins else ""

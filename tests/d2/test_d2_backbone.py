@@ -213,7 +213,9 @@ def test_roi_heads_res5_has_the_plugins_exactly_where_the_stages_name_it(c4_cfg,
     assert {".".join(n.split(".")[:2]) for n in found} == {
         {"res4": "backbone.res4", "res5": "roi_heads.res5"}[stage] for stage in stages
     }
-    for block in model.roi_heads.res5 if "res5" in stages else ():
+    if "res5" in stages:
+        *others, block = model.roi_heads.res5
+        assert all(list(other._modules)[-1] == "triplet_attention" for other in others)
         assert list(block._modules)[-2:] == ["triplet_attention", "ida"]
         assert block.triplet_attention.module.kernel_size == 3
         assert block.triplet_attention.alpha is not None and block.ida.alpha is None

@@ -59,7 +59,9 @@ def detector(
     if amc:
         cfg.MODEL.AMC.ACTIVATION = "backbone.bottom_up.res4"
         cfg.MODEL.AMC.MEAN_MARGIN = cfg.MODEL.AMC.MAX_MARGIN = 1.0
-    cfg.MODEL.RESNETS.PLUGINS = [{**one, "STAGES": ["res5"]} for one in STAGE_PLUGINS[plugin]]
+    cfg.MODEL.RESNETS.PLUGINS = [
+        {**one, "STAGES": ["res5"], "BLOCKS": "all"} for one in STAGE_PLUGINS[plugin]
+    ]
     for key, value in BOX_HEADS[box_head].items():
         cfg.merge_from_list([f"MODEL.ROI_BOX_HEAD.{key}", value])
     return cfg

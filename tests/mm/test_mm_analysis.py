@@ -59,7 +59,7 @@ def test_attention_in_resnet50_takes_the_flops_of_the_paper_at_224_pixels():
     assert report.attention.flops / 1e9 == pytest.approx(4.1587 - 4.1114, abs=1e-4)
 
 
-def ida_flops(c: int, classes: int, positions: int, heads: int = 4) -> int:
+def ida_flops(c: int, classes: int, positions: int, heads: int) -> int:
     """Multiply-adds of what is left of IDA for one image, by its formulas."""
     d = c // heads
     scores_and_first_attention = 2 * classes * c * positions
@@ -73,10 +73,10 @@ def test_ida_in_resnet50_is_counted_by_its_formulas_and_nothing_else_gets_dearer
     assert report.total - baseline(64, 64).total == report.attention
     expected = 0
     for blocks, c, positions in ((3, 256, 256), (4, 512, 64), (6, 1024, 16), (3, 2048, 4)):
-        # Either 10 samples of each of 4 heads are projected, or what was handed back of them.
-        of_samples = 10 * c * c + 4 * 10 * c * positions
-        handed_back = min(of_samples, 10 * c * positions + c * c * positions)
-        expected += blocks * (ida_flops(c, 10, positions) + handed_back)
+        handed_back = 10 * c * positions
+        if positions < 10:  # otherwise samples are scaled, and products of maps are not counted
+            handed_back += c * positions
+        expected += blocks * (ida_flops(c, 10, positions, 16) + handed_back)
     # mmengine's count of an einsum has four digits.
     assert report.attention.flops == pytest.approx(expected, rel=1e-3)
 
@@ -86,9 +86,10 @@ def test_head_of_ida_is_counted_for_every_proposal():
     cfg.model.roi_head.bbox_head.type = "IDABBoxHead"
     report, plain = analyze(cfg, (64, 64)), baseline(64, 64)
     assert report.attention_modules == 1
-    assert report.attention.parameters == 256 * 81 + 4 * (64 * 64 + 64)
-    logits = 81 * 256
-    assert report.attention.flops == pytest.approx(37 * (ida_flops(256, 81, 49) + logits), rel=1e-3)
+    linear_layers = 2 * (256 * 256 + 256)
+    assert report.attention.parameters == linear_layers + 256 * 81 + 4 * (64 * 64 + 64)
+    expected = 2 * 49 * 256 * 256 + ida_flops(256, 81, 49, 4) + 81 * 256  # these are the logits
+    assert report.attention.flops == pytest.approx(37 * expected, rel=1e-3)
     linear = Cost(parameters=(16 + 1) * 81, flops=37 * 16 * 81, activations=37 * 81)
     assert report.total - plain.total == report.attention - linear
 

@@ -74,7 +74,7 @@ def detector(
     """The config of a small detector with methods; the stages' one is in the last."""
     model = small_model(kind)
     layers = [{**layer, "warm_start": True} for layer in STAGE_PLUGINS[plugin]]
-    place = {"position": "after_conv2", "stages": (False, False, False, True)}
+    place = {"position": "after_conv2", "blocks": "all", "stages": (False, False, False, True)}
     model.backbone.update(type="PluginResNet", plugins=[{"cfg": one, **place} for one in layers])
     if "roi_head" in model:
         heads = model.roi_head.bbox_head

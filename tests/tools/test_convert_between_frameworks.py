@@ -259,17 +259,16 @@ def test_ida_goes_from_framework_to_framework_with_a_config_that_has_it(tmp_path
         run(tmp_path / "plain.pth", tmp_path / "0.pth", "mm", "--config", str(configs["mm"])) == 0
     )
     trained = torch.load(tmp_path / "0.pth")
-    for block in range(2):
-        trained["state_dict"][f"layer4.{block}.ida.alpha"] = torch.tensor(0.5)
-        for name, tensor in IDABlock(512, 6).state_dict().items():
-            trained["state_dict"][f"layer4.{block}.ida.{name}"] = torch.randn_like(tensor) / 20
+    trained["state_dict"]["layer4.1.ida.alpha"] = torch.tensor(0.5)
+    for name, tensor in IDABlock(512, 6).state_dict().items():
+        trained["state_dict"][f"layer4.1.ida.{name}"] = torch.randn_like(tensor) / 20
     torch.save(trained, tmp_path / "1.pth")
     x = torch.randn(1, 3, 64, 64)
     expected = mmdetection_features(backbone, str(tmp_path / "1.pth"), x)
     for to, source, out in (("d2", "1.pth", "2.pth"), ("mm", "2.pth", "3.pth")):
         assert run(tmp_path / source, tmp_path / out, to, "--config", str(configs[to])) == 0
         said = capsys.readouterr().out
-        assert "ResNet-18 with ida in 2 blocks" in said and "SOURCE has none: none" in said
+        assert "ResNet-18 with ida in 1 block," in said and "SOURCE has none: none" in said
     assert_same(detectron2_features(str(configs["d2"]), str(tmp_path / "2.pth"), x), expected)
     assert_same(mmdetection_features(backbone, str(tmp_path / "3.pth"), x), expected)
     assert run(tmp_path / "1.pth", tmp_path / "4.pth", "d2") == 0  # with the source's own plugins
