@@ -27,12 +27,13 @@ TITLE = "Detectors"
 TEXT = """\
 A training step is forward, backward, the optimizer (with a learning rate of 0, so that all rounds
 do the same) and setting the gradients to None. bfloat16 is autocast. The R-CNNs are Detectron2's
-with ResNet-50 and FPN, with triplet attention in all blocks of all four stages, or IDA in those of
-res4 and res5; res2 trains, without plugins, too. All have the same random weights, and the plugins
-start as the identity, so that all have the same proposals and detections: the losses differ by
-rounding only. The textbook's triplet attention has no such start. Deformable DETR is MMDetection's
-with ResNet-50. BatchFormerV2 doubles the batch behind the first encoder layer; what this costs by
-itself shows with the identity in the BatchFormer's place. Its dropout makes the losses differ."""
+with ResNet-50 and FPN, with triplet attention in all blocks of all four stages, or IDA in the last
+of res4 and of res5; res2 trains, without plugins, too. All have the same random weights, and the
+plugins start as the identity, so that all have the same proposals and detections: the losses differ
+by rounding only. The textbook's triplet attention has no such start. Deformable DETR is
+MMDetection's with ResNet-50. BatchFormerV2 doubles the batch behind the first encoder layer; what
+this costs by itself shows with the identity in the BatchFormer's place. Its dropout makes the
+losses differ."""
 MINUTES = 13
 PLAIN, TRIPLET, IDA, TEXTBOOK = "without", "triplet attention", "IDA", "textbook triplet attention"
 STREAMS, BATCHFORMER = "two streams without BatchFormer", "BatchFormerV2"
@@ -52,7 +53,7 @@ Targets = Mapping[tuple[str, str], Target]
 TARGETS: Mapping[tuple[str, torch.dtype], Targets] = {
     ("cpu", torch.float32): {
         ("training", TRIPLET): at_most(1.08),
-        ("training", IDA): at_most(1.10),
+        ("training", IDA): at_most(1.04),
         ("inference", TRIPLET): at_most(1.05),
     },
     ("cuda", torch.bfloat16): {

@@ -21,12 +21,12 @@ from plugin_core import IDABlock
 
 TITLE = "IDA in a stage"
 TEXT = """\
-One block on x (B, C, H, W), with 80 queries and 4 heads. "Textbook" does every step at every
-position, the 1x1 convolution too. Extra memory is the peak beyond x, the output and the gradients,
-in percent of x."""
+One block on x (B, C, H, W), with 80 queries and 16 heads. "Textbook" does every step at every
+position, the scale of each channel too. Extra memory is the peak beyond x, the output and the
+gradients, in percent of x."""
 MINUTES = 0.7
 SHAPES = [(2, 1024, 50, 76), (2, 2048, 25, 38)]
-QUICK_SHAPES = [(1, 8, 12, 10)]
+QUICK_SHAPES = [(1, 16, 12, 10)]
 OURS, TEXTBOOK = "IDABlock", "textbook"
 
 

@@ -39,7 +39,8 @@ def parse_args(description: str | None, work_dir: Path) -> argparse.Namespace:
 
 
 def draw_command(out: Path, options: Mapping[str, Any]) -> Command:
-    words = [str(word) for pair in options.items() for word in pair]
+    """The command that draws a dataset; an option without a value has None."""
+    words = [str(word) for pair in options.items() for word in pair if word is not None]
     return ["tools/make_synthetic_coco.py", str(out), *words]
 
 

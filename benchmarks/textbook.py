@@ -44,7 +44,7 @@ class _Branch(nn.Module):
 
 
 class TextbookIDABlock(IDABlock):
-    """IDA's block with every step at every position, also the 1x1 convolution."""
+    """IDA's block with every step at every position, also the projection."""
 
     def forward(self, x: Tensor) -> Tensor:
         heads = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)

@@ -28,9 +28,10 @@ that hold a class, a share P also holds its companion; of the val images, 1 - P.
 ``--imbalance R``: the numbers of objects of the classes fall geometrically, in the order
 of ids, to 1/R in train. Val stays balanced, so that the rare classes' AP can be measured.
 
-``--ambiguous P``: a share P of the objects is drawn as a pebble, a flat ellipse that is the same
-for all classes. Annotations keep the class, and only the object's company tells it, where there is
-a --context-bias. A person drawn so has no keypoints. With --class-colors pebbles are purple.
+``--ambiguous P``: in a share P of the images one object, of whatever class, is drawn as a pebble, a
+flat ellipse that tells no class. Its annotation keeps the class. With --context-bias the company
+tells it, which is always clear. A person drawn so has no keypoints. With --class-colors pebbles are
+purple.
 
 ``--class-colors``: each class has a colour of its own, a person the shirt's. A detector learns such
 scenes in fewer steps. Otherwise any object may have any colour.
@@ -109,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="P",
-        help="a share P of the objects is drawn as a pebble, which tells no class (default: 0)",
+        help="in a share P of the images one object is a pebble, which tells no class (default: 0)",
     )
     parser.add_argument(
         "--class-colors", action="store_true", help="each class has a colour of its own"

@@ -78,8 +78,8 @@ def make_dataset(
         imbalance: ≥ 1; object counts of the classes fall geometrically to 1/R in train. Val
             stays balanced, so that the rare classes' AP can be measured.
         class_colors: give each class a colour of its own. Otherwise any object may have any colour.
-        ambiguous: P in 0…1: a share P of the objects is drawn as a pebble, which tells no class.
-            Their annotations keep the class.
+        ambiguous: P in 0…1: in a share P of the images one object is drawn as a pebble, which tells
+            no class. Its annotation keeps the class.
         force: replace a dataset that this tool wrote, once the new one is complete.
         progress: show a progress bar on stderr.
 

@@ -48,7 +48,8 @@ class Settings:
             class; in val it is 1 - P. None: classes are drawn independently.
         imbalance: ratio (≥ 1) of the first class's frequency to the last's in train.
         class_colors: give all objects of a class one colour.
-        ambiguous: probability (0…1) that an object is drawn as a pebble, whatever its class.
+        ambiguous: probability (0…1) that one object of an image is drawn as a pebble, whatever its
+            class.
     """
 
     classes: int = len(THINGS)
@@ -127,14 +128,16 @@ def sample_scene(rng: np.random.Generator, split: str, settings: Settings) -> Sc
     colors = _sample_colors(rng, stuff, len(categories))
     if settings.class_colors:
         colors = [CLASS_COLORS[category_id] for category_id in categories]
+    pebble = None
+    # Without the option no number is drawn, so that scenes stay what they were.
+    if settings.ambiguous > 0 and rng.random() < settings.ambiguous:
+        pebble = int(rng.integers(len(categories)))
     things: list[Thing] = []
     visible = np.zeros((round(aspect[1] * GRID), round(aspect[0] * GRID)), np.uint8)
     full: list[int] = []
-    for category_id, color in zip(categories, colors, strict=True):
-        # Without the option no number is drawn, so that scenes stay what they were.
-        is_pebble = settings.ambiguous > 0 and rng.random() < settings.ambiguous
-        name = "pebble" if is_pebble else THINGS[category_id - 1].name
-        if is_pebble and settings.class_colors:
+    for i, (category_id, color) in enumerate(zip(categories, colors, strict=True)):
+        name = "pebble" if i == pebble else THINGS[category_id - 1].name
+        if name == "pebble" and settings.class_colors:
             color = PEBBLE_COLOR
         placed = _place(rng, category_id, name, color, aspect, visible, full)
         # A very crowded image may have no room left. Then the object is left out.
