@@ -101,7 +101,7 @@ class _DualAttention(nn.Module):
         """Scores and spatial attention (B, N, K, H·W), and the samples Ê (B, N, K, D)."""
         heads = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)
         scores = weights.to(x.dtype).expand(len(x), -1, -1, -1) @ heads
-        attention = in_float32(scores).softmax(dim=3)
+        attention = _softmax(scores, dim=3)
         # In this order gradients arrive as the features lie in memory.
         samples = (heads @ attention.to(x.dtype).transpose(2, 3)).permute(0, 3, 1, 2)
         batch, classes, samples_of_class, channels = samples.shape
@@ -256,7 +256,7 @@ class IDABlock(_DualAttention):
         """Add P y to x, or with a scalar alpha alpha * P y."""
         self._check_input(x)
         scores, _, attended = self._attend(x, self._class_weights())
-        share = in_float32(scores).softmax(dim=2).to(attended.dtype)
+        share = _softmax(scores, dim=2).to(attended.dtype)
         return x + self._hand_back(attended, share, x, warm_start).to(x.dtype)
 
     @staticmethod
@@ -380,6 +380,13 @@ class _SelfAttention(nn.Module):
         scores = self.q_proj(x) @ self.k_proj(x).transpose(1, 2) / x.shape[2] ** 0.5
         value = self.v_proj(x)
         return self.out_proj(in_float32(scores).softmax(dim=2).to(value.dtype) @ value)
+
+
+def _softmax(scores: Tensor, dim: int) -> Tensor:
+    """Softmax in float32, whose least values are no denormal numbers: CPUs are slow with those."""
+    scores = in_float32(scores)
+    least = scores.detach().amax(dim, keepdim=True) - 60  # e^-60 of the largest adds nothing
+    return scores.maximum(least).softmax(dim)
 
 
 def _check_positive(name: str, value: int) -> None:

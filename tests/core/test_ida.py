@@ -255,6 +255,14 @@ def test_softmaxes_and_norms_are_in_float32_under_autocast(kind, dtype):
     assert kind is IDAClassifier or y.dtype == x.dtype
 
 
+def test_attention_of_great_scores_has_no_denormal_numbers():
+    # A product of matrices that hold them takes many times as long on a CPU.
+    x = 100 * torch.randn(2, 8, 9, 9)
+    _, attention = IDAClassifier(8, 3)(x, return_attention=True)
+    assert attention.min() > torch.finfo(torch.float32).tiny
+    assert attention.min() < 1e-25 and attention.max() > 0.9
+
+
 @BOTH
 def test_no_tensor_is_as_large_as_the_square_of_the_positions(kind):
     largest = 0
