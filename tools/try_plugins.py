@@ -11,10 +11,10 @@ CONFIG is yours: a yaml file of Detectron2 or a Python file of MMDetection. From
 derived for each plugin, in which only the plugin's lines differ; they are printed, and DIR/configs
 keeps them for tools/train_net.py and tools/train_mmdet.py. A block plugin starts as the identity
 (warm start). It is in all stages, ida in the last block of stages 4 and 5; ida@3,4,5 chooses. What
-would freeze a stage with a plugin is changed. batchformer_v1 is in the RoI head, batchformer_v2 in a DETR's
-encoder, amc among the losses. --control adds a plain detector that costs as much: it has plain
-convolutions where the plugins are. NAME=CONFIG is a variant of your own, with the same number of
-steps, images a step and test images.
+would freeze a stage with a plugin is changed. batchformer_v1 is in the RoI head, batchformer_v2 in
+a DETR's encoder, amc among the losses. --control adds a plain detector that costs as much: it has
+plain convolutions where the plugins are. NAME=CONFIG is a variant of your own, with the same number
+of steps, images a step and test images.
 
 All configs are checked before anything starts. All runs of a seed begin with the same weights but
 for the plugin's own, and see the same images in the same order for the same number of steps. The
