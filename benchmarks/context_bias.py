@@ -74,7 +74,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ida_grouped": _in_stages(GROUPED),
     "ida_full": _in_stages(NINE_BLOCKS),
     "ida_head": _as_head(),
-    "ida_bare_head": _as_head(NUM_FC=0),
+    "ida_fc_head": _as_head(NUM_FC=2),
     "bias_70": {"DATASETS": {"TRAIN": ["train_70"]}},
     "bias_50": {"DATASETS": {"TRAIN": ["train_50"]}},
 }
@@ -93,7 +93,7 @@ TRIALS = {
         **IDA,
         "plain, bias 0.7": "bias_70",
     },
-    "clear": {"plain": "plain", **IDA, "IDA in the RoI head, no layers before": "ida_bare_head"},
+    "clear": {"plain": "plain", **IDA, "IDA in the RoI head, two layers before": "ida_fc_head"},
 }
 
 TEMPLATE = """# Contextual bias of detectors with and without IDA

@@ -53,7 +53,7 @@ def add_plugin_config(cfg: CN) -> None:
     # Added to the norm of a class's weights, > 0
     cfg.MODEL.ROI_BOX_HEAD.IDA.BETA = 1 / 32
     # Number of linear layers with ReLU that are applied to each position before
-    cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_FC = 2
+    cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_FC = 0
     # Whether to attend over the heads with two transformer layers and a projection
     cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = False
     # What the second attention takes as a sample: "heads" as in the paper, or "interleaved" as in

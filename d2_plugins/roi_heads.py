@@ -121,7 +121,7 @@ class IDAOutputLayers(FastRCNNOutputLayers):
         heavy: bool = False,
         sample_order: str = "heads",
         last_head_norm: bool = False,
-        num_fc: int = 2,
+        num_fc: int = 0,
         **output_layers: Any,
     ) -> None:
         super().__init__(input_shape, **output_layers)

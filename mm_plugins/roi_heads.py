@@ -69,7 +69,7 @@ class IDABBoxHead(ConvFCBBoxHead):
         *,
         num_shared_fcs: int = 2,
         num_cls_convs: int = 0,
-        num_cls_fcs: int = 2,
+        num_cls_fcs: int = 0,
         num_heads: int = 4,
         beta: float = 1 / 32,
         heavy: bool = False,
