@@ -99,7 +99,8 @@ class _DualAttention(nn.Module):
 
     def _attend(self, x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores and spatial attention (B, N, K, H·W), and the samples Ê (B, N, K, D)."""
-        heads = x.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)
+        # In channels_last each product would copy them anew.
+        heads = x.contiguous().flatten(2).unflatten(1, (self.num_heads, -1))  # (B, N, D, H·W)
         scores = weights.to(x.dtype).expand(len(x), -1, -1, -1) @ heads
         attention = _softmax(scores, dim=3)
         # In this order gradients arrive as the features lie in memory.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,7 +219,8 @@ def test_every_row_is_of_the_last_layer_and_the_class_is_named(detector, images,
     rows = explain(detector, images[0], None, layers, warn=pytest.fail)
     assert rows[0].panels[0].title.split(",")[0] in class_names
     last = detector.last_stage()
-    assert rows[0].panels[1].title == f"Grad-CAM\n{last}"
+    # With these random weights it may be nowhere above 0.
+    assert re.fullmatch(rf"Grad-CAM(, .+)?\n{re.escape(last)}", rows[0].panels[1].title)
     names = [row.title.splitlines()[1] for row in rows[1:]]
     assert names[0].startswith(f"{last}.1.") and names[1].startswith(f"{last}.1.")
     triplet, ida, regions = map(detector.model.get_submodule, names)
@@ -437,7 +439,7 @@ def test_block_plugin_is_drawn_where_it_offers_maps_and_sees_the_image():
     detector.model["backbone"] = nn.Sequential(
         BlockPlugin(Shown({}), "a.b:MyGate"), BlockPlugin(nn.Identity(), "timm:eca")
     )
-    detector.model["roi_heads"] = build_block_plugin("ida", 4)
+    detector.model["roi_heads"] = build_block_plugin("ida", 16)
     chosen = {"my_gate": "backbone.0"}
     assert choose_layers(detector, ["my_gate"], []) == chosen
     assert attention_names(detector) == {"my_gate": ["backbone.0"]}
