@@ -265,11 +265,14 @@ class _ZPool(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return None, None
         # A map that no gate used has no gradient. In second order the links have none.
-        filled = [
-            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
-            for grad, (shape, dtype, device) in zip(grads, ctx.outputs, strict=True)
-        ]
-        pooled, g, gates, indices = filled[:3], filled[6], filled[7:], ctx.saved_tensors
+        pooled, (g, *gates) = (
+            [
+                torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+                for grad, (shape, dtype, device) in zip(grads[part], ctx.outputs[part], strict=True)
+            ]
+            for part in (slice(3), slice(6, None))
+        )
+        indices = ctx.saved_tensors
         if len(indices) == 1:
             x = indices[0].detach()
             indices = torch.ops.plugin_core.z_pool(x, torch.int32)[3:6]
