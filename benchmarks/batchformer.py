@@ -59,14 +59,7 @@ def candidates(
 def block(shape: Shape, dtype: torch.dtype, what: str, setting: Setting) -> dict[str, Quantity]:
     given = blocks.input_and_gradient(shape, setting, dtype)
     steps = candidates(shape[2], dtype, what, setting)
-    times = blocks.measure(steps, given, setting)
-    values = timing.in_milliseconds(times)
-    values[f"{OURS} / {ENCODER}"] = timing.ratio(times[OURS], times[ENCODER])
-    if what != "forward":
-        for name, step in steps.items():
-            share = blocks.share_of_input(step, given, setting)
-            values[f"{name}, extra memory, %"] = Quantity(share)
-    return values
+    return blocks.beside(steps, given, what, setting, (OURS, ENCODER))
 
 
 if __name__ == "__main__":

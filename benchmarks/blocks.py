@@ -88,6 +88,24 @@ def measure(
     return timing.interleaved({**candidates, **copies}, lambda _: given, setting)
 
 
+def beside(
+    steps: Mapping[str, Callable[[Pair], Any]],
+    given: Pair,
+    what: str,
+    setting: Setting,
+    ratio: tuple[str, str],
+) -> dict[str, Quantity]:
+    """Measure the times of steps, the ratio of two, and with a backward the extra memory of all."""
+    times = measure(steps, given, setting)
+    values = timing.in_milliseconds(times)
+    values[" / ".join(ratio)] = timing.ratio(*(times[name] for name in ratio))
+    if what != "forward":
+        for name, step in steps.items():
+            share = share_of_input(step, given, setting)
+            values[f"{name}, extra memory, %"] = Quantity(share)
+    return values
+
+
 def share_of_input(step: Callable[[Pair], Any], given: Pair, setting: Setting) -> float:
     """Measure peak memory beyond input, output and gradients, in percent of the input."""
     extra = devices.peak_extra_bytes(lambda: step(given), setting.device)

@@ -64,14 +64,7 @@ def block(
 ) -> dict[str, Quantity]:
     given = blocks.input_and_gradient(shape, setting, dtype, layout)
     steps = candidates(shape[1], setting, dtype, what)
-    times = blocks.measure(steps, given, setting)
-    values = timing.in_milliseconds(times)
-    values["textbook / IDABlock"] = timing.ratio(times[TEXTBOOK], times[OURS])
-    if what != "forward":
-        for name, step in steps.items():
-            share = blocks.share_of_input(step, given, setting)
-            values[f"{name}, extra memory, %"] = Quantity(share)
-    return values
+    return blocks.beside(steps, given, what, setting, (TEXTBOOK, OURS))
 
 
 if __name__ == "__main__":
