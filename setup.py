@@ -44,6 +44,11 @@ EXTRAS = {
     "cityscapes": [
         "cityscapesscripts>=2.2",
     ],
+    # Classifiers with the plugins, beside the extra `mmdet`. Not for an environment that has
+    # onedl-mmpretrain, which goes by the same import name.
+    "mmpretrain": [
+        "mmpretrain>=1.2,<2",
+    ],
     # Panoptic quality
     "panoptic": [
         "hotcoco>=1.3,<2",

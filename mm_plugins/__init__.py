@@ -3,6 +3,8 @@
 In a config: ``custom_imports = dict(imports=['mm_plugins'])``.
 """
 
+import importlib.util
+
 try:
     import mmdet  # noqa: F401
 except ImportError as error:
@@ -21,6 +23,9 @@ from mm_plugins.grounding import datasets, pointing_game, transforms  # noqa: F4
 from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
 from mm_plugins.panoptic_detr import PanopticDETR
 from mm_plugins.roi_heads import BatchFormerBBoxHead, IDABBoxHead
+
+if importlib.util.find_spec("mmpretrain"):
+    from mm_plugins import mmpretrain  # noqa: F401  # for registration in its registries
 
 __all__ = [
     "AMCMixin",

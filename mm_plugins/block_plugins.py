@@ -87,16 +87,20 @@ def is_for_last_block(plugin: Mapping[str, Any]) -> bool:
 
 
 # A type for each registered name: a new method is its own file and nothing here.
+LAYERS: list[type[BlockPlugin]] = [BlockPlugin]
 for _name, _kind in registered_block_plugins().items():
-    globals()[_kind.__name__] = MODELS.register_module(
-        module=type(
-            _kind.__name__,
-            (_Registered,),
-            {
-                "__module__": __name__,
-                "__doc__": f":class:`{_kind.__module__}.{_kind.__name__}` as a plugin layer.",
-                "_abbr_": _name,
-                "registered_name": _name,
-            },
+    LAYERS.append(
+        MODELS.register_module(
+            module=type(
+                _kind.__name__,
+                (_Registered,),
+                {
+                    "__module__": __name__,
+                    "__doc__": f":class:`{_kind.__module__}.{_kind.__name__}` as a plugin layer.",
+                    "_abbr_": _name,
+                    "registered_name": _name,
+                },
+            )
         )
     )
+    globals()[_kind.__name__] = LAYERS[-1]

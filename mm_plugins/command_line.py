@@ -1,4 +1,7 @@
-"""Command line that registers the plugins and hands over to MMDetection's installed scripts."""
+"""Command line that registers the plugins and hands over to MMDetection's installed scripts.
+
+MMPretrain's are handed over to in the same way.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import mmdet
 import torch
 from mmcv.ops import get_compiling_cuda_version
 from mmengine.config import Config
@@ -24,8 +26,8 @@ from mm_plugins.training_settings import check_options, check_training_settings
 from plugin_core.training.run_folder import OccupiedFolder
 
 
-def run(name: str) -> None:
-    """Run MMDetection's script ``tools/<name>.py`` with the arguments of this process.
+def run(name: str, package: str = "mmdet") -> None:
+    """Run the script ``tools/<name>.py`` of MMDetection with the arguments of this process.
 
     The config is checked first, with the script's own arguments. A mistake in it is one clear line,
     and no work folder is touched.
@@ -35,6 +37,7 @@ def run(name: str) -> None:
 
     Args:
         name: "train" or "test".
+        package: "mmdet", or "mmpretrain" for MMPretrain's script.
 
     Raises:
         SystemExit: if the config is wrong; the message says how.
@@ -48,10 +51,13 @@ def run(name: str) -> None:
         # mmengine has looked for a GPU already, when it was imported. So start anew.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         os.execv(sys.executable, sys.orig_argv)
-    path = Path(mmdet.__file__).parent / ".mim" / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"mmdet_tools_{name}", path)
+    installed = importlib.util.find_spec(package)
+    if installed is None or installed.origin is None:
+        sys.exit(f"error: {package} is not installed: `pip install -e .[{package}]`")
+    path = Path(installed.origin).parent / ".mim" / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{package}_tools_{name}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        sys.exit(f"error: this MMDetection has no {path}; install it with pip or mim")
+        sys.exit(f"error: this {package} has no {path}; install it with pip or mim")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")  # of mpirun; MMDetection ignores it
@@ -111,7 +117,7 @@ def _read(config: str, options: dict[str, Any] | None) -> Config:
         raise ValueError(f"config {config!r}: {type(error).__name__}: {reason[:500]}") from error
     check_options(options or {}, written)
     if "model" not in cfg:
-        raise ValueError(f"config {config!r}: it defines no model, as MMDetection's do")
+        raise ValueError(f"config {config!r}: it defines no model, as the framework's own do")
     return cfg
 
 

@@ -14,10 +14,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmdet.models.backbones import MobileNetV2, ResNet
-from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope, Registry
 from torch import nn
 
 from mm_plugins.analysis import load_config
@@ -54,6 +53,11 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> nn.Module | None
         ValueError: names the setting, its value and the right ones.
     """
     register_all_modules(init_default_scope=False)
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+        return _check_config(cfg, train, resumes)
+
+
+def _check_config(cfg: Config, train: bool, resumes: bool) -> nn.Module | None:
     loaders = ("train_dataloader", "val_dataloader") if train else ("test_dataloader",)
     for loader in loaders:
         if cfg.get(loader) is not None:
@@ -69,7 +73,7 @@ def check_config(cfg: Config, *, train: bool, resumes: bool) -> nn.Module | None
                 raise ValueError(f"{where}: must be the path of a checkpoint, got {checkpoint!r}")
             _check_names(checkpoint, where, backbone, setting)
             _check_layout(checkpoint, where)
-    built = _check_model(model, cfg.get("default_scope") or "mmdet") if model else None
+    built = _check_model(model) if model else None
     if train and not load_from and not resumes and getattr(built, "trains", "") == "masks":
         raise ValueError(
             "load_from: names no checkpoint, and model.trains='masks' trains nothing but the mask "
@@ -86,8 +90,8 @@ def reads_of(config: str) -> Reads:
     """Tell what a config reads of its training data; raises ValueError."""
     cfg = load_config(config)
     register_all_modules(init_default_scope=False)
-    model = _check_model(cfg.model, cfg.get("default_scope") or "mmdet")
-    return reads(cfg, model)
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
+        return reads(cfg, _check_model(cfg.model))
 
 
 def check_weights(model: ConfigDict, path: str, setting: str) -> None:
@@ -126,9 +130,15 @@ def _modules(model: Any, *kinds: type) -> Iterator[tuple[str, ConfigDict, type]]
     """Find the modules of some classes in a model's config: setting, node and class of each."""
     for setting, node in _nodes(model, "model"):
         kind = node.get("type")
-        kind = MODELS.get(kind) if isinstance(kind, str) else kind
+        kind = _registry().get(kind) if isinstance(kind, str) else kind
         if inspect.isclass(kind) and issubclass(kind, kinds):
             yield setting, node, kind
+
+
+def _registry() -> Registry:
+    """Find the registry of models that a config's scope chooses: MMDetection's or MMPretrain's."""
+    with MODELS.switch_scope_and_registry(None) as registry:
+        return registry
 
 
 def _check_plugins(backbone: ConfigDict, kind: Any, setting: str) -> None:
@@ -183,13 +193,13 @@ def _check_plugins(backbone: ConfigDict, kind: Any, setting: str) -> None:
                 f"of {setting}, got {stages!r}"
             )
         name = plugin["cfg"].get("type")
-        if name is None or (isinstance(name, str) and MODELS.get(name) is None):
-            hint = did_you_mean(name, MODELS.module_dict) if name else ""
+        if name is None or (isinstance(name, str) and _registry().get(name) is None):
+            hint = did_you_mean(name, _registry().module_dict) if name else ""
             raise ValueError(
                 f"{where}.cfg.type: must be a plugin layer such as 'TripletAttention' or "
                 f"'BlockPlugin', got {name!r}{hint}"
             )
-        layer = MODELS.get(name) if isinstance(name, str) else name
+        layer = _registry().get(name) if isinstance(name, str) else name
         if inspect.isclass(layer) and issubclass(layer, BlockPlugin):
             if "in_channels" in plugin["cfg"]:
                 raise ValueError(f"{where}.cfg.in_channels: leave it out; the backbone passes it")
@@ -216,23 +226,22 @@ def _check_plugins(backbone: ConfigDict, kind: Any, setting: str) -> None:
                 )
 
 
-def _check_model(model: ConfigDict, scope: str) -> nn.Module:
+def _check_model(model: ConfigDict) -> nn.Module:
     """Build the model once without memory, and raise its parts' errors in one line."""
 
     def build(device: str) -> nn.Module:
-        with DefaultScope.overwrite_default_scope(scope):
-            return MODELS.build(copy.deepcopy(model))
+        return MODELS.build(copy.deepcopy(model))
 
     def explain(error: Exception) -> ValueError:
         setting, node = _being_built(error, model)
         kind = node.get("type")
-        if isinstance(kind, str) and MODELS.get(kind) is None:
-            hint = did_you_mean(kind, MODELS.module_dict)
+        if isinstance(kind, str) and _registry().get(kind) is None:
+            hint = did_you_mean(kind, _registry().module_dict)
             return ValueError(f"{setting}.type: no module is registered as {kind!r}{hint}")
         if isinstance(error, TypeError):
             try:
                 arguments = [key for key in node if key not in _REGISTRY_KEYS]
-                check_arguments(MODELS.get(kind) if isinstance(kind, str) else kind, arguments)
+                check_arguments(_registry().get(kind) if isinstance(kind, str) else kind, arguments)
             except ArgumentError as unknown:
                 error = unknown
         if isinstance(error, ArgumentError):

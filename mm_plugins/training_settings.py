@@ -18,10 +18,15 @@ from typing import Any
 import torch
 from mmdet.datasets.transforms import LoadPanopticAnnotations
 from mmdet.evaluation import CocoMetric, CocoPanopticMetric
-from mmdet.registry import (
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import CheckpointHook
+from mmengine.optim import OptimWrapper
+from mmengine.registry import (
     DATA_SAMPLERS,
     DATASETS,
     EVALUATOR,
+    FUNCTIONS,
     HOOKS,
     LOG_PROCESSORS,
     LOOPS,
@@ -32,12 +37,9 @@ from mmdet.registry import (
     TRANSFORMS,
     VISBACKENDS,
     VISUALIZERS,
+    DefaultScope,
+    Registry,
 )
-from mmengine.config import Config
-from mmengine.evaluator import Evaluator
-from mmengine.hooks import CheckpointHook
-from mmengine.optim import OptimWrapper
-from mmengine.registry import FUNCTIONS, DefaultScope, Registry
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, TestLoop, ValLoop
 from torch import nn
 from torch.utils.data import DataLoader
@@ -181,7 +183,8 @@ def _check_typed(
         if name is None:
             yield f"{setting}.type: is missing; {setting} is a dict with the type of a class"
         elif isinstance(name, str) and "." not in name:
-            names = {key for one in _with_parents(registry) for key in one.module_dict}
+            with registry.switch_scope_and_registry(None) as own:
+                names = {key for one in _with_parents(own) for key in one.module_dict}
             yield f"{setting}.type: there is no {registry.name} {name!r}{did_you_mean(name, names)}"
         return
     arguments = [key for key in node if key not in (*_REGISTRY_KEYS, *given)]
@@ -221,7 +224,8 @@ def _kind(node: Any, registry: Registry, default: Callable[..., Any] | None = No
     if not isinstance(name, str):
         return name
     try:
-        return registry.get(name)
+        with registry.switch_scope_and_registry(None) as own:  # of the config's scope
+            return own.get(name)
     except Exception:  # of a package that cannot be imported
         return None
 

@@ -10,7 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
-EXTRAS = ("detectron2", "mmdet", "timm", "grounding", "panoptic", "visualization", "dev")
+EXTRAS = (
+    *("detectron2", "mmdet", "mmpretrain", "timm", "grounding", "panoptic", "visualization"),
+    "dev",
+)
 
 
 class SetupError(Exception):

@@ -1,0 +1,18 @@
+"""The plugins in MMPretrain, for classifiers whose backbones are then the detectors'.
+
+``import mm_plugins`` imports this package where MMPretrain is installed, ``mmpretrain`` or
+``onedl-mmpretrain``. A config names the parts as MMDetection's configs do::
+
+    custom_imports = dict(imports=["mm_plugins"])
+    triplet = dict(cfg=dict(type="TripletAttention"), position="after_conv3")
+    model = dict(backbone=dict(type="PluginResNet", norm_eval=False, plugins=[triplet]))
+"""
+
+from mmpretrain.registry import MODELS
+
+from mm_plugins import block_plugins
+from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
+
+# MMDetection's own, whose checkpoints are then detectors' backbones
+for _kind in (PluginResNet, PluginMobileNetV2, *block_plugins.LAYERS):
+    MODELS.register_module(module=_kind)
