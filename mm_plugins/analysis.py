@@ -1,4 +1,4 @@
-"""Cost of a detector of MMDetection, counted from its config without weights and data."""
+"""Cost of MMDetection's detectors and MMPretrain's classifiers, counted from a config alone."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmdet.utils import get_test_pipeline_cfg, register_all_modules
 from mmengine.analysis import ActivationAnalyzer, FlopAnalyzer
 from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
 from torch import nn
 
@@ -27,13 +26,12 @@ def load_config(config_file: str) -> Config:
     """Read a config.
 
     Args:
-        config_file: path, or ``mmdet::`` and the name of one of MMDetection's own.
+        config_file: path, or ``mmdet::`` or ``mmpretrain::`` and the name of one of theirs.
 
     Raises:
         ValueError: if the config defines no model.
     """
-    in_package = config_file.startswith("mmdet::")
-    cfg = get_config(config_file) if in_package else Config.fromfile(config_file)
+    cfg = get_config(config_file) if "::" in config_file else Config.fromfile(config_file)
     if "model" not in cfg:
         raise ValueError("it defines no `model`")
     return cfg
@@ -42,7 +40,7 @@ def load_config(config_file: str) -> Config:
 def analyze(
     cfg: Config, image_size: tuple[int, int] | None = None, *, activations: bool = True
 ) -> Report:
-    """Count a detector's parameters, FLOPs and activations for one image, on the CPU.
+    """Count the parameters, FLOPs and activations of a model for one image, on the CPU.
 
     Like MMDetection's own tool, this counts up to the heads' outputs. Unlike the tool, it takes as
     many proposals as the config lets through at most. A mask head gets the first 100 of these, or
@@ -65,15 +63,13 @@ def analyze(
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope") or "mmdet"):
         model: Any = prepare_model(revert_sync_batchnorm(MODELS.build(model_cfg)))
         regions = _count_regions(model)
-        shape = {"ori_shape": (height, width), "img_shape": (height, width)}
-        sample = DetDataSample(metainfo={"img_id": 0, "scale_factor": (1.0, 1.0), **shape})
-        # Some heads look for ground truth without using it.
-        none = {"bboxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
-        sample.gt_instances = InstanceData(**none)
         image = torch.zeros(3, height, width, dtype=torch.uint8)
-        data = model.data_preprocessor({"inputs": [image], "data_samples": [sample]})
+        data = {"inputs": [image]}
+        if cfg.get("default_scope") != "mmpretrain":
+            data["data_samples"] = [_sample(height, width)]
+        data = model.data_preprocessor(data)
         # Bind all but the pixels beforehand, as MMDetection's own tool for FLOPs does.
-        model.forward = partial(model.forward, data_samples=data["data_samples"])
+        model.forward = partial(model.forward, data_samples=data.get("data_samples"))
         with torch.no_grad():
             flops = _by_module(FlopAnalyzer(model, data["inputs"]))
             counted: Mapping[str, float] = Counter()
@@ -82,14 +78,26 @@ def analyze(
     return make_report(model, flops, counted, (height, width), regions)
 
 
+def _sample(height: int, width: int) -> DetDataSample:
+    shape = {"ori_shape": (height, width), "img_shape": (height, width)}
+    sample = DetDataSample(metainfo={"img_id": 0, "scale_factor": (1.0, 1.0), **shape})
+    # Some heads look for ground truth without using it.
+    none = {"bboxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.long)}
+    sample.gt_instances = InstanceData(**none)
+    return sample
+
+
 def _test_size(cfg: Config) -> tuple[int, int]:
     try:
         pipeline = get_test_pipeline_cfg(cfg)
     except (AttributeError, RuntimeError):
         pipeline = []
-    for transform in pipeline:
+    for transform in reversed(pipeline):
+        if transform.get("type") == "CenterCrop":
+            return (transform["crop_size"],) * 2
         if str(transform.get("type")).endswith("Resize") and "scale" in transform:
-            width, height = transform["scale"]
+            scale = transform["scale"]
+            width, height = (scale, scale) if isinstance(scale, int) else scale
             return height, width
     raise ValueError(
         "test_dataloader.dataset.pipeline has no Resize with a `scale`, so the size of test images "

@@ -5,6 +5,7 @@ MMPretrain's are handed over to in the same way.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
@@ -17,7 +18,6 @@ from mmcv.ops import get_compiling_cuda_version
 from mmengine.config import Config
 from torch import distributed
 
-from mm_plugins.datasets import prepare
 from mm_plugins.launch import arrange, explain_errors, is_main, only_training
 from mm_plugins.pixels import find_mismatches
 from mm_plugins.preflight import check_config
@@ -75,6 +75,8 @@ def run(name: str, package: str = "mmdet") -> None:
         check_training_settings(cfg, train=name == "train")
         model = check_config(cfg, train=name == "train", resumes=resumes)
         told, begins_with = arrange(args, cfg, model)
+        side = "mm_plugins" if package == "mmdet" else f"mm_plugins.{package}"
+        prepare = importlib.import_module(f"{side}.datasets").prepare
         copies = prepare(cfg, model, train=name == "train", checkpoint=begins_with)
         _read_copies(cfg, copies)
     except ValueError as error:

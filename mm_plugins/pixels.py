@@ -14,12 +14,16 @@ from plugin_core.checkpoints.pixel_format import PixelFormat, explain_mismatch, 
 
 def pixel_format(model: ConfigDict, backbone: ConfigDict) -> PixelFormat | None:
     """Read the pixel format that a model's config gives to its backbone; None if it gives none."""
-    pixels = model.get("data_preprocessor")
+    return _format_of(model.get("data_preprocessor"), backbone)
+
+
+def _format_of(pixels: Any, backbone: ConfigDict) -> PixelFormat | None:
     if not isinstance(pixels, dict) or pixels.get("mean") is None or pixels.get("std") is None:
         return None
     has_style = "depth" in backbone and backbone["depth"] >= 50
     return PixelFormat(
-        channel_order="RGB" if pixels.get("bgr_to_rgb") else "BGR",
+        # MMPretrain's name of the setting is the second one
+        channel_order="RGB" if pixels.get("bgr_to_rgb", pixels.get("to_rgb")) else "BGR",
         mean=tuple(pixels["mean"]),
         std=tuple(pixels["std"]),
         stride_in_1x1=backbone.get("style", "pytorch") == "caffe" if has_style else None,
@@ -44,12 +48,25 @@ def find_mismatches(cfg: Config) -> list[str]:
     """
     model = cfg.get("model", {})
     backbone = model.get("backbone")
-    used = pixel_format(model, backbone) if isinstance(backbone, dict) else None
+    is_classifier = "data_preprocessor" in cfg and "data_preprocessor" not in model
+    pixels = (cfg if is_classifier else model).get("data_preprocessor")
+    used = _format_of(pixels, backbone) if isinstance(backbone, dict) else None
     weights = cfg.get("load_from") or _pretrained(backbone)
     if not weights or used is None:
         return []
     wanted = find_pixel_format(weights)
-    return [] if wanted is None else explain_mismatch(weights, wanted, used, pixel_settings)
+    settings = _classifier_settings if is_classifier else pixel_settings
+    return [] if wanted is None else explain_mismatch(weights, wanted, used, settings)
+
+
+def _classifier_settings(pixels: PixelFormat) -> dict[str, tuple[str, Any]]:
+    """As :func:`pixel_settings`, in MMPretrain's names."""
+    order = "data_preprocessor.to_rgb", pixels.channel_order == "RGB"
+    settings = pixel_settings(pixels) | {"channel_order": order}
+    return {
+        field: (name.replace("model.data_", "data_"), value)
+        for field, (name, value) in settings.items()
+    }
 
 
 def _pretrained(backbone: Any) -> str | None:

@@ -244,6 +244,11 @@ def _check_model(model: ConfigDict) -> nn.Module:
                 check_arguments(_registry().get(kind) if isinstance(kind, str) else kind, arguments)
             except ArgumentError as unknown:
                 error = unknown
+                if unknown.argument == "plugins":
+                    return ValueError(
+                        f"{setting}.type: {kind!r} takes no plugins; type='PluginResNet' and "
+                        "'PluginMobileNetV2' do"
+                    )
         if isinstance(error, ArgumentError):
             return ValueError(f"{setting}.{error.argument}: {error.reason}")
         if isinstance(error, ValueError):

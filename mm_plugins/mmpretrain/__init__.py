@@ -12,6 +12,7 @@ from mmpretrain.registry import MODELS
 
 from mm_plugins import block_plugins
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
+from mm_plugins.mmpretrain import linear_heads  # noqa: F401  # for registration
 
 # MMDetection's own, whose checkpoints are then detectors' backbones
 for _kind in (PluginResNet, PluginMobileNetV2, *block_plugins.LAYERS):

@@ -5,6 +5,7 @@ Weights need the pixel format of their training. A framework does not notice a w
 
 from __future__ import annotations
 
+import ast
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -79,6 +80,8 @@ def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
     for holder in (checkpoint, meta if isinstance(meta, Mapping) else {}):
         if isinstance(holder.get("pixel_format"), Mapping):
             return _from_record(holder["pixel_format"])
+        if isinstance(text := holder.get("cfg"), str) and (found := _of_config(text)):
+            return found
     state_dict = branch_of(find_state_dict(checkpoint))
     if "pixel_mean" in state_dict and "pixel_std" in state_dict:
         return _of_detector(state_dict["pixel_mean"], state_dict["pixel_std"])
@@ -106,6 +109,25 @@ def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
     if wanted is not None and "layer1.0.conv3.weight" not in names:
         wanted = replace(wanted, stride_in_1x1=None)  # no 1×1 convolution to stride in
     return wanted
+
+
+def _of_config(text: str) -> PixelFormat | None:
+    """Read the pixel format in the config of a training with mmengine, without running it."""
+    try:
+        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+    except (SyntaxError, ValueError):
+        return None
+    dicts = [{k.arg: k.value for k in call.keywords} for call in calls]
+    try:
+        pixels = next(d for d in dicts if {"mean", "std"} <= d.keys())
+        order = pixels.get("bgr_to_rgb", pixels.get("to_rgb"))
+        is_rgb = order is not None and ast.literal_eval(order)
+        mean, std = (tuple(map(float, ast.literal_eval(pixels[k]))) for k in ("mean", "std"))
+        styles = [ast.literal_eval(d["style"]) for d in dicts if "style" in d]
+    except (StopIteration, TypeError, ValueError):
+        return None
+    stride = {"caffe": True, "pytorch": False}.get(styles[0]) if styles else None
+    return PixelFormat("RGB" if is_rgb else "BGR", mean, std, stride)
 
 
 def describe_mismatch(wanted: PixelFormat, used: PixelFormat) -> list[str]:

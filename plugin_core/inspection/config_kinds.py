@@ -47,7 +47,7 @@ def side_of(config: str) -> str:
     """Name the package for a config; raises ValueError if it is a config of neither framework."""
     if config.startswith("model_zoo://"):
         return "d2_plugins"
-    if config.startswith("mmdet::"):
+    if config.startswith(("mmdet::", "mmpretrain::")):
         return "mm_plugins"
     if not os.path.isfile(config):
         raise ValueError(f"{config}: there is no such config file")

@@ -1,0 +1,157 @@
+"""Checks of a classifier's datasets before a run: their files, and the names of their classes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.registry import DATASETS, DefaultScope
+from mmpretrain.datasets import CustomDataset
+from mmpretrain.models.heads import MultiLabelClsHead
+from mmpretrain.models.losses import CrossEntropyLoss, LabelSmoothLoss
+from torch import nn
+
+from plugin_core.checkpoints.reading import class_names_of
+from plugin_core.datasets.classes import check_number_of_classes
+from plugin_core.errors import few
+
+
+def prepare(
+    cfg: Config, model: nn.Module | None, *, train: bool, checkpoint: str | None = None
+) -> dict[str, str]:
+    """Check the datasets of a config, and that all of them have the same classes.
+
+    Args:
+        cfg: the whole config.
+        model: built from it; None if it has none.
+        train: whether ``train_dataloader`` will be used, or ``test_dataloader`` only.
+        checkpoint: that is tested or resumed from; it may name its classes.
+
+    Returns:
+        Settings to change; there are none. As of :func:`mm_plugins.datasets.prepare`.
+
+    Raises:
+        ValueError: names each setting that is wrong, its value and what would be right.
+    """
+    wrong: list[str] = []
+    known = class_names_of(checkpoint) if checkpoint else None
+    source, first = f"the checkpoint's, {checkpoint}", tuple(known or ())
+    loaders = ("train_dataloader", "val_dataloader") if train else ("test_dataloader",)
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        for loader in loaders:
+            node = (cfg.get(loader) or {}).get("dataset")
+            for setting, dataset in _datasets(node, f"{loader}.dataset", wrong):
+                classes = _check(dataset, setting, wrong)
+                if not classes:
+                    continue
+                if not first:
+                    source, first = f"those of {setting}", classes
+                if classes != first:
+                    wrong.append(
+                        f"{setting}: its classes, {few(classes)}, are not {source}, "
+                        f"{few(first)}; labels are places in this list, so all need the same "
+                        "(classes=… of a dataset, or the names of its folders)"
+                    )
+    head = getattr(model, "head", None)
+    number = getattr(head, "num_classes", None)
+    if first and isinstance(number, int):
+        wrong += filter(None, [check_number_of_classes(number, first, "model.head.num_classes")])
+    if isinstance(head, MultiLabelClsHead):
+        wrong += filter(None, [_check_loss(head.loss_module)])
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return {}
+
+
+def _datasets(node: Any, setting: str, wrong: list[str]) -> Iterator[tuple[str, BaseDataset]]:
+    """Build the datasets of a config without their samples, also those that others wrap."""
+    if isinstance(node, (list, tuple)):
+        for i, part in enumerate(node):
+            yield from _datasets(part, f"{setting}[{i}]", wrong)
+    if not isinstance(node, Mapping):
+        return
+    inner = [key for key in ("dataset", "datasets") if key in node]
+    for key in inner:
+        yield from _datasets(node[key], f"{setting}.{key}", wrong)
+    if inner:
+        return
+    try:
+        yield setting, DATASETS.build({**node, "lazy_init": True, "pipeline": []})
+    except TypeError:
+        return  # it reads its samples as it is built
+    except Exception as error:  # a constructor may raise anything
+        wrong.append(f"{setting}: {' '.join(str(error).split())}")
+
+
+def _check(dataset: Any, setting: str, wrong: list[str]) -> tuple[str, ...]:
+    """Check a dataset's files, and return its classes; none if they are not known yet."""
+    classes = tuple(dataset.metainfo.get("classes") or ())
+    if not isinstance(dataset, CustomDataset) or "://" in dataset.img_prefix:
+        return classes
+    images = dataset.img_prefix
+    if not os.path.isdir(images):
+        wrong.append(f"{setting}: there is no folder of images {images!r} (data_root, data_prefix)")
+    elif dataset.ann_file:
+        wrong += filter(None, [_check_list(dataset, f"{setting}.ann_file", classes)])
+    elif dataset.with_label:
+        folders = sorted(entry.name for entry in os.scandir(images) if entry.is_dir())
+        if classes and len(classes) != len(folders):
+            wrong.append(
+                f"{setting}: {images!r} has {len(folders)} folders, and there are {len(classes)} "
+                "classes; each class needs a folder"
+            )
+        empty = [name for name in folders if not _has_image(dataset, os.path.join(images, name))]
+        if not folders or empty:
+            what = f"no image in {few(empty)}" if empty else "no folder for a class"
+            wrong.append(
+                f"{setting}: {images!r} has {what}; put each class's images into a folder that has "
+                "its name, or list them in ann_file"
+            )
+        return classes or tuple(folders)
+    elif not _has_image(dataset, images):
+        wrong.append(f"{setting}: there is no image in {images!r}")
+    return classes
+
+
+def _has_image(dataset: Any, folder: str) -> bool:
+    return any(dataset.is_valid_file(name) for _, _, names in os.walk(folder) for name in names)
+
+
+def _check_list(dataset: Any, setting: str, classes: tuple[str, ...]) -> str:
+    """Say what is wrong with a file that lists images and labels; empty if nothing."""
+    path = dataset.ann_file
+    if not os.path.isfile(path):
+        return f"{setting}: there is no file {path!r}"
+    with open(path, encoding="utf-8") as file:
+        lines = [line.strip() for line in file if line.strip()]
+    if not lines:
+        return f"{setting}: {path!r} lists no image"
+    for number, line in enumerate(lines, start=1) if dataset.with_label else ():
+        image, _, label = line.rpartition(" ")
+        if not image or not label.isdecimal() or (classes and int(label) >= len(classes)):
+            most = f" from 0 to {len(classes) - 1}" if classes else ""
+            where = f"{setting}: {path!r}, line {number}"
+            return f"{where}: expected a path and a label{most}, got {line!r}"
+    image = lines[0].rpartition(" ")[0] if dataset.with_label else lines[0]
+    if not os.path.isfile(os.path.join(dataset.img_prefix, image)):
+        return (
+            f"{setting}: {path!r} lists {image!r}, which is not in {dataset.img_prefix!r} "
+            "(data_prefix)"
+        )
+    return ""
+
+
+def _check_loss(loss: nn.Module) -> str:
+    """Say that a loss is for one label an image; empty if it is not."""
+    is_single = (isinstance(loss, CrossEntropyLoss) and not loss.use_sigmoid) or (
+        isinstance(loss, LabelSmoothLoss) and loss.mode != "multi_label"
+    )
+    if not is_single:
+        return ""
+    return (
+        f"model.head.loss.type: {type(loss).__name__} is for one label an image, and this head "
+        "gives several; use dict(type='CrossEntropyLoss', use_sigmoid=True) or 'AsymmetricLoss'"
+    )
