@@ -174,7 +174,9 @@ def detectron2_features(config: str, weights: str, x: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def mmdetection_features(backbone: dict[str, Any], weights: str, x: Tensor) -> list[Tensor]:
+def mmdetection_features(
+    backbone: dict[str, Any], weights: str, x: Tensor, prefix: str | None = None
+) -> list[Tensor]:
     """The outputs of all blocks, with weights as MMDetection loads ``init_cfg``."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
@@ -183,7 +185,7 @@ def mmdetection_features(backbone: dict[str, Any], weights: str, x: Tensor) -> l
     import mm_plugins  # noqa: F401  # registers the plugins
 
     register_all_modules(init_default_scope=False)
-    init = {"type": "Pretrained", "checkpoint": weights}
+    init = {"type": "Pretrained", "checkpoint": weights, "prefix": prefix}
     with DefaultScope.overwrite_default_scope("mmdet"):
         built = MODELS.build({**backbone, "init_cfg": init})
         built.init_weights()

@@ -1,0 +1,126 @@
+"""What is wrong with a classifier's data is one line before the training, with the setting."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+
+from mm_plugins.mmpretrain.datasets import prepare
+from mm_plugins.preflight import check_config
+
+HEAD = {"type": "LinearClsHead", "num_classes": 3, "in_channels": 8}
+
+
+def config(folder, **train) -> Config:
+    """Settings of a classifier whose images are in ``folder``."""
+    loaders = {
+        f"{split}_dataloader": {
+            "dataset": {"type": "CustomDataset", "data_root": f"{folder}/{split}"}
+        }
+        for split in ("train", "val")
+    }
+    loaders["train_dataloader"]["dataset"].update(train)
+    return Config({"default_scope": "mmpretrain", "model": {"head": HEAD}, **loaders})
+
+
+def head(**settings) -> torch.nn.Module:
+    model = torch.nn.Module()
+    model.head = MODELS.build({**HEAD, **settings})
+    return model
+
+
+def test_good_folders_pass(image_folder):
+    assert prepare(config(image_folder), head(), train=True) == {}
+
+
+def test_good_lists_pass(image_folder):
+    (image_folder / "train.txt").write_text("cat/0.png 0\nowl/1.png 2\n")
+    cfg = config(image_folder, ann_file=str(image_folder / "train.txt"))
+    cfg.train_dataloader.dataset.classes = ["cat", "dog", "owl"]
+    assert prepare(cfg, head(), train=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"ann_file: there is no file .*train\.txt"),
+        ("\n", r"ann_file: .* lists no image"),
+        (
+            "cat/0.png cat\n",
+            r"line 1: expected a path and a label from 0 to 2, got 'cat/0.png cat'",
+        ),
+        ("cat/0.png 0\ncat/1.png 3\n", r"line 2: expected a path and a label from 0 to 2"),
+        ("cat/9.png 0\n", r"lists 'cat/9.png', which is not in .*train.*\(data_prefix\)"),
+    ],
+)
+def test_wrong_list_is_named_with_its_line(image_folder, text, message):
+    path = image_folder / "train.txt"
+    if text is not None:
+        path.write_text(text)
+    cfg = config(image_folder, ann_file=str(path), classes=["cat", "dog", "owl"])
+    with pytest.raises(ValueError, match="train_dataloader.dataset.*" + message):
+        prepare(cfg, head(), train=True)
+
+
+def test_folder_without_images_is_named(image_folder):
+    for path in (image_folder / "val" / "dog").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match=r"^val_dataloader.dataset: .*val.* has no image in dog;"):
+        prepare(config(image_folder), head(), train=True)
+
+
+def test_missing_folder_is_named(image_folder):
+    with pytest.raises(ValueError, match=r"train_dataloader.dataset: there is no folder of images"):
+        prepare(config(image_folder, data_root=str(image_folder / "none")), head(), train=True)
+
+
+def test_images_without_folders_of_classes_are_told(image_folder):
+    with pytest.raises(ValueError, match="has no folder for a class"):
+        prepare(config(image_folder, data_prefix="cat"), head(), train=True)
+
+
+def test_other_classes_than_the_first_ones_are_told(image_folder):
+    shutil.move(image_folder / "val" / "owl", image_folder / "val" / "ant")
+    message = (
+        "val_dataloader.dataset: its classes, ant, cat, dog, are not those of train_dataloader"
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(config(image_folder), head(), train=True)
+
+
+def test_other_classes_than_the_checkpoint_s_are_told(image_folder, tmp_path):
+    path = tmp_path / "epoch_1.pth"
+    meta = {"dataset_meta": {"classes": ("dog", "cat", "owl")}}
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "meta": meta}, path)
+    message = re.escape(f"its classes, cat, dog, owl, are not the checkpoint's, {path}, dog, cat")
+    with pytest.raises(ValueError, match=message):
+        prepare(config(image_folder), head(), train=True, checkpoint=str(path))
+
+
+def test_number_of_classes_must_be_the_data_s(image_folder):
+    with pytest.raises(ValueError, match=r"model.head.num_classes: the model has 4 .* set it to 3"):
+        prepare(config(image_folder), head(num_classes=4), train=True)
+
+
+@pytest.mark.parametrize(
+    "loss", [{"type": "CrossEntropyLoss"}, {"type": "LabelSmoothLoss", "label_smooth_val": 0.1}]
+)
+def test_loss_of_one_label_in_a_multi_label_head_is_refused(image_folder, loss):
+    model = head(type="MultiLabelLinearClsHead", loss=loss)
+    with pytest.raises(ValueError, match=r"model.head.loss.type: .* is for one label an image"):
+        prepare(config(image_folder), model, train=True)
+
+
+def test_backbone_that_takes_no_plugins_is_told_with_those_that_do():
+    layer = {"cfg": {"type": "TripletAttention"}, "position": "after_conv2"}
+    backbone = {"type": "ResNet", "depth": 18, "plugins": [layer]}
+    cfg = Config({"default_scope": "mmpretrain"})
+    cfg.model = {"type": "ImageClassifier", "backbone": backbone}
+    message = r"model.backbone.type: 'ResNet' takes no plugins; type='PluginResNet'"
+    with pytest.raises(ValueError, match=message):
+        check_config(cfg, train=True, resumes=False)

@@ -1,0 +1,82 @@
+"""A classifier of MMPretrain becomes a detector's backbone in either framework."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from convert_checkpoint_cases import (
+    BOTH,
+    assert_same,
+    features,
+    mmdetection_backbone,
+    mmdetection_features,
+    outputs_of_blocks,
+    randomized,
+    run,
+)
+
+from plugin_core.checkpoints.pixel_format import TORCHVISION, find_pixel_format
+
+pytest.importorskip("mmpretrain", reason="MMPretrain is not installed")
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs/mmpretrain/triplet_attention"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory):
+    """A checkpoint as MMPretrain's trainer writes it, an image and its blocks' outputs."""
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    import mm_plugins  # noqa: F401  # registers the plugins
+
+    cfg = Config.fromfile(CONFIGS / "resnet18-triplet_8xb32_in1k.py")
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        model = randomized(MODELS.build(cfg.model)).eval()
+    path = tmp_path_factory.mktemp("classifier") / "epoch_100.pth"
+    torch.save({"state_dict": model.state_dict(), "meta": {"cfg": cfg.pretty_text}}, path)
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        outputs = outputs_of_blocks(model.backbone, x, model.backbone.res_layers)
+    return path, x, outputs
+
+
+@BOTH
+def test_converted_classifier_computes_the_same_in_every_block(classifier, to, tmp_path, capsys):
+    path, x, expected = classifier
+    out = tmp_path / "converted.pth"
+    assert run(path, out, to) == 0
+    assert "ResNet-18 with triplet attention in 8 blocks" in capsys.readouterr().out
+    assert_same(features(to, 18, tmp_path, out, x), expected)
+
+
+def test_mmdetection_takes_a_classifier_as_it_is(classifier):
+    path, x, expected = classifier
+    backbone = mmdetection_backbone(18)
+    assert_same(mmdetection_features(backbone, str(path), x, prefix="backbone."), expected)
+
+
+def test_pixels_of_a_classifier_are_those_of_its_config(classifier, tmp_path):
+    path, _, _ = classifier
+    wanted = find_pixel_format(str(path))
+    assert wanted is not None and wanted.channel_order == "RGB"
+    assert (wanted.mean, wanted.std) == (TORCHVISION.mean, TORCHVISION.std)
+    assert run(path, tmp_path / "converted.pth", "d2") == 0
+    assert find_pixel_format(str(tmp_path / "converted.pth")) == wanted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model = dict(backbone=",  # not Python
+        "model = dict(backbone=dict(style='pytorch'))",
+        "data_preprocessor = dict(mean=[1, 2, 3], std=read('std.txt'))",
+        "layer = dict(init_cfg=dict(mean=0, std=0.01))",
+    ],
+)
+def test_config_that_does_not_tell_the_pixels_tells_none(classifier, tmp_path, text):
+    path = tmp_path / "epoch_1.pth"
+    torch.save({"state_dict": {"x": torch.zeros(1)}, "meta": {"cfg": text}}, path)
+    assert find_pixel_format(str(path)) is None
