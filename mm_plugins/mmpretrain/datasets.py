@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
@@ -54,6 +55,16 @@ def prepare(
                         f"{setting}: its classes, {few(classes)}, are not {source}, "
                         f"{few(first)}; labels are places in this list, so all need the same "
                         "(classes=… of a dataset, or the names of its folders)"
+                    )
+        for loader in loaders if first else ():
+            setting = loader.replace("dataloader", "evaluator")
+            metrics = cfg.get(setting) or ()
+            for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
+                most = max(np.atleast_1d(metric.get("topk") or 1))
+                if metric.get("type") == "Accuracy" and most > len(first):
+                    wrong.append(
+                        f"{setting}.topk: must be at most the number of classes, {len(first)}, "
+                        f"got {metric['topk']!r}; use topk=(1,)"
                     )
     head = getattr(model, "head", None)
     number = getattr(head, "num_classes", None)

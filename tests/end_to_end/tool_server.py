@@ -26,7 +26,13 @@ MODULES = (
     *("d2_plugins.trainer", "d2_plugins.preflight", "d2_plugins.command_line"),
     *("detectron2.model_zoo", "detectron2.engine"),
     *("torch.utils.cpp_extension", "torch.utils.tensorboard", "distutils.core"),
-    *("mm_plugins.command_line", "mm_plugins.datasets", "mmdet.engine", "mmdet.evaluation", "mmdet.visualization"),
+    *(
+        "mm_plugins.command_line",
+        "mm_plugins.datasets",
+        "mmdet.engine",
+        "mmdet.evaluation",
+        "mmdet.visualization",
+    ),
 )
 
 

@@ -107,6 +107,17 @@ def test_number_of_classes_must_be_the_data_s(image_folder):
         prepare(config(image_folder), head(num_classes=4), train=True)
 
 
+@pytest.mark.parametrize(("topk", "right"), [((1, 5), False), (4, False), ((1, 3), True)])
+def test_top_k_of_more_than_the_classes_is_told(image_folder, topk, right):
+    cfg = config(image_folder)
+    cfg.val_evaluator = {"type": "Accuracy", "topk": topk}
+    if right:
+        assert prepare(cfg, head(), train=True) == {}
+        return
+    with pytest.raises(ValueError, match=r"^val_evaluator.topk: must be at most .* 3, got"):
+        prepare(cfg, head(), train=True)
+
+
 @pytest.mark.parametrize(
     "loss", [{"type": "CrossEntropyLoss"}, {"type": "LabelSmoothLoss", "label_smooth_val": 0.1}]
 )
