@@ -20,7 +20,7 @@ from torch.utils.benchmark import Measurement
 
 from plugin_core import TripletAttention
 from plugin_core.inspection import devices
-from plugin_core.kernels import choice, triplet
+from plugin_core.kernels import choice, triplet_operators
 from plugin_core.kernels.triplet_torch import TorchPasses
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def missing_fast_paths(setting: Setting) -> list[Row]:
     found = []
     for dtype in setting.dtypes:
         x = torch.empty(shapes(setting)[-1], device=setting.device, dtype=dtype)
-        if type(triplet.backend(x)) is TorchPasses:
+        if type(triplet_operators.backend(x)) is TorchPasses:
             case = f"fast path in {timing.name_of(dtype)}"
             reason = f"there is none on {setting.device} with PLUGIN_KERNELS={choice()}"
             print(f"  {case}: {reason}")

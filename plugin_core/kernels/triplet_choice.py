@@ -31,7 +31,7 @@ from plugin_core.kernels import choice
 from plugin_core.kernels.triplet_torch import TorchPasses, wide_of
 
 if TYPE_CHECKING:
-    from plugin_core.kernels.triplet import Passes
+    from plugin_core.kernels.triplet_operators import Passes
 
 logger = logging.getLogger(__name__)
 

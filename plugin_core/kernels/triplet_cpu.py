@@ -24,7 +24,7 @@ class _Shape(ctypes.Structure):
 
 
 class CpuPasses:
-    """The passes of :mod:`plugin_core.kernels.triplet` on tensors (B, P, Q, R)."""
+    """The passes of :mod:`plugin_core.kernels.triplet_operators` on tensors (B, P, Q, R)."""
 
     def __init__(self, functions: ctypes.CDLL) -> None:
         self._functions = functions

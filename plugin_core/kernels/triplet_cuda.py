@@ -58,7 +58,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class CudaPasses(TorchPasses):
-    """The passes of :mod:`plugin_core.kernels.triplet` on tensors (B, P, Q, R).
+    """The passes of :mod:`plugin_core.kernels.triplet_operators` on tensors (B, P, Q, R).
 
     Args:
         processors: number of the GPU's multiprocessors.

@@ -11,7 +11,7 @@ AXES = (3, 2, 1)
 
 
 class TorchPasses:
-    """The passes of :mod:`plugin_core.kernels.triplet` on tensors (B, P, Q, R), of any strides.
+    """The passes of :mod:`plugin_core.kernels.triplet_operators` on tensors of any strides.
 
     Beside its result a pass has at most one tensor of x's size.
     """

@@ -27,7 +27,7 @@ from torch import Tensor, distributed, nn
 
 from plugin_core.block_plugins import register_block_plugin, rename_published
 from plugin_core.errors import ArgumentError
-from plugin_core.kernels import has_hooks, triplet
+from plugin_core.kernels import has_hooks, triplet, triplet_operators
 
 _NORMS = ("BN", "SyncBN", "FrozenBN")
 _INITS = ("kaiming_zero_spatial", "kaiming", "pytorch")
@@ -192,7 +192,7 @@ class _Gate(nn.Module):
         if not (in_few_passes and self._is_as_built(conv)):
             # Back from autocast's precision, while the map is small.
             return torch.sigmoid(self.conv(pooled)).to(pooled.dtype)
-        weight, is_exchanged = conv.weight, triplet.is_exchanged(pooled)
+        weight, is_exchanged = conv.weight, triplet_operators.is_exchanged(pooled)
         if is_exchanged:  # rows and columns exchanged in both are so in the result
             pooled, weight = pooled.mT, weight.mT
         normalized = bn(triplet.correlate(pooled, weight).to(weight.dtype))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from plugin_core import TripletAttention
-from plugin_core.kernels import triplet, triplet_choice, triplet_cuda
+from plugin_core.kernels import triplet, triplet_choice, triplet_cuda, triplet_operators
 from plugin_core.kernels.triplet_cuda import CudaPasses
 from plugin_core.kernels.triplet_torch import AXES
 
@@ -142,7 +142,7 @@ def check_module(
 def taken(passes: CudaPasses) -> Iterator[None]:
     """Let the operators use these passes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triplet, "backend", lambda x: passes)
+        patch.setattr(triplet_operators, "backend", lambda x: passes)
         yield
 
 
@@ -480,7 +480,7 @@ def test_golden_output_and_gradients_on_a_gpu(name, gpu):
 @pytest.mark.parametrize("kwargs", [{}, {"no_spatial": True, "warm_start": True}], ids=str)
 def test_module_equals_plain_formula_on_a_gpu(kwargs, dtype, tolerance, memory_format, gpu):
     x = torch.randn(2, 70, 45, 50).to("cuda", dtype).to(memory_format=memory_format)
-    assert isinstance(triplet.backend(x.detach()), CudaPasses)
+    assert isinstance(triplet_operators.backend(x.detach()), CudaPasses)
     check_module(gpu, x, tolerance, **kwargs)
 
 
@@ -543,7 +543,7 @@ def test_kernel_that_fails_is_an_error_where_it_is_asked_for(monkeypatch):
     x = torch.randn(1, 8, 40, 70, device="cuda")
     monkeypatch.setenv("PLUGIN_KERNELS", "auto")
     with pytest.warns(UserWarning, match="PyTorch's operators are used"):
-        assert not isinstance(triplet.backend(x), CudaPasses)
+        assert not isinstance(triplet_operators.backend(x), CudaPasses)
     monkeypatch.setenv("PLUGIN_KERNELS", "fast")
     with pytest.raises(RuntimeError, match="Failed to find C compiler"):
         module(x)
