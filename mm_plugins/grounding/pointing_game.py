@@ -83,7 +83,7 @@ class PointingGameMetric(BaseMetric):
                 of_image.append(
                     {
                         "hit": points_into(heatmaps.get(phrase), boxes[chosen]),
-                        "chance": _share(boxes[chosen], sample["ori_shape"][:2]),
+                        "chance": share_of_image(boxes[chosen], sample["ori_shape"][:2]),
                         "category": int(labels[chosen][0]),
                     }
                 )
@@ -98,8 +98,8 @@ class PointingGameMetric(BaseMetric):
     def _summarize(self, results: list[dict[str, Any]]) -> dict[str, float]:
         total = _mean(results)
         categories = {
-            self._name(category): _mean([r for r in results if r["category"] == category])
-            for category in sorted({result["category"] for result in results})
+            self._name(category): _mean([r for r in results if r.get("category") == category])
+            for category in sorted({r["category"] for r in results if "category" in r})
         }
         if self.out_file is not None:
             write_text(self.out_file, json.dumps({**total, "categories": categories}, indent=1))
@@ -134,7 +134,7 @@ def points_into(heatmap: Tensor | None, boxes: Tensor) -> bool:
     return bool(((x1 <= x + 0.5) & (x + 0.5 < x2) & (y1 <= y + 0.5) & (y + 0.5 < y2)).any())
 
 
-def _share(boxes: Tensor, size: Sequence[int]) -> float:
+def share_of_image(boxes: Tensor, size: Sequence[int]) -> float:
     """Which part of an image's pixels (H, W) is inside of a box."""
     height, width = size
     inside = np.zeros((height, width), bool)

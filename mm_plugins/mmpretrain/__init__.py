@@ -9,11 +9,18 @@
 """
 
 from mmpretrain.registry import MODELS
+from mmpretrain.utils.dependency import WITH_MULTIMODAL
 
 from mm_plugins import block_plugins
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
-from mm_plugins.mmpretrain import linear_heads  # noqa: F401  # for registration
+from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
+    linear_heads,
+    pointing_game,
+)
 
 # MMDetection's own, whose checkpoints are then detectors' backbones
 for _kind in (PluginResNet, PluginMobileNetV2, *block_plugins.LAYERS):
     MODELS.register_module(module=_kind)
+
+if WITH_MULTIMODAL:  # transformers is there
+    from mm_plugins.mmpretrain import amc_grounding  # noqa: F401
