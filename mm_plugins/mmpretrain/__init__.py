@@ -23,4 +23,4 @@ for _kind in (PluginResNet, PluginMobileNetV2, *block_plugins.LAYERS):
     MODELS.register_module(module=_kind)
 
 if WITH_MULTIMODAL:  # transformers is there
-    from mm_plugins.mmpretrain import amc_grounding  # noqa: F401
+    from mm_plugins.mmpretrain import amc_grounding, vqa  # noqa: F401

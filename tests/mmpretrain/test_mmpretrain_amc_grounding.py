@@ -13,8 +13,10 @@ from tiny_blip import PATCH, SIZE, grounding, make_bert, retrieval
 
 pytest.importorskip("mmpretrain")
 
+from mmdet.utils import register_all_modules
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
-from mmpretrain.registry import METRICS, MODELS
+from mmpretrain.registry import DATASETS, METRICS, MODELS
 from mmpretrain.structures import DataSample
 
 import mm_plugins  # noqa: F401
@@ -25,6 +27,7 @@ from plugin_core.methods.attention_mask_consistency import (
     region_mask,
 )
 
+ROOT = Path(__file__).parents[2]
 CELLS = SIZE // PATCH
 PHRASES = ("the red circle", "person on the left side", "dog")
 BOXES = [[2.0, 3.0, 20.0, 30.0], [10.0, 2.0, 30.0, 12.0], [1.0, 17.0, 15.0, 31.0]]
@@ -207,3 +210,25 @@ def test_a_text_model_without_tokens_for_boxes_is_refused(tmp_path: Path) -> Non
     tokens = make_text_model(tmp_path / "bert", [tmp_path / "words.txt"], hidden_size=16)
     with pytest.raises(ArgumentError, match=r"tokens for boxes, \[unused339\] to \[unused980\]"):
         build("AMCBlipGrounding", (tmp_path / "bert", tokens + 2))
+
+
+def test_the_flickr30k_config_reads_each_phrase_alone(drawn_coco: Path) -> None:
+    cfg = Config.fromfile(
+        ROOT / "configs/mmpretrain/amc/blip-base-amc-itm_pointing-game_flickr30k.py"
+    )
+    dataset = cfg.test_dataloader.dataset | {
+        "data_root": "",
+        "data_prefix": {"img": f"{drawn_coco}/val2017/"},
+        "ann_file": str(drawn_coco / "annotations/grounding_val2017_flickr30k.json"),
+    }
+    register_all_modules(init_default_scope=False)
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        phrases = DATASETS.build(dataset)
+        plain = DATASETS.build(dataset | {"type": "mmdet.Flickr30kDataset"})
+        sample = phrases[0]["data_samples"]
+    assert len(phrases) > len(plain) == 3
+    of_first = plain.get_data_info(0)["phrase_ids"].count(0)
+    assert sample.gt_bboxes.shape == (of_first, 4) and len(sample.gt_bboxes_labels) == of_first
+    assert sample.scale_factor == (6.0, 6.0) and " " in sample.text
+    box = np.array(phrases.get_data_info(0)["instances"][0]["bbox"])
+    np.testing.assert_allclose(sample.gt_bboxes[0], box * 6, rtol=1e-6)
