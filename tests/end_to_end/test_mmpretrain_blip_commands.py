@@ -1,4 +1,4 @@
-"""BLIP with AMC, tiny and on drawn scenes, trains and plays the pointing game by the commands."""
+"""BLIP with AMC, and VQA with functional entropy, tiny and on drawn scenes, by the commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_blip import SIZE, grounding, make_bert, retrieval, write_refcoco
+from tiny_vqa import settings, write_vqa_cp
 from tool_server import ROOT
 
 pytest.importorskip("mmpretrain", reason="MMPretrain is not installed")
@@ -69,3 +70,44 @@ def test_the_configs_train_and_play_the_pointing_game(
         "test_mmpretrain.py", path, work / "epoch_1.pth", "--work-dir", tmp_path / "test"
     )
     assert re.findall(r"pointing_game/accuracy: (\S+)", result.stdout) == accuracy
+
+
+VQA = "functional_entropy/updn_r101-functional-entropy_1xb512-15e_vqa-cp-v2"
+
+
+def test_the_vqa_config_trains_and_is_evaluated(run_tool, drawn_coco: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text(write_vqa_cp(drawn_coco, tmp_path / "data"))
+    run_tool("make_tiny_text_model.py", tmp_path / "bert", "--texts", tmp_path / "words.txt")
+    answers = tmp_path / "data/vqa-cp/vqacp_v2_train_annotations.json"
+    model = settings(tmp_path / "bert", answers)
+    loader = {
+        "batch_size": 4,
+        "num_workers": 0,
+        "persistent_workers": False,
+        "dataset": {"data_root": str(tmp_path / "data")},
+    }
+    lines = [
+        f"_base_ = {str(ROOT / 'configs/mmpretrain' / VQA) + '.py'!r}",
+        f"model = dict({', '.join(f'{k}={v!r}' for k, v in model.items())})",
+        f"train_dataloader = val_dataloader = test_dataloader = {loader!r}",
+        "train_cfg = dict(max_epochs=1)",
+        "default_hooks = dict(logger=dict(interval=1))",
+    ]
+    path = tmp_path / "tiny.py"
+    path.write_text("\n".join(lines) + "\n")
+    work = tmp_path / "work"
+    log = run_tool("train_mmpretrain.py", path, "--work-dir", work).stdout
+    found = re.findall(r"loss_functional_entropy: \S+\s+information_image: (\S+)", log)
+    assert len(found) >= 2 and "loss_bias_entropy" in log
+    accuracy = re.findall(r"VQA/acc: (\S+)", log)
+    assert len(accuracy) == 1
+
+    checkpoint = work / "epoch_1.pth"
+    result = run_tool("test_mmpretrain.py", path, checkpoint, "--work-dir", tmp_path / "test")
+    assert re.findall(r"VQA/acc: (\S+)", result.stdout) == accuracy
+
+    missing = ["--cfg-options", f"model.tokenizer.name_or_path={tmp_path / 'none'}"]
+    result = run_tool("train_mmpretrain.py", path, *missing, check=False)
+    error = result.stderr.splitlines()[-1]
+    assert result.returncode == 1
+    assert error.startswith("error: model.tokenizer.name_or_path: must be the folder of a text")

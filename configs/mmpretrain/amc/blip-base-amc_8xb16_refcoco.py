@@ -4,8 +4,8 @@ _base_ = "mmpretrain::blip/blip-base_8xb16_refcoco.py"
 custom_imports = dict(imports=["mm_plugins"])
 load_from = "https://download.openmmlab.com/mmclassification/v1/blip/blip-base_8xb16_refcoco_20230508-d2d10f4c.pth"
 model = dict(type="AMCBlipGrounding", attention_mask_consistency=dict())
-# The base's own training pipeline fails: its translation needs images below 384 pixels.
-# No flips and no hues: expressions say "left" and "red".
+# In place of the base's, whose translation fails for images of 384 pixels. No flips and no hues:
+# expressions say "left" and "red".
 jitter = dict(type="ColorJitter", brightness=0.4, contrast=0.4, saturation=0.4)
 train_pipeline = [
     dict(type="LoadImageFromFile"),

@@ -56,7 +56,7 @@ train_dataloader = dict(batch_size=512, dataset=dict(dataset, **train))
 val_dataloader = dict(batch_size=512, dataset=dict(dataset, **test))
 test_dataloader = val_dataloader
 # An answer of one annotator scores 0.3, as in VQA's own evaluation.
-val_evaluator = dict(type="VQAAcc", full_score_weight=1 / 3)
+val_evaluator = dict(_delete_=True, type="VQAAcc", full_score_weight=1 / 3)
 test_evaluator = val_evaluator
 optim_wrapper = dict(
     optimizer=dict(type="Adamax", lr=2e-3),
