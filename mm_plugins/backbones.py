@@ -6,7 +6,7 @@ These are the blocks of ResNet-18, ResNet-34 and MobileNetV2, and the last block
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from mmdet.models.backbones import MobileNetV2
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
@@ -65,11 +65,15 @@ class PluginResNet(ResNet):
     An entry of ``plugins`` may have ``blocks``, "all" or "last" of a stage. The class of the plugin
     may have a default of its own; otherwise it is "all", as in ``ResNet``.
 
+    A ResNet-10 has one block of ResNet-18's in each stage, as long-tailed recognition uses it.
+
     Args:
         contract_dilation: halve the dilation of a stage's first block, as torchvision does. The DC5
             models of DETR's authors need it.
         *arguments, **keywords: of ``ResNet``.
     """
+
+    arch_settings: ClassVar[dict] = {10: (BasicBlock, (1, 1, 1, 1)), **ResNet.arch_settings}
 
     def __init__(self, *arguments: Any, contract_dilation: bool = False, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)

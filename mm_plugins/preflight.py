@@ -153,7 +153,7 @@ def _check_plugins(backbone: ConfigDict, kind: Any, setting: str) -> None:
     positions: tuple[str, ...] = _RESNET_POSITIONS if is_resnet else _MOBILENET_POSITIONS
     num_stages = backbone.get("num_stages", 4) if is_resnet else len(kind.arch_settings)
     plugins = backbone.get("plugins") or ()
-    is_small = is_resnet and depth in (18, 34)
+    is_small = is_resnet and depth in (10, 18, 34)
     if is_small:
         positions = positions[1:2]
     if plugins and (kind is MobileNetV2 or (kind is ResNet and is_small)):

@@ -121,8 +121,9 @@ def check_weights(
     starting = tuple(
         f"{name}."
         for name, module in model.named_modules()
-        if isinstance(module, BlockPlugin) and module.alpha is not None
-    )  # they are the identity without weights
+        if (isinstance(module, BlockPlugin) and module.alpha is not None)
+        or getattr(module, "training_only", False)
+    )  # they are the identity without weights, or absent from evaluation
     missing = [n for n in missing if not n.endswith("num_batches_tracked")]
     missing = [n for n in missing if not n.startswith(starting)]
     if whole and missing:

@@ -14,7 +14,10 @@ from mmpretrain.utils.dependency import WITH_MULTIMODAL
 from mm_plugins import block_plugins
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
+    batchformer_heads,
+    cifar,
     linear_heads,
+    long_tail,
     pointing_game,
 )
 

@@ -130,6 +130,13 @@ class BatchFormer(nn.Module):
             x = layer(x, is_key, peers)
         return x
 
+    def reset_parameters(self) -> None:
+        """Draw all weights anew, as the constructor does."""
+        for module in reversed(list(self.modules())):  # an attention after its output projection
+            for name in ("reset_parameters", "_reset_parameters"):
+                if module is not self and hasattr(module, name):
+                    getattr(module, name)()
+
     def _warn(self) -> None:
         if not self._has_warned:
             self._has_warned = True

@@ -1,0 +1,119 @@
+"""BatchFormer in MMPretrain's linear head, for long-tailed recognition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("mmpretrain", reason="MMPretrain is not installed")
+
+from mmpretrain.registry import MODELS
+from mmpretrain.structures import DataSample
+
+import mm_plugins  # noqa: F401
+from plugin_core.errors import ArgumentError
+
+CHANNELS, CLASSES = 8, 5
+NO_DROPOUT = {"batchformer": {"dropout": 0.0}}
+
+
+def head(kind: str = "BatchFormerClsHead", **changed: Any) -> Any:
+    torch.manual_seed(0)
+    return MODELS.build({"type": kind, "num_classes": CLASSES, "in_channels": CHANNELS, **changed})
+
+
+def batch() -> tuple[Tensor, list[DataSample], Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.tensor([0, 3, 1, 1, 4, 2])
+    features = torch.randn(len(labels), CHANNELS, generator=generator, requires_grad=True)
+    return features, [DataSample().set_gt_label(k) for k in labels.tolist()], labels
+
+
+def original_loss(model: Any, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
+    """What the authors' trainer does: the encoder's logits before the plain ones, labels twice."""
+    layer = nn.TransformerEncoderLayer(CHANNELS, 4, CHANNELS, 0.0)
+    layer.load_state_dict(
+        {n.removeprefix("layers.0."): p for n, p in model.batchformer.state_dict().items()}
+    )
+    for own, theirs in zip(layer.parameters(), model.batchformer.parameters(), strict=True):
+        own.data = theirs.data
+    related = layer(features.unsqueeze(1)).squeeze(1)
+    logits = torch.cat([model.fc(related), model.fc(features)]) + prior
+    return nn.functional.cross_entropy(logits, torch.cat([labels, labels]))
+
+
+@pytest.mark.parametrize("counts", [None, [500, 200, 60, 12, 3]], ids=["plain", "balanced"])
+def test_loss_and_gradients_are_the_authors(counts: list[int] | None) -> None:
+    loss = {"type": "BalancedSoftmaxLoss", "counts": counts} if counts else {}
+    model = head(**NO_DROPOUT, **({"loss": loss} if loss else {})).train()
+    features, samples, labels = batch()
+    prior = torch.tensor(counts).float().log() if counts else torch.zeros(CLASSES)
+    found = model.loss((features,), samples)["loss"]
+    expected = original_loss(model, features, labels, prior)
+    wanted = [features, model.fc.weight, model.fc.bias]
+    torch.testing.assert_close(found, expected)
+    for own, theirs in zip(
+        torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True
+    ):
+        torch.testing.assert_close(own, theirs)
+
+
+def test_without_training_it_is_the_plain_head_and_weights_load_both_ways() -> None:
+    model, plain = head().eval(), head("LinearClsHead").eval()
+    keys = plain.load_state_dict(model.state_dict(), strict=False)
+    assert not keys.missing_keys
+    assert {name.split(".")[0] for name in keys.unexpected_keys} == {"batchformer"}
+    keys = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not keys.unexpected_keys
+    features, samples, _ = batch()
+    assert torch.equal(model((features,)), plain((features,)))
+    assert torch.equal(
+        model.loss((features,), samples)["loss"], plain.loss((features,), samples)["loss"]
+    )
+
+
+def test_soft_labels_of_mixup_are_doubled_too() -> None:
+    loss = {"type": "CrossEntropyLoss", "use_soft": True}
+    model = head(loss=loss, **NO_DROPOUT).train()
+    features, samples, labels = batch()
+    hard = head(**NO_DROPOUT).train().loss((features,), samples)["loss"]
+    for sample, one_hot in zip(samples, nn.functional.one_hot(labels, CLASSES), strict=True):
+        sample.set_gt_score(one_hot.float())
+    torch.testing.assert_close(model.loss((features,), samples)["loss"], hard)
+
+
+def test_the_batchformer_keeps_pytorchs_initial_weights() -> None:
+    model = head()
+    before = model.batchformer.layers[0].linear1.weight.std().item()
+    model.init_weights()
+    layer = model.batchformer.layers[0]
+    assert model.fc.weight.std() < 0.02  # MMPretrain's own
+    assert layer.linear1.weight.std().item() == pytest.approx(before, rel=0.5)
+    assert not layer.self_attn.out_proj.bias.any()
+    assert not layer.self_attn.in_proj_bias.any()
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"batchformer": {"num_heads": 3}}, "batchformer.num_heads must divide"),
+        ({"batchformer": {"heads": 2}}, "batchformer"),
+        ({"loss": {"type": "AsymmetricLoss"}}, "loss must be one of a single label"),
+        (
+            {"loss": {"type": "LabelSmoothLoss", "label_smooth_val": 0.1, "mode": "multi_label"}},
+            "loss must be one of a single label",
+        ),
+        (
+            {"loss": {"type": "BalancedSoftmaxLoss", "counts": [3, 2]}},
+            "loss.counts must be the training images of each of the 5 classes, got 2 numbers",
+        ),
+        ({"loss": {"type": "BalancedSoftmaxLoss", "counts": [3, 2, 1, 1, 0]}}, "got 0 for 4"),
+        ({"loss": {"type": "BalancedSoftmaxLoss", "use_sigmoid": True}}, "use_sigmoid"),
+    ],
+)
+def test_a_wrong_argument_is_named(changed: dict[str, Any], told: str) -> None:
+    with pytest.raises(ArgumentError, match=told):
+        head(**changed)
