@@ -33,6 +33,10 @@ flat ellipse that tells no class. Its annotation keeps the class. With --context
 tells it, which is always clear. A person drawn so has no keypoints. With --class-colors pebbles are
 purple.
 
+``--classification``: each image has one object, and the images are also in
+OUT/classification/{train,val}/CLASS, as classifiers are trained from. With --imbalance these have a
+long tail in train.
+
 ``--class-colors``: each class has a colour of its own, a person the shirt's. A detector learns such
 scenes in fewer steps. Otherwise any object may have any colour.
 
@@ -114,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--class-colors", action="store_true", help="each class has a colour of its own"
+    )
+    parser.add_argument(
+        "--classification",
+        action="store_true",
+        help="one object in each image, and folders of classes beside COCO's layout",
     )
     parser.add_argument(
         "--force", action="store_true", help="replace a dataset that this tool wrote"

@@ -395,6 +395,24 @@ def test_imbalance_falls_geometrically_in_train_and_val_is_balanced() -> None:
     assert np.array(val) / np.mean(val) == pytest.approx(np.ones(7), abs=0.1)
 
 
+def test_classification_has_an_object_in_each_image_and_folders_of_classes(tmp_path: Path) -> None:
+    root = make(tmp_path / "a", train=12, val=4, classes=3, classification=True, imbalance=50)
+    for split, count in (("train", 12), ("val", 4)):
+        content = annotations_of(root, f"instances_{split}")
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        assert len(content["images"]) == len(content["annotations"]) == count
+        expected = {
+            f"{names[a['category_id']]}/{a['image_id']:012d}.jpg" for a in content["annotations"]
+        }
+        folder = root / "classification" / split
+        assert {path.name for path in folder.iterdir()} == {"person", "disk", "square"}
+        found = {path.relative_to(folder).as_posix(): path for path in folder.glob("*/*")}
+        assert set(found) == expected
+        for path in found.values():
+            assert path.read_bytes() == (root / f"{split}2017" / path.name).read_bytes()
+    make(root, classification=True, force=True)  # all of it is the tool's own
+
+
 def test_classes_limits_the_categories(tmp_path: Path) -> None:
     content = annotations_of(make(tmp_path / "coco", train=12, classes=3), "instances_train")
     assert [c["name"] for c in content["categories"]] == ["person", "disk", "square"]
@@ -600,6 +618,7 @@ def test_a_terminated_run_cleans_up(tmp_path: Path) -> None:
         (("--context-bias", "nan"), "--context-bias: nan; give a probability"),
         (("--imbalance", 0.5), "--imbalance: 0.5; give a ratio of at least 1"),
         (("--imbalance", 4, "--context-bias", 0.9), "give only one of them"),
+        (("--classification", "--context-bias", 0.9), "give only one of them"),
         (("--ambiguous", 1.5), "--ambiguous: 1.5; give a share from 0 to 1"),
         (("--ambiguous", "nan"), "--ambiguous: nan; give a share from 0 to 1"),
     ],

@@ -7,6 +7,7 @@ the output's name. A directory is replaced only if this tool wrote everything in
 import json
 import os
 import re
+import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ _OWN_FILES = re.compile(
     r"|annotations/(instances|person_keypoints|panoptic|captions)_(train|val)2017\.json"
     r"|annotations/grounding_(train|val)2017_(odvg\.jsonl|flickr30k\.json|refcoco\.json)"
     r"|annotations/(synthetic_coco|context_bias)\.json"
+    rf"|classification/(train|val)/({'|'.join(thing.name for thing in THINGS)})/\d{{12}}\.jpg"
 )
 
 
@@ -61,6 +63,7 @@ def make_dataset(
     imbalance: float = 1.0,
     class_colors: bool = False,
     ambiguous: float = 0.0,
+    classification: bool = False,
     force: bool = False,
     progress: bool = True,
 ) -> Summary:
@@ -80,6 +83,8 @@ def make_dataset(
         class_colors: give each class a colour of its own. Otherwise any object may have any colour.
         ambiguous: P in 0…1: in a share P of the images one object is drawn as a pebble, which tells
             no class. Its annotation keeps the class.
+        classification: one object in each image, and the images also as folders of classes. With
+            ``imbalance`` these have a long tail in train.
         force: replace a dataset that this tool wrote, once the new one is complete.
         progress: show a progress bar on stderr.
 
@@ -89,7 +94,7 @@ def make_dataset(
     Raises:
         ArgumentError: an argument is out of range, or ``out`` may not be written.
     """
-    settings = Settings(classes, context_bias, imbalance, class_colors, ambiguous)
+    settings = Settings(classes, context_bias, imbalance, class_colors, ambiguous, classification)
     _check_arguments(train, val, size, seed, settings)
     target = Path(os.path.abspath(out))
     _check_target(target, force)
@@ -101,8 +106,9 @@ def make_dataset(
                 for split in SPLITS
             )
         options = {"size": size, "seed": seed, **counts, **asdict(settings)}
-        if not ambiguous:
-            del options["ambiguous"]  # so that the file stays what it was without the option
+        for name in ("ambiguous", "classification"):
+            if not options[name]:
+                del options[name]  # so that the file stays what it was without the option
         _write_json(root / MARKER, {"description": annotations.DESCRIPTION, "options": options})
         if context_bias is not None:
             _write_json(root / "annotations/context_bias.json", _bias(classes, context_bias))
@@ -132,6 +138,11 @@ def _check_arguments(train: int, val: int, size: int, seed: int, settings: Setti
         raise ArgumentError(
             f"--imbalance: {ratio} together with --context-bias {bias}; give only one of them, "
             "since companions that are always seen together cannot differ in frequency"
+        )
+    if bias is not None and settings.classification:
+        raise ArgumentError(
+            f"--classification: together with --context-bias {bias}; give only one of them, since "
+            "an image of one object holds no companion"
         )
     if not 0 <= settings.ambiguous <= 1:
         raise ArgumentError(f"--ambiguous: {settings.ambiguous}; give a share from 0 to 1")
@@ -177,6 +188,13 @@ def _write_split(
     """Write the images and annotation files of a split; returns the number of objects."""
     images, panoptic_pngs = root / f"{split}2017", root / f"annotations/panoptic_{split}2017"
     images.mkdir()
+    folders = {
+        thing.id: root / "classification" / split / thing.name
+        for thing in THINGS[: settings.classes]
+        if settings.classification
+    }
+    for folder in folders.values():  # of a class without an image, too: folders number the classes
+        folder.mkdir(parents=True)
     panoptic_pngs.mkdir(parents=True)
     records: defaultdict[str, annotations.Records] = defaultdict(list)
     for index in range(count):
@@ -201,6 +219,8 @@ def _write_split(
         records["captions"] += annotations.caption_records(captions(scene), image_id)
         for name, found in annotations.grounding_records(scene, image, instances).items():
             records[name] += found
+        for thing in scene.things if settings.classification else ():
+            shutil.copy(images / image["file_name"], folders[thing.category_id])
         bar.update()
     _write_annotations(root / "annotations", split, records, settings.classes)
     _write_grounding(root / "annotations", split, records, settings.classes)

@@ -50,6 +50,7 @@ class Settings:
         class_colors: give all objects of a class one colour.
         ambiguous: probability (0…1) that one object of an image is drawn as a pebble, whatever its
             class.
+        classification: one object in each image.
     """
 
     classes: int = len(THINGS)
@@ -57,6 +58,7 @@ class Settings:
     imbalance: float = 1.0
     class_colors: bool = False
     ambiguous: float = 0.0
+    classification: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def sample_categories(rng: np.random.Generator, split: str, settings: Settings) 
         return _biased_categories(rng, settings.classes, probability)
     ratio = settings.imbalance if split == "train" else 1.0
     frequencies = class_frequencies(settings.classes, ratio)
-    count = int(rng.integers(1, MAX_OBJECTS + 1))
+    count = 1 if settings.classification else int(rng.integers(1, MAX_OBJECTS + 1))
     return [int(index) + 1 for index in rng.choice(settings.classes, count, p=frequencies)]
 
 
