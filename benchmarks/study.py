@@ -100,6 +100,7 @@ def write(
     runs: Runs,
     headers: Collection[str],
     commands: Sequence[Command],
+    kind: str = "detector",
     **values: object,
 ) -> None:
     """Write the table over the seeds, every run's numbers, and how to repeat them.
@@ -111,6 +112,7 @@ def write(
         runs: numbers of every detector and seed.
         headers: of the numbers.
         commands: that repeat it.
+        kind: what the models are.
     """
     lines = []
     for name, by_seed in runs.items():
@@ -130,8 +132,8 @@ def write(
         command=shlex.join([f"benchmarks/{path.name}.py", *sys.argv[1:]]),
         machine=machine,
         seeds=len(next(iter(runs.values()))),
-        table=tabulate(lines, ["detector", *headers], "github", disable_numparse=True),
-        single=tabulate(seeds, ["detector", "seed", *headers], "github", disable_numparse=True),
+        table=tabulate(lines, [kind, *headers], "github", disable_numparse=True),
+        single=tabulate(seeds, [kind, "seed", *headers], "github", disable_numparse=True),
         commands="\n".join(map(shlex.join, commands)),
         **values,
     )
