@@ -19,6 +19,7 @@ from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
     linear_heads,
     long_tail,
     pointing_game,
+    vision_transformers,
 )
 
 # MMDetection's own, whose checkpoints are then detectors' backbones
