@@ -16,6 +16,7 @@ from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
     batchformer_heads,
     cifar,
+    contrastive,
     linear_heads,
     long_tail,
     pointing_game,

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mm_plugins.batchformer import BatchFormers
 from mm_plugins.settings import build_from
+from plugin_core import BatchFormer
 from plugin_core.errors import ArgumentError
 from plugin_core.stand_ins import view
 
@@ -34,6 +35,7 @@ class TrainingBatchFormers(BatchFormers):
     def init_weights(self) -> None:
         """Draw the weights anew; mmengine calls it after what the model's ``init_cfg`` says."""
         for module in self.values():
+            assert isinstance(module, BatchFormer)
             module.reset_parameters()
 
     @property
@@ -153,7 +155,7 @@ _TIMM_NAMES = {
     r"(blocks\.\d+\.)mlp\.fc1\.": r"\1ffn.layers.0.0.",
     r"(blocks\.\d+\.)mlp\.fc2\.": r"\1ffn.layers.1.",
 }
-_IN_BLOCK = re.compile(r"blocks\.(\d+)\.(encoder_layers\.)?(.+)")
+_INSERTED = re.compile(r"blocks\.(\d+)\.encoder_layers\.")
 
 
 def _read_timm_names(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -165,18 +167,22 @@ def _read_timm_names(module: Any, state_dict: dict[str, Any], prefix: str, *_: A
     if f"{prefix}patch_embed.proj.weight" not in state_dict:
         return
     names = {key: key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-    inside = {key: match for key, name in names.items() if (match := _IN_BLOCK.fullmatch(name))}
-    places = {int(match[1]) for match in inside.values() if match[2]}
-    shared = module.batchformers is not None and module.batchformers.share
+    inserted = [match[1] for name in names.values() if (match := _INSERTED.match(name))]
+    places = sorted({int(place) for place in inserted})
+    shares = module.batchformers is not None and module.batchformers.share
     for key, name in names.items():
         tensor = state_dict.pop(key)
         for theirs, ours in _TIMM_NAMES.items():
             name = re.sub(f"^{theirs}", ours, name)
-        if key in inside:
-            place, inserted, own = _IN_BLOCK.fullmatch(name).groups()
-            layer = int(place) - sum(other < int(place) for other in places)
-            if inserted and shared and int(place) > min(places):
+        if name.startswith("blocks."):
+            number, own = name.removeprefix("blocks.").split(".", 1)
+            place = int(number)
+            layer = place - sum(other < place for other in places)
+            if place not in places:
+                name = f"backbone.layers.{layer}.{own}"
+            elif not shares or place == places[0]:
+                own = own.removeprefix("encoder_layers.")
+                name = f"backbone.batchformer.{layer - 1}.{own}"
+            else:
                 continue
-            name = f"batchformer.{layer - 1}.{own}" if inserted else f"layers.{layer}.{own}"
-            name = f"backbone.{name}"
         state_dict[f"{prefix}{name}"] = tensor
