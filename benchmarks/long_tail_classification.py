@@ -9,7 +9,7 @@ MMPretrain's linear head and with BatchFormer's. Accuracy of the classes with ma
 train images is measured. Mean and spread over the seeds go to
 benchmarks/results/long_tail_classification.md and .json.
 
-Started again, this goes on where it was stopped. 6 runs take about 20 minutes of a CPU core.
+Started again, this goes on where it was stopped. 6 runs take about 15 minutes of a CPU core.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TEMPLATE = """# A classifier's long tail, with and without BatchFormer
 `{command}` wrote this, but for the last section. {machine}.
 
 Drawn images of one object: their numbers fall geometrically over the classes in train, and are
-equal in val. A ResNet-10 of half the width is trained with MMPretrain on images of 64 px in batches
+equal in val. A ResNet-10 of half the width is trained with MMPretrain on images of 48 px in batches
 of {batch}, from random weights, {epochs} epochs, with its linear head or with `BatchFormerClsHead`
 on the same schedule. BatchFormer is as in the paper (4 heads, dropout 0.5, a tenth of the learning
 rate; the loss is the mean over both streams). In evaluation there is none. Top-1 accuracy in %

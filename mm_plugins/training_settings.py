@@ -120,6 +120,7 @@ def _check_all(cfg: Config, train: bool) -> Iterator[str]:
                 evaluator, metrics = evaluator["metrics"], f"{metrics}.metrics"
             for setting, node in _items(evaluator, metrics):
                 yield from _check_metric(node, setting)
+                yield from _check_counts(node, setting, cfg.get("custom_hooks") or ())
     if train:
         yield from _check_optimization(cfg)
     default_hooks = cfg.get("default_hooks") or {}
@@ -298,6 +299,20 @@ def _check_metric(node: Any, setting: str) -> Iterator[str]:
         yield from _tried(setting, partial(kind, **rest))
     if kind is PanopticQualityMetric:
         yield from _tried(f"{setting}.type", check_installed)
+    if not found and getattr(kind, "__module__", "").startswith("mm_plugins.mmpretrain."):
+        yield from _tried(setting, lambda: METRICS.build(copy.deepcopy(node)))
+
+
+def _check_counts(node: Any, setting: str, hooks: Any) -> Iterator[str]:
+    """Check that a metric which needs the training images of each class is told them."""
+    kind = _kind(node, METRICS) if isinstance(node, dict) else None
+    hook = getattr(kind, "counted_by", None)
+    given = [getattr(_kind(other, HOOKS), "__name__", None) for _, other in _items(hooks, "")]
+    if hook and node.get("counts") is None and hook not in given:
+        yield (
+            f"{setting}.counts: must be the training images of each class, got None; add "
+            f"dict(type={hook!r}) to custom_hooks, which counts them"
+        )
 
 
 def _check_hook(node: Any, setting: str) -> Iterator[str]:

@@ -111,6 +111,7 @@ class LongTailMetric(BaseMetric):
     """
 
     default_prefix = "long-tail"
+    counted_by = "ClassCountsHook"
 
     def __init__(
         self,

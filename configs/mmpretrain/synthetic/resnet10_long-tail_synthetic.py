@@ -13,14 +13,14 @@ data_preprocessor = dict(num_classes=7)
 data_root = "data/synthetic/classification"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(64, 64)),
-    dict(type="RandomCrop", crop_size=64, padding=4),
+    dict(type="Resize", scale=(48, 48)),
+    dict(type="RandomCrop", crop_size=48, padding=4),
     dict(type="RandomFlip", prob=0.5, direction="horizontal"),
     dict(type="PackInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(64, 64)),
+    dict(type="Resize", scale=(48, 48)),
     dict(type="PackInputs"),
 ]
 dataset = dict(type="CustomDataset", data_root=data_root, _delete_=True)
