@@ -22,6 +22,7 @@ from plugin_core.methods.functional_entropy import (
 )
 from plugin_core.methods.ida import IDABlock, IDAClassifier
 from plugin_core.methods.triplet_attention import TripletAttention
+from plugin_core.timm_layers import timm_layer
 
 __all__ = [
     "ArgumentError",
@@ -41,4 +42,5 @@ __all__ = [
     "register_block_plugin",
     "registered_block_plugins",
     "set_kernels",
+    "timm_layer",
 ]

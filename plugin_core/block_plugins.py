@@ -306,19 +306,20 @@ def rename_published(
             state_dict[prefix + ours + key.removeprefix(prefix + published)] = state_dict.pop(key)
 
 
-def make_module(
-    name: str, channels: int, arguments: Mapping[str, Any], warm_start: bool = False
-) -> nn.Module:
-    """Build the bare module of a block plugin.
+def check_arguments_of(
+    name: str, arguments: Mapping[str, Any]
+) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """Check that a block plugin takes arguments of these names.
 
     Args:
         name: of the block plugin.
-        channels: C of the block's output.
         arguments: the module's own.
-        warm_start: whether it is to start as the identity.
+
+    Returns:
+        The class, or timm's function, and the arguments as it spells them.
 
     Raises:
-        ArgumentError: names the argument that is unknown or wrong; "name" where that is unclear.
+        ArgumentError: of "name", or names the argument that is unknown.
     """
     kind = find_block_plugin(name)
     parameters = list(inspect.signature(kind).parameters.values())
@@ -336,6 +337,24 @@ def make_module(
         # timm's modules drop arguments that they do not know.
         if key not in named and (not takes_any or name.startswith("timm:")):
             raise unknown_argument(key, [*named, "warm_start"])
+    return kind, arguments
+
+
+def make_module(
+    name: str, channels: int, arguments: Mapping[str, Any], warm_start: bool = False
+) -> nn.Module:
+    """Build the bare module of a block plugin.
+
+    Args:
+        name: of the block plugin.
+        channels: C of the block's output.
+        arguments: the module's own.
+        warm_start: whether it is to start as the identity.
+
+    Raises:
+        ArgumentError: names the argument that is unknown or wrong; "name" where that is unclear.
+    """
+    kind, arguments = check_arguments_of(name, arguments)
     if warm_start:
         arguments = {**getattr(kind, "warm_start_arguments", {}), **arguments}
     try:

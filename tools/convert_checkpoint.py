@@ -5,7 +5,7 @@
     tools/convert_checkpoint.py SOURCE OUT.pth --to mm --config your_config.py
 
 SOURCE is a ResNet-18, 34, 50, 101 or 152 or a MobileNetV2, with triplet attention or without it:
-the authors' classifiers, torchvision's and timm's, MoCo's, those of IDA's public reproduction,
+the authors' classifiers, torchvision's, timm's ResNets, MoCo's, those of IDA's public reproduction,
 Detectron2's .pkl, a checkpoint of a detector of either framework. Use OUT as
 
     MODEL.WEIGHTS OUT.pth                                                       in Detectron2
@@ -152,6 +152,11 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"{args.source}: {error}") from error
     print(f"{args.source}: {backbone}")
+    if "state_dict_ema" in checkpoint:
+        print(
+            "SOURCE also holds state_dict_ema, the moving averages of timm's training; the weights "
+            "themselves are taken. timm's clean_checkpoint.py makes a file of the averages"
+        )
     target = build_target(args, backbone, source)
     try:
         conversion = convert(source, target.state_dict)

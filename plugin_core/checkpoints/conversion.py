@@ -15,8 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from plugin_core.block_plugins import is_known_child, our_name, registered_block_plugins
+from plugin_core.block_plugins import (
+    is_known_child,
+    make_module,
+    our_name,
+    registered_block_plugins,
+)
 from plugin_core.checkpoints.resnet_names import RESNET_DEPTHS, resnet_depth
+from plugin_core.errors import few
 
 _NAME = re.compile(r"(conv[12]|bn1|fc|layer\d\.\d+)\.")
 _BLOCK = re.compile(r"layer\d\.\d+\.")
@@ -34,6 +40,7 @@ _CAFFE2_PARTS = {
     **{"bn": "norm", "gn": "norm", "fc1000": "linear"},
     **{"w": "weight", "b": "bias", "s": "weight", "rm": "running_mean", "riv": "running_var"},
 }
+TIMM_CHILD = "se"  # whatever attention a block of timm's ResNets has
 # The encoders that MoCo v2 and v3 train and evaluate. The others are moving averages of them.
 MOCO_ENCODERS = ("encoder_q", "base_encoder")
 # Children of a torchvision ResNet in an nn.Sequential, as IDA's public reproduction has them
@@ -224,6 +231,8 @@ def _ours(common: str) -> str:
 def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
     """Find the block plugins of the backbone in a state dict, as entries for a config.
 
+    timm's ResNets call any of them ``se``; there it is the registered one that has such tensors.
+
     Raises:
         ValueError: if there is no backbone, or a block has a child that is no known plugin.
     """
@@ -231,13 +240,26 @@ def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
     backbone = find_backbone(state_dict)
     all_blocks = {match[0][:-1] for match in map(_BLOCK.match, backbone.names) if match}
     for child, blocks in backbone.plugins().items():
-        kind = registered_block_plugins().get(child)
+        block, names = next(iter(blocks.items()))
+        tensors = {parameter: state_dict[name] for parameter, name in names.items()}
         name = f"timm:{child[5:]}" if child.startswith("timm_") else child
-        if kind is None and name == child:
+        if child == TIMM_CHILD:
+            norms = (backbone.names.get(f"{block}.{norm}.weight") for norm in ("bn3", "bn2"))
+            norm = next(filter(None, norms), None)
+            known = [] if norm is None else _with_tensors(tensors, len(state_dict[norm]))
+            if len(known) != 1:
+                raise ValueError(
+                    f"its blocks have {child!r}, as timm calls any attention, and no registered "
+                    f"block plugin alone has the tensors {few(tensors)}; say by --config which "
+                    "module that is"
+                )
+            name = known[0]
+        elif not is_known_child(child):
             raise ValueError(
                 f"its blocks have {child!r}, which is no block plugin's name; say by --config "
                 "which module that is"
             )
+        kind = registered_block_plugins().get(name)
         stages = tuple(sorted({int(block[len("layer")]) for block in blocks}))
         of_stages = {b for b in all_blocks if int(b[len("layer")]) in stages}
         in_order = sorted(of_stages, key=lambda block: int(block.partition(".")[2]))
@@ -250,11 +272,30 @@ def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
                 f"neither every block of its stages nor the last of each has the same {child}; say "
                 "by --config what the model has"
             )
-        names = next(iter(blocks.values()))
-        tensors = {parameter: state_dict[name_] for parameter, name_ in names.items()}
         reads = getattr(kind, "arguments_in", None)
         arguments = {} if reads is None else reads(tensors)
         found.append(FoundPlugin(name, stages, "alpha" in names, arguments, place))
+    return found
+
+
+def _with_tensors(tensors: Mapping[str, Tensor], channels: int) -> list[str]:
+    """List the registered block plugins that have exactly tensors of these names and shapes."""
+
+    def shapes(of: Mapping[str, Tensor]) -> dict[str, Any]:
+        names = (n for n in of if n != "alpha" and not n.endswith("num_batches_tracked"))
+        return {name: of[name].shape for name in names}
+
+    found = []
+    for name, kind in registered_block_plugins().items():
+        reads = getattr(kind, "arguments_in", None)
+        try:
+            arguments = {} if reads is None else reads(tensors)
+            with torch.device("meta"):
+                module = make_module(name, channels, arguments)
+        except (KeyError, IndexError, TypeError, ValueError):  # tensors of another module
+            continue
+        if shapes(tensors) and shapes(module.state_dict()) == shapes(tensors):
+            found.append(name)
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FRAMEWORKS = ("detectron2", "mmdet", "mmengine", "mmcv")
-OTHERS = (*FRAMEWORKS, "torchvision", "d2_plugins", "mm_plugins")
+OTHERS = (*FRAMEWORKS, "torchvision", "timm", "d2_plugins", "mm_plugins")
 # Drawing is for tools: no training imports it.
 PICTURES = ("plugin_core.inspection.sheets", "pytorch_grad_cam")
 
