@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from plugin_core.checkpoints.conversion import (
+    TIMM_CHILD,
     Backbone,
     FoundPlugin,
     branch_of,
@@ -249,7 +250,12 @@ def build_target(
         if args.config is None:
             stages = tuple(range(1, 5 if backbone.depth else 8))
             everywhere = FoundPlugin("triplet_attention", stages, False, {})
-            target = framework.backbone_target(backbone.depth, plugins_in(source) or [everywhere])
+            found = plugins_in(source)
+            if TIMM_CHILD in backbone.plugins():
+                print(
+                    f"{TIMM_CHILD}, as timm calls any attention, is {found[0].name} by its tensors"
+                )
+            target = framework.backbone_target(backbone.depth, found or [everywhere])
         else:
             target = framework.config_target(args.config)
         find_backbone(target.state_dict)

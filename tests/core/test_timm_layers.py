@@ -17,6 +17,7 @@ timm = pytest.importorskip("timm", reason="timm is not installed")
 
 SMALL = {"layers": (1, 1, 1, 1), "channels": (16, 16, 32, 32), "stem_width": 8, "num_classes": 3}
 OWN = f"{__name__}:Doubling"
+IDA = {"num_queries": 5, "num_heads": 4}
 NAMES = [*registered_block_plugins(), "timm:se", "timm:cbam", OWN]
 
 
@@ -104,7 +105,7 @@ def test_plain_pretrained_weights_are_asked_for_as_not_strict(tmp_path):
 
 def test_layer_goes_where_the_family_of_models_has_attention():
     layer = timm_layer("triplet_attention")
-    in_blocks = {"block_args": {"attn_layer": layer}}
+    in_blocks = {"block_args": {"attn_layer": layer}, "layers": (1, 1, 1, 1)}
     for model, settings, place in (
         ("resnext50_32x4d", in_blocks, "layer1.0.se"),
         ("seresnet18", in_blocks, "layer1.0.se"),
@@ -243,20 +244,17 @@ def test_number_of_heads_is_right_or_wrong_for_a_models_channels():
 # -------------------------------------------------------------------------------- names in a file
 
 
-@pytest.mark.parametrize("warm_start", [False, True])
-@pytest.mark.parametrize("model", ["resnet18", "resnet50"])
 @pytest.mark.parametrize(
-    ("name", "arguments"),
+    ("model", "name", "warm_start", "arguments"),
     [
-        ("triplet_attention", {"kernel_size": 3, "no_spatial": True}),
-        (
-            "ida",
-            {"num_queries": 5, "num_heads": 4, "heavy": True, "projection": "grouped"},
-        ),
+        ("resnet18", "triplet_attention", True, {"kernel_size": 3, "no_spatial": True}),
+        ("resnet50", "triplet_attention", False, {"kernel_size": 7, "no_spatial": False}),
+        ("resnet18", "ida", False, IDA | {"heavy": True, "projection": "grouped"}),
+        ("resnet50", "ida", True, IDA | {"heavy": False, "projection": "scale"}),
     ],
 )
 def test_se_of_a_timm_checkpoint_is_the_plugin_whose_tensors_it_has(
-    name, arguments, model, warm_start
+    model, name, warm_start, arguments
 ):
     layer = timm_layer(name, warm_start=warm_start, **arguments)
     with torch.device("meta"):

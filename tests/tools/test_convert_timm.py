@@ -28,6 +28,13 @@ model = dict(
 """
 
 
+@pytest.fixture(autouse=True)
+def _no_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are built without values, as every tensor that counts is loaded or drawn here."""
+    for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor)
+
+
 def trained(name: str, *, warm_start: bool, **arguments: Any) -> nn.Module:
     """A ResNet-18 of timm whose every value counts."""
     torch.manual_seed(0)
@@ -37,6 +44,8 @@ def trained(name: str, *, warm_start: bool, **arguments: Any) -> nn.Module:
         for module in model.modules():
             if isinstance(module, BlockPlugin) and module.alpha is not None:
                 module.alpha.uniform_(0.3, 0.7)
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                module.bias.normal_(std=0.1)
     return model
 
 
@@ -107,6 +116,7 @@ def test_detectors_backbone_computes_what_timms_classifier_computes(
     assert run(tmp_path / "last.pth.tar", tmp_path / "out.pth", to) == 0
     said = capsys.readouterr().out
     assert "fresh, as SOURCE has none: none\nunused of SOURCE: fc.weight, fc.bias\n" in said
+    assert f"se, as timm calls any attention, is {name} by its tensors" in said
     assert "averages" not in said
     plugin = {"name": name, "warm_start": warm_start, **arguments}
     found = features(to, plugin, tmp_path / "out.pth", x, tmp_path)
@@ -132,7 +142,9 @@ def test_attention_that_its_tensors_do_not_tell_is_said_by_the_config(tmp_path, 
 
 @needs("mmdet")
 def test_timms_own_squeeze_and_excitation_is_not_taken_for_another_attention(tmp_path, capsys):
-    torch.save(timm.create_model("seresnet18").state_dict(), tmp_path / "seresnet18.pth")
+    torch.save(
+        randomized(timm.create_model("seresnet18")).state_dict(), tmp_path / "seresnet18.pth"
+    )
     plugin = {"name": "triplet_attention", "warm_start": True}
     config = write_config("mm", plugin, tmp_path)
     out = tmp_path / "out.pth"
