@@ -38,7 +38,7 @@ def timm_layer(
         ArgumentError: names the argument that is unknown or wrong. What is wrong for some numbers
             of channels alone, such as ``num_heads``, is told when timm builds the model.
     """
-    check_arguments_of(name, arguments)
+    _, arguments = check_arguments_of(name, arguments)
     # Values are checked by building one, for channels that any of them divides.
     numbers = [value for value in arguments.values() if type(value) is int and value > 0]
     try:

@@ -243,7 +243,12 @@ def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
         block, names = next(iter(blocks.items()))
         tensors = {parameter: state_dict[name] for parameter, name in names.items()}
         name = f"timm:{child[5:]}" if child.startswith("timm_") else child
-        if child == TIMM_CHILD:
+        if not is_known_child(child):
+            if child != TIMM_CHILD:
+                raise ValueError(
+                    f"its blocks have {child!r}, which is no block plugin's name; say by --config "
+                    "which module that is"
+                )
             norms = (backbone.names.get(f"{block}.{norm}.weight") for norm in ("bn3", "bn2"))
             norm = next(filter(None, norms), None)
             known = [] if norm is None else _with_tensors(tensors, len(state_dict[norm]))
@@ -254,11 +259,6 @@ def plugins_in(state_dict: Mapping[str, Tensor]) -> list[FoundPlugin]:
                     "module that is"
                 )
             name = known[0]
-        elif not is_known_child(child):
-            raise ValueError(
-                f"its blocks have {child!r}, which is no block plugin's name; say by --config "
-                "which module that is"
-            )
         kind = registered_block_plugins().get(name)
         stages = tuple(sorted({int(block[len("layer")]) for block in blocks}))
         of_stages = {b for b in all_blocks if int(b[len("layer")]) in stages}
