@@ -70,6 +70,27 @@ def test_the_configs_train_and_play_the_pointing_game(
         "test_mmpretrain.py", path, work / "epoch_1.pth", "--work-dir", tmp_path / "test"
     )
     assert re.findall(r"pointing_game/accuracy: (\S+)", result.stdout) == accuracy
+    if kind == "AMCBlipGrounding":
+        return
+
+    flickr = ROOT / "configs/mmpretrain/amc/blip-base-amc-itm_pointing-game_flickr30k.py"
+    dataset = {
+        "data_root": "",
+        "data_prefix": {"img": f"{drawn_coco}/val2017/"},
+        "ann_file": str(drawn_coco / "annotations/grounding_val2017_flickr30k.json"),
+    }
+    path = tmp_path / "flickr30k.py"
+    path.write_text(
+        f"_base_ = {str(flickr)!r}\n"
+        f"{lines[1]}\n"
+        f"test_dataloader = dict(num_workers=0, persistent_workers=False, dataset={dataset!r})\n"
+        "for step in _base_.test_pipeline:\n"
+        f"    if step['type'] == 'Resize':\n        step['scale'] = ({SIZE}, {SIZE})\n"
+        "test_dataloader['dataset']['pipeline'] = _base_.test_pipeline\n"
+    )
+    arguments = [path, work / "epoch_1.pth", "--work-dir", tmp_path / "flickr30k"]
+    log = run_tool("test_mmpretrain.py", *arguments).stdout
+    assert re.search(r"pointing_game/accuracy: \S+\s+pointing_game/chance: \S+", log)
 
 
 VQA = "functional_entropy/updn_r101-functional-entropy_1xb512-15e_vqa-cp-v2"

@@ -20,7 +20,7 @@ from mmpretrain.registry import DATASETS, MODELS
 from mmpretrain.structures import DataSample
 
 import mm_plugins  # noqa: F401
-from mm_plugins.mmpretrain.vqa import LearnedMixin, frequent_answers
+from mm_plugins.mmpretrain.vqa import LearnedMixin, RegionAttention, frequent_answers
 from plugin_core import FunctionalEntropyRegularizer
 from plugin_core.errors import ArgumentError
 
@@ -80,6 +80,20 @@ def test_the_dataset_reads_vqa_cps_lists(data: Path) -> None:
     assert Path(item["img_path"]).is_file() and "val2014/COCO_val2014_0" in item["img_path"]
     assert item["question"] == "what is on the left?" and item["question_type"] == "what is on"
     assert item["gt_answer"][1] == "nothing" and item["gt_answer_weight"] == [0.8, 0.2]
+
+
+def test_regions_are_weighted_by_how_they_fit_the_question() -> None:
+    attention = RegionAttention(5, 4).eval()
+    regions, question = torch.randn(2, 3, 5), torch.randn(2, 4)
+    image, text = attention.image[0], attention.question[0]
+    for i in range(2):
+        asked = (text.weight @ question[i] + text.bias).relu()
+        fits = [
+            attention.weight.weight[0] @ ((image.weight @ v + image.bias).relu() * asked)
+            for v in regions[i]
+        ]
+        expected = torch.stack(fits).softmax(0) @ regions[i]
+        torch.testing.assert_close(attention(regions, question)[i], expected)
 
 
 def test_answers_are_those_of_enough_questions() -> None:
