@@ -229,6 +229,8 @@ def test_the_flickr30k_config_reads_each_phrase_alone(drawn_coco: Path) -> None:
     assert len(phrases) > len(plain) == 3
     of_first = plain.get_data_info(0)["phrase_ids"].count(0)
     assert sample.gt_bboxes.shape == (of_first, 4) and len(sample.gt_bboxes_labels) == of_first
-    assert sample.scale_factor == (6.0, 6.0) and " " in sample.text
-    box = np.array(phrases.get_data_info(0)["instances"][0]["bbox"])
-    np.testing.assert_allclose(sample.gt_bboxes[0], box * 6, rtol=1e-6)
+    info = phrases.get_data_info(0)
+    scale = (384 / info["width"], 384 / info["height"])
+    assert sample.scale_factor == pytest.approx(scale) and sample.text == info["text"]
+    box = np.array(info["instances"][0]["bbox"]) * (scale * 2)
+    np.testing.assert_allclose(sample.gt_bboxes[0], box, rtol=1e-5)
