@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from mmdet.registry import HOOKS
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.logging.history_buffer import HistoryBuffer
+from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.torch_version import TorchVersion
 
@@ -22,22 +24,26 @@ def allow_mmengine_checkpoints() -> None:
     """Let ``torch.load`` read mmengine's checkpoints, and no other objects.
 
     Since PyTorch 2.6, ``torch.load`` refuses all but tensors and plain containers by default.
-    mmengine 0.10 also saves its history of scalars, a class of its own around numpy arrays. The
-    functions allowed here make numbers and run nothing else. A checkpoint with anything more is
-    still refused.
+    mmengine 0.10 also saves its history of scalars, a class of its own around numpy arrays, and of
+    a OneCycleLR the function between its ends. The functions allowed here make numbers and run
+    nothing else. A checkpoint with anything more is still refused.
     """
     if TorchVersion(torch.__version__) < "2.6":
         return  # an older PyTorch refuses nothing
-    statistic = (_statistic_of_history_buffer, "builtins.getattr")
-    torch.serialization.add_safe_globals([HistoryBuffer, statistic, *numpy_globals()])
+    attribute = (_known_attribute, "builtins.getattr")
+    torch.serialization.add_safe_globals([*_ATTRIBUTES, attribute, *numpy_globals()])
 
 
-def _statistic_of_history_buffer(owner: Any, name: str) -> Any:
-    """Replace ``getattr``, which could reach anything, while a checkpoint is read.
+# A saved object holds references to these functions of its class.
+_ATTRIBUTES: Mapping[type, tuple[str, ...]] = {
+    HistoryBuffer: ("min", "max", "current", "mean"),
+    OneCycleParamScheduler: ("_annealing_cos", "_annealing_linear"),
+}
 
-    A saved :class:`HistoryBuffer` holds references to four of its methods.
-    """
-    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+
+def _known_attribute(owner: Any, name: str) -> Any:
+    """Replace ``getattr``, which could reach anything, while a checkpoint is read."""
+    if name not in _ATTRIBUTES.get(owner, ()):
         raise pickle.UnpicklingError(f"refused: attribute {name!r} of {owner!r}")
     return getattr(owner, name)
 

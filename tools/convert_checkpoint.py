@@ -1,8 +1,9 @@
 #!/usr/bin/env python
-"""Convert pretrained weights for Detectron2 or MMDetection.
+"""Convert pretrained weights for Detectron2, MMDetection or MMPretrain.
 
     tools/convert_checkpoint.py SOURCE OUT.pth --to d2 --config your.yaml
     tools/convert_checkpoint.py SOURCE OUT.pth --to mm --config your_config.py
+    tools/convert_checkpoint.py SOURCE OUT.pth --to mmpretrain
 
 SOURCE is a ResNet-18, 34, 50, 101 or 152 or a MobileNetV2, with triplet attention or without it:
 the authors' classifiers, torchvision's, timm's ResNets, MoCo's, those of IDA's public reproduction,
@@ -18,6 +19,10 @@ SOURCE may also be a whole DETR, Conditional DETR or Deformable DETR of the orig
 with BatchFormerV2 or without it, the first also with its mask head. With --to mm, OUT is then a
 whole detector, for `load_from` in MMDetection's config. With --to d2 or --backbone, OUT is the
 backbone alone.
+
+With --to mmpretrain, SOURCE is a whole image classifier of IDA's public reproduction, and OUT is
+one for tools/test_mmpretrain.py or `load_from`. A backbone alone is converted with --to mm, as
+MMPretrain's ResNets have the same names.
 """
 
 from __future__ import annotations
@@ -29,6 +34,7 @@ import os
 import pickle
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,6 +53,7 @@ from plugin_core.checkpoints.conversion import (
 )
 from plugin_core.checkpoints.detr_conversion import convert_detr, is_original_detr
 from plugin_core.checkpoints.detr_settings import as_config, describe, model_settings
+from plugin_core.checkpoints.ida_conversion import convert_ida, is_ida_reproduction
 from plugin_core.checkpoints.pixel_format import (
     TORCHVISION,
     PixelFormat,
@@ -54,12 +61,12 @@ from plugin_core.checkpoints.pixel_format import (
     pixel_format_of,
 )
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
-from plugin_core.checkpoints.report import Target, report, report_detr, report_pixels
+from plugin_core.checkpoints.report import Target, in_short, report, report_detr, report_pixels
 from plugin_core.files import replacing
 
-FRAMEWORKS = {"d2": "Detectron2", "mm": "MMDetection"}
+FRAMEWORKS = {"d2": "Detectron2", "mm": "MMDetection", "mmpretrain": "MMPretrain"}
 _TRAINING_ARGUMENTS = {"dilation": bool, "insert_idx": list, "nheads": int, "num_queries": int}
-SUFFIXES = {"d2": (".pth", ".pkl"), "mm": (".pth",)}
+SUFFIXES = {"d2": (".pth", ".pkl"), "mm": (".pth",), "mmpretrain": (".pth",)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,14 +85,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Makes pretrained weights for Detectron2 or MMDetection."
+        description="Makes pretrained weights for Detectron2, MMDetection or MMPretrain."
     )
     parser.add_argument("source", metavar="SOURCE", help="checkpoint to convert")
     parser.add_argument(
         "out", metavar="OUT", help="file to write: .pth, or .pkl as Detectron2's model zoo has it"
     )
     parser.add_argument(
-        "--to", required=True, choices=FRAMEWORKS, help="d2: Detectron2, mm: MMDetection"
+        "--to",
+        required=True,
+        choices=FRAMEWORKS,
+        help="d2: Detectron2, mm: MMDetection, mmpretrain: MMPretrain, for a whole classifier",
     )
     parser.add_argument(
         "--config",
@@ -137,6 +147,9 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(
             "--args: are of a whole DETR of the original repositories, with --to mm; leave them out"
         )
+    if args.to == "mmpretrain":
+        run_classifier(args, source)
+        return
     if is_detr and args.branch:
         raise ValueError(f"--branch {args.branch}: SOURCE is a DETR, which has one network")
     if is_detr and not args.backbone:
@@ -202,6 +215,35 @@ def run_detr(
     write(args, conversion.tensors, TORCHVISION)
     print(f"wrote {args.out}; use it as load_from='{args.out}' in a config with")
     print(f"model = {as_config(model_settings(conversion))}")
+
+
+def run_classifier(args: argparse.Namespace, source: Mapping[str, Tensor]) -> None:
+    """Convert, report and write a whole image classifier, as :func:`run`."""
+    if not is_ida_reproduction(source):
+        raise ValueError(
+            f"{args.source}: is no whole classifier of IDA's public reproduction; a backbone is "
+            "converted with --to mm, for MMPretrain too"
+        )
+    for option in ("config", "backbone", "branch"):
+        if getattr(args, option):
+            raise ValueError(f"--{option}: is not for --to mmpretrain; leave it out")
+    try:
+        conversion = convert_ida(source)
+    except ValueError as error:
+        raise ValueError(f"{args.source}: {error}") from error
+    form = "heavy" if conversion.head["heavy"] else "light"
+    print(f"{args.source}: ResNet-{conversion.depth} and IDA ({form}), the public reproduction's")
+    print(f"matched all of its tensors; unused of SOURCE: {in_short(conversion.unused)}")
+    mean, std = list(TORCHVISION.mean), list(TORCHVISION.std)
+    print(f"pixels: data_preprocessor = dict(to_rgb=True, mean={mean}, std={std})")
+    print("of a training with --orid_norm, which SOURCE does not tell: mean=[0] * 3, std=[255] * 3")
+    content = {"state_dict": conversion.tensors, "meta": {"pixel_format": asdict(TORCHVISION)}}
+    with replacing(args.out) as file:
+        torch.save(content, file)
+    print(
+        f"wrote {args.out}; use it with tools/test_mmpretrain.py, or as load_from, in a config with"
+    )
+    print(f"model = {as_config({'head': conversion.head})}")
 
 
 def training_arguments(texts: list[str]) -> dict[str, Any]:

@@ -16,9 +16,13 @@ from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
     batchformer_heads,
     cifar,
+    coco_multi_label,
     contrastive,
+    ida_heads,
     linear_heads,
     long_tail,
+    losses,
+    multi_label_metrics,
     pointing_game,
     vision_transformers,
 )

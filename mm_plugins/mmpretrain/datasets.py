@@ -15,6 +15,8 @@ from mmpretrain.models.heads import MultiLabelClsHead
 from mmpretrain.models.losses import CrossEntropyLoss, LabelSmoothLoss
 from torch import nn
 
+from mm_plugins.mmpretrain.coco_multi_label import CocoMultiLabel
+from mm_plugins.mmpretrain.multi_label_checks import check_coco_multi_label, check_model
 from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.datasets.classes import check_number_of_classes
 from plugin_core.errors import few
@@ -70,6 +72,7 @@ def prepare(
     number = getattr(head, "num_classes", None)
     if first and isinstance(number, int):
         wrong += filter(None, [check_number_of_classes(number, first, "model.head.num_classes")])
+    wrong += check_model(cfg, model, first)
     if isinstance(head, MultiLabelClsHead):
         wrong += filter(None, [_check_loss(head.loss_module)])
     if wrong:
@@ -99,6 +102,8 @@ def _datasets(node: Any, setting: str, wrong: list[str]) -> Iterator[tuple[str, 
 
 def _check(dataset: Any, setting: str, wrong: list[str]) -> tuple[str, ...]:
     """Check a dataset's files, and return its classes; none if they are not known yet."""
+    if isinstance(dataset, CocoMultiLabel):
+        wrong += filter(None, [check_coco_multi_label(dataset, setting)])
     classes = tuple(dataset.metainfo.get("classes") or ())
     if not isinstance(dataset, CustomDataset) or "://" in dataset.img_prefix:
         return classes

@@ -25,6 +25,7 @@ pytest.importorskip("mmdet", reason="MMDetection is not installed")
 from mmdet.registry import HOOKS
 from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import BaseModel
+from mmengine.optim import OneCycleLR
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
 
 from mm_plugins.resume import ExactResumeHook
@@ -200,6 +201,15 @@ def test_malicious_checkpoint_is_refused_and_runs_nothing(tmp_path, attack, lega
 def test_the_four_statistics_of_a_history_are_allowed(tmp_path, name):
     torch.save({"method": Call(getattr, HistoryBuffer, name)}, tmp_path / "checkpoint.pth")
     assert torch.load(tmp_path / "checkpoint.pth")["method"] is getattr(HistoryBuffer, name)
+
+
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+def test_the_state_of_a_one_cycle_schedule_can_be_read(tmp_path, strategy):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = OneCycleLR(optimizer, eta_max=1.0, total_steps=10, anneal_strategy=strategy)
+    torch.save({"param_schedulers": [schedule.state_dict()]}, tmp_path / "checkpoint.pth")
+    (state,) = torch.load(tmp_path / "checkpoint.pth")["param_schedulers"]
+    assert state["anneal_func"] is schedule.anneal_func
 
 
 def test_getattr_itself_is_not_replaced():

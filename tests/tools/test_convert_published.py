@@ -274,3 +274,56 @@ def test_idas_reproduction_gives_its_features_in_the_frameworks_and_its_logits(
     papers = IDAClassifier(512, 5, heavy=heavy)
     papers.load_state_dict(of_classifier, strict=True)  # without a word
     assert (papers(expected[-1]) - logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("version", "heavy"),
+    [("org_backbone", True), ("new_attention", False), ("new_attention", True)],
+)
+def test_idas_reproduction_becomes_a_whole_classifier_of_mmpretrain_with_its_logits(
+    tmp_path, capsys, version, heavy
+):
+    pytest.importorskip("mmpretrain", reason="MMPretrain is not installed")
+    from mmpretrain.registry import MODELS
+
+    import mm_plugins  # noqa: F401  # registers the plugins
+
+    net, x = authors_resnet(18, attention=False), torch.randn(2, 3, 64, 64)
+    last = version == "new_attention"
+    drawn = {
+        n: torch.randn_like(t) * t.shape[-1] ** -0.5
+        for n, t in IDAClassifier(512, 5, heavy=heavy).state_dict().items()
+    }
+    source, out = tmp_path / "model_best.pth.tar", tmp_path / "out.pth"
+    torch.save(reproduction_checkpoint(net, drawn, version), source)
+
+    assert run(source, out, "mmpretrain") == 0
+    said = capsys.readouterr().out
+    form = "heavy" if heavy else "light"
+    assert f"ResNet-18 and IDA ({form})" in said and "unused of SOURCE: none" in said
+    assert "mean=[123.675, 116.28, 103.53]" in said and "--orid_norm" in said
+    # What it prints is the model.
+    model = eval(said.partition("model = ")[2])
+    assert model["head"]["sample_order"] == "interleaved"
+    assert model["head"]["last_head_norm"] == last
+    backbone = {"type": "ResNet", "depth": 18, "num_stages": 4, "out_indices": (3,)}
+    built = MODELS.build({"type": "ImageClassifier", "backbone": backbone, **model}).eval()
+    result = built.load_state_dict(torch.load(out)["state_dict"], strict=False)
+    assert not result.unexpected_keys
+    assert all(name.endswith("num_batches_tracked") for name in result.missing_keys)
+    expected = reproduction_logits(drawn, resnet_features(net, x)[-1], last)
+    with torch.no_grad():
+        torch.testing.assert_close(built(x, mode="tensor"), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_whole_classifier_of_idas_reproduction_is_refused_for_mmpretrain(
+    tmp_path, capsys
+):
+    source, out = tmp_path / "resnet18.pth", tmp_path / "out.pth"
+    torch.save(authors_resnet(18, attention=False).state_dict(), source)
+    assert run(source, out, "mmpretrain") == 1
+    assert capsys.readouterr().err == (
+        f"error: {source}: is no whole classifier of IDA's public reproduction; a backbone is "
+        "converted with --to mm, for MMPretrain too\n"
+    )
+    assert not out.exists()

@@ -1,0 +1,79 @@
+"""IDA as a multi-label classifier of images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmpretrain.models.heads import MultiLabelClsHead
+from mmpretrain.registry import MODELS
+from torch import Tensor, nn
+
+from plugin_core.errors import ArgumentError
+from plugin_core.methods.ida import IDAClassifier
+
+
+@MODELS.register_module()
+class IDAClsHead(MultiLabelClsHead):
+    """Multi-label head that classifies the backbone's last map by IDA.
+
+    It takes the map, so the model has no neck. The classifier keeps its own initial weights.
+
+    Args:
+        num_classes: K.
+        in_channels: C of the map.
+        num_heads: as :class:`plugin_core.IDAClassifier` takes it; it divides C.
+        beta: as there.
+        heavy: as there.
+        sample_order: as there; "interleaved" for checkpoints of the public reproduction.
+        last_head_norm: as there; True for checkpoints of the reproduction's first version.
+        **kwargs: of ``MultiLabelClsHead``: ``loss``, ``thr``, ``topk`` and ``init_cfg``.
+
+    Shape: ((B, C, H, W),) → (B, K).
+
+    Raises:
+        ArgumentError: if an argument of the classifier is out of its range, ``topk`` is more than
+            K, or the loss is for images of one label.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        num_heads: int = 4,
+        beta: float = 1 / 32,
+        heavy: bool = False,
+        sample_order: str = "heads",
+        last_head_norm: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        _check_loss(self.loss_module)
+        self.classifier = IDAClassifier(
+            in_channels, num_classes, num_heads, beta, heavy, sample_order, last_head_norm
+        )
+        if self.topk is not None and not 0 < self.topk <= num_classes:
+            raise ArgumentError(
+                "topk", f"must be from 1 to num_classes={num_classes}, got {self.topk}"
+            )
+        self.num_classes = num_classes
+
+    def forward(self, feats: tuple[Tensor, ...]) -> Tensor:
+        """Logits (B, K) for the maps of the backbone's stages, of which the last one counts."""
+        logits: Tensor = self.classifier(self.pre_logits(feats))
+        return logits
+
+
+def _check_loss(loss: nn.Module) -> None:
+    """Refuse a loss in which an image's classes compete, as by softmax."""
+    uses_sigmoid = getattr(getattr(loss, "ce", loss), "use_sigmoid", True)  # ce: of label smoothing
+    mode = getattr(loss, "mode", "multi_label")
+    if uses_sigmoid and mode == "multi_label":
+        return
+    name = type(loss).__name__
+    given = f"{name} with use_sigmoid={uses_sigmoid}"
+    given += f" and mode={mode!r}" if mode != "multi_label" else ""
+    raise ArgumentError(
+        "loss",
+        "must be for several labels in an image, such as dict(type='CrossEntropyLoss', "
+        f"use_sigmoid=True) or dict(type='AsymmetricLoss'), got {given}",
+    )
