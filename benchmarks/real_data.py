@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -56,9 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     name = f"{args.data.name}-{args.framework}"
     args.results.mkdir(parents=True, exist_ok=True)
-    report = (args.out / "test" / "report.md").read_text(encoding="utf-8")
-    write_text(args.results / f"{name}.md", without_pictures(report))
-    shutil.copyfile(args.out / "test" / "report.json", args.results / f"{name}.json")
+    for suffix, change in ((".md", without_pictures), (".json", str)):
+        report = (args.out / "test" / f"report{suffix}").read_text(encoding="utf-8")
+        # Where the folders are on this machine says nothing.
+        report = report.replace(f"{args.data}/", f"{args.data.name}/").replace(f"{args.out}/", "")
+        write_text(args.results / f"{name}{suffix}", change(report))
     print(f"wrote {args.results / name}.md and .json")
 
 
