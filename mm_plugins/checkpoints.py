@@ -24,6 +24,12 @@ from plugin_core.checkpoints.report import Target
 
 def backbone_target(depth: int | None, plugins: Sequence[FoundPlugin]) -> Target:
     """Build a ResNet, or without a depth a MobileNetV2, with block plugins."""
+    with torch.device("meta"):
+        return Target(_build(backbone_settings(depth, plugins)).state_dict(), pixel_settings)
+
+
+def backbone_settings(depth: int | None, plugins: Sequence[FoundPlugin]) -> dict[str, Any]:
+    """Give the settings of a ResNet, or without a depth of a MobileNetV2, with block plugins."""
     position = "after_conv3" if depth and depth >= 50 else "after_conv2"
     settings: dict[str, Any] = {"type": "PluginResNet", "depth": depth}
     if depth is None:
@@ -38,8 +44,7 @@ def backbone_target(depth: int | None, plugins: Sequence[FoundPlugin]) -> Target
         }
         for plugin in plugins
     ]
-    with torch.device("meta"):
-        return Target(_build(settings).state_dict(), pixel_settings)
+    return settings
 
 
 def _layer(plugin: FoundPlugin) -> dict[str, Any]:

@@ -20,9 +20,9 @@ with BatchFormerV2 or without it, the first also with its mask head. With --to m
 whole detector, for `load_from` in MMDetection's config. With --to d2 or --backbone, OUT is the
 backbone alone.
 
-With --to mmpretrain, SOURCE is a whole image classifier of IDA's public reproduction, and OUT is
-one for tools/test_mmpretrain.py or `load_from`. A backbone alone is converted with --to mm, as
-MMPretrain's ResNets have the same names.
+With --to mmpretrain, SOURCE is a whole image classifier, and OUT is one for
+tools/test_mmpretrain.py or `load_from`: triplet attention's authors', torchvision's, timm's, or of
+IDA's public reproduction. A backbone alone is converted with --to mm, as the names are the same.
 """
 
 from __future__ import annotations
@@ -42,6 +42,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from plugin_core.checkpoints.classifier_conversion import (
+    ClassifierConversion,
+    convert_ida,
+    is_ida_reproduction,
+    linear_classifier,
+)
 from plugin_core.checkpoints.conversion import (
     TIMM_CHILD,
     Backbone,
@@ -53,7 +59,6 @@ from plugin_core.checkpoints.conversion import (
 )
 from plugin_core.checkpoints.detr_conversion import convert_detr, is_original_detr
 from plugin_core.checkpoints.detr_settings import as_config, describe, model_settings
-from plugin_core.checkpoints.ida_conversion import convert_ida, is_ida_reproduction
 from plugin_core.checkpoints.pixel_format import (
     TORCHVISION,
     PixelFormat,
@@ -148,7 +153,7 @@ def run(args: argparse.Namespace) -> None:
             "--args: are of a whole DETR of the original repositories, with --to mm; leave them out"
         )
     if args.to == "mmpretrain":
-        run_classifier(args, source)
+        run_classifier(args, checkpoint, source)
         return
     if is_detr and args.branch:
         raise ValueError(f"--branch {args.branch}: SOURCE is a DETR, which has one network")
@@ -217,33 +222,59 @@ def run_detr(
     print(f"model = {as_config(model_settings(conversion))}")
 
 
-def run_classifier(args: argparse.Namespace, source: Mapping[str, Tensor]) -> None:
+def run_classifier(
+    args: argparse.Namespace, checkpoint: Mapping[str, Any], source: Mapping[str, Tensor]
+) -> None:
     """Convert, report and write a whole image classifier, as :func:`run`."""
-    if not is_ida_reproduction(source):
-        raise ValueError(
-            f"{args.source}: is no whole classifier of IDA's public reproduction; a backbone is "
-            "converted with --to mm, for MMPretrain too"
-        )
     for option in ("config", "backbone", "branch"):
         if getattr(args, option):
             raise ValueError(f"--{option}: is not for --to mmpretrain; leave it out")
+    is_ida = is_ida_reproduction(source)
     try:
-        conversion = convert_ida(source)
+        backbone = find_backbone(source)
+        if is_ida:
+            conversion, settings, pixels = convert_ida(source), {}, TORCHVISION
+        else:
+            conversion, settings = convert_linear(args, source, backbone)
+            pixels = pixel_format_of(checkpoint)
     except ValueError as error:
         raise ValueError(f"{args.source}: {error}") from error
-    form = "heavy" if conversion.head["heavy"] else "light"
-    print(f"{args.source}: ResNet-{conversion.depth} and IDA ({form}), the public reproduction's")
+    what = "a linear classifier"
+    if is_ida:
+        what = (
+            f"IDA ({'heavy' if conversion.head['heavy'] else 'light'}), the public reproduction's"
+        )
+    print(f"{args.source}: {backbone}; its head is {what}")
     print(f"matched all of its tensors; unused of SOURCE: {in_short(conversion.unused)}")
-    mean, std = list(TORCHVISION.mean), list(TORCHVISION.std)
-    print(f"pixels: data_preprocessor = dict(to_rgb=True, mean={mean}, std={std})")
-    print("of a training with --orid_norm, which SOURCE does not tell: mean=[0] * 3, std=[255] * 3")
-    content = {"state_dict": conversion.tensors, "meta": {"pixel_format": asdict(TORCHVISION)}}
+    if pixels is None:
+        print("pixels: unknown; set data_preprocessor as in the training of the weights")
+    else:
+        is_rgb, mean, std = pixels.channel_order == "RGB", list(pixels.mean), list(pixels.std)
+        print(f"pixels: data_preprocessor = dict(to_rgb={is_rgb}, mean={mean}, std={std})")
+    if is_ida:
+        print("of a training with --orid_norm, which no tensor tells: mean=[0] * 3, std=[255] * 3")
+    content = {"state_dict": conversion.tensors, "meta": {}}
+    if pixels is not None:
+        content["meta"] = {"pixel_format": asdict(pixels)}
     with replacing(args.out) as file:
         torch.save(content, file)
     print(
         f"wrote {args.out}; use it with tools/test_mmpretrain.py, or as load_from, in a config with"
     )
-    print(f"model = {as_config({'head': conversion.head})}")
+    print(f"model = {as_config({**settings, 'head': conversion.head})}")
+
+
+def convert_linear(
+    args: argparse.Namespace, source: Mapping[str, Tensor], backbone: Backbone
+) -> tuple[ClassifierConversion, dict[str, Any]]:
+    """Convert a backbone with a linear classifier, and give the backbone's settings."""
+    plugins = plugins_in(source)
+    with saying_where(args):
+        framework = checkpoints("mm")
+        target = framework.backbone_target(backbone.depth, plugins)
+        settings = framework.backbone_settings(backbone.depth, plugins)
+    conversion = linear_classifier(source, backbone, convert(source, target.state_dict))
+    return conversion, {"backbone": settings}
 
 
 def training_arguments(texts: list[str]) -> dict[str, Any]:

@@ -9,11 +9,14 @@ import torch
 from convert_checkpoint_cases import (
     BOTH,
     assert_same,
+    authors_mobilenet,
+    authors_resnet,
     features,
     mmdetection_backbone,
     mmdetection_features,
     outputs_of_blocks,
     randomized,
+    resnet_features,
     run,
 )
 
@@ -65,6 +68,41 @@ def test_pixels_of_a_classifier_are_those_of_its_config(classifier, tmp_path):
     assert (wanted.mean, wanted.std) == (TORCHVISION.mean, TORCHVISION.std)
     assert run(path, tmp_path / "converted.pth", "d2") == 0
     assert find_pixel_format(str(tmp_path / "converted.pth")) == wanted
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", ["ResNet-18", "MobileNetV2"])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_authors_classifier_gives_its_logits_in_mmpretrain(network, kernel_size, tmp_path, capsys):
+    from mmengine.registry import MODELS, DefaultScope
+
+    import mm_plugins  # noqa: F401  # registers the plugins
+
+    x = torch.randn(2, 3, 64, 64)
+    if network == "MobileNetV2":
+        net = authors_mobilenet(kernel_size=kernel_size).eval()
+        expected = net(x)
+    else:
+        net = authors_resnet(18, kernel_size=kernel_size)
+        expected = net.fc(resnet_features(net, x)[-1].mean((2, 3)))
+    source, out = tmp_path / "model_best.pth.tar", tmp_path / "out.pth"
+    content = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
+    torch.save({"state_dict": content, "epoch": 100}, source)
+    assert run(source, out, "mmpretrain") == 0
+    said = capsys.readouterr().out
+    assert f"{network} with triplet attention in" in said and "unused of SOURCE: none" in said
+    assert "to_rgb=True" in said
+    # What it prints is the model, beside what MMPretrain's configs of these networks have.
+    model = eval(said.partition("model = ")[2])
+    model["backbone"] |= {"out_indices": (3,)} if network == "ResNet-18" else {}
+    model["head"] |= {"type": "LinearClsHead"}
+    neck = {"type": "GlobalAveragePooling"}
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        built = MODELS.build({"type": "ImageClassifier", "neck": neck, **model}).eval()
+    result = built.load_state_dict(torch.load(out)["state_dict"], strict=False)
+    assert not result.unexpected_keys
+    assert all(name.endswith("num_batches_tracked") for name in result.missing_keys)
+    torch.testing.assert_close(built(x), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

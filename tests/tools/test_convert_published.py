@@ -300,7 +300,7 @@ def test_idas_reproduction_becomes_a_whole_classifier_of_mmpretrain_with_its_log
     assert run(source, out, "mmpretrain") == 0
     said = capsys.readouterr().out
     form = "heavy" if heavy else "light"
-    assert f"ResNet-18 and IDA ({form})" in said and "unused of SOURCE: none" in said
+    assert f"; its head is IDA ({form})" in said and "unused of SOURCE: none" in said
     assert "mean=[123.675, 116.28, 103.53]" in said and "--orid_norm" in said
     # What it prints is the model.
     model = eval(said.partition("model = ")[2])
@@ -316,14 +316,14 @@ def test_idas_reproduction_becomes_a_whole_classifier_of_mmpretrain_with_its_log
         torch.testing.assert_close(built(x, mode="tensor"), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_no_whole_classifier_of_idas_reproduction_is_refused_for_mmpretrain(
-    tmp_path, capsys
-):
+def test_backbone_alone_is_no_classifier_for_mmpretrain(tmp_path, capsys):
+    pytest.importorskip("mmpretrain", reason="MMPretrain is not installed")
     source, out = tmp_path / "resnet18.pth", tmp_path / "out.pth"
-    torch.save(authors_resnet(18, attention=False).state_dict(), source)
+    state = authors_resnet(18).state_dict()
+    torch.save({n: t for n, t in state.items() if not n.startswith("fc.")}, source)
     assert run(source, out, "mmpretrain") == 1
     assert capsys.readouterr().err == (
-        f"error: {source}: is no whole classifier of IDA's public reproduction; a backbone is "
-        "converted with --to mm, for MMPretrain too\n"
+        f"error: {source}: it has no linear classifier (fc); a backbone alone is converted with "
+        "--to mm, for MMPretrain too\n"
     )
     assert not out.exists()
