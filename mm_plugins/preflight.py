@@ -105,8 +105,21 @@ def check_weights(model: ConfigDict, path: str, setting: str) -> None:
     Raises:
         ValueError: names the setting, its value and the right ones.
     """
-    for where, backbone, _ in _modules(model, ResNet, MobileNetV2):
-        networks = _check_names(path, setting, backbone, where)
+    is_classifier = _registry().scope == "mmpretrain"
+    to = "mmpretrain" if is_classifier else "mm"
+    kinds: list[type] = [ResNet, MobileNetV2]
+    if is_classifier:
+        from mmpretrain.models import backbones
+
+        kinds += [backbones.ResNet, backbones.MobileNetV2]
+    for where, backbone, _ in _modules(model, *kinds):
+        networks = _check_names(path, setting, backbone, where, to)
+        if is_classifier and networks and not networks & {"backbone.", "module.backbone."}:
+            raise ValueError(
+                f"{setting}: {path!r} has not the names of MMPretrain's classifiers; convert it: "
+                f"{_command(path, to)}, or if it is a backbone alone use {where}.init_cfg="
+                f"dict(type='Pretrained', checkpoint={path!r})"
+            )
         if networks and networks <= {"", "module."}:
             raise ValueError(
                 f"{setting}: {path!r} holds a backbone alone, which is not loaded into a detector; "
@@ -289,15 +302,20 @@ def _nodes(node: Any, setting: str) -> Iterator[tuple[str, ConfigDict]]:
             yield from _nodes(value, f"{setting}.{key}")
 
 
-def _check_names(path: str, setting: str, backbone: ConfigDict, backbone_setting: str) -> set[str]:
+def _command(path: str, to: str) -> str:
+    return f"tools/convert_checkpoint.py {path} converted.pth --to {to}"
+
+
+def _check_names(
+    path: str, setting: str, backbone: ConfigDict, backbone_setting: str, to: str = "mm"
+) -> set[str]:
     """Check the ResNet in a checkpoint, if there is one, and return the prefixes of its names."""
     if "://" in path:
         return set()
     path = os.path.expanduser(path)  # as mmengine does
     if "depth" in backbone:
         check_resnet_checkpoint(path, backbone["depth"], setting, f"{backbone_setting}.depth")
-        command = f"tools/convert_checkpoint.py {path} converted.pth --to mm"
-        return check_resnet_names(path, "layer", setting, command)
+        return check_resnet_names(path, "layer", setting, _command(path, to))
     if not os.path.isfile(path):
         raise ValueError(f"{setting}: there is no checkpoint {path!r}")
     return set()

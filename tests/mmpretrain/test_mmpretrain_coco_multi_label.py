@@ -302,3 +302,19 @@ def test_loss_for_one_label_is_refused_on_the_command_line(monkeypatch, folder, 
         "error: model.head.loss: must be for several labels in an image, such as "
     )
     assert not (tmp_path / "work_dirs").exists()
+
+
+@pytest.mark.parametrize(
+    "block", ["backbone.0.body.layer1.0.conv1", "backbone.resnet_layer.4.0.conv1", "layer1.0.conv1"]
+)
+def test_checkpoint_with_other_names_is_to_be_converted(folder, block):
+    from mm_plugins.preflight import check_config
+
+    path = folder / "model_best.pth.tar"
+    torch.save({"state_dict": {f"module.{block}.weight": torch.zeros(1)}}, path)
+    cfg = config(folder, load_from=str(path))
+    message = (
+        f"^CHECKPOINT: '{path}' has .* convert it: tools/convert_checkpoint.py {path} .*pth --to"
+    )
+    with pytest.raises(ValueError, match=message + " mmpretrain"):
+        check_config(cfg, train=False, resumes=False)

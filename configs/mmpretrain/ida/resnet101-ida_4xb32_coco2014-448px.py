@@ -114,7 +114,6 @@ param_scheduler = [
 train_cfg = dict(by_epoch=True, max_epochs=epochs, val_interval=1)
 val_cfg = dict()
 test_cfg = dict()
-auto_scale_lr = dict(base_batch_size=128)
 sync_bn = "torch"
 default_hooks = dict(
     checkpoint=dict(save_best="multi-label/mAP", rule="greater", max_keep_ckpts=1),

@@ -24,4 +24,3 @@ param_scheduler = [
     dict(type="CosineAnnealingMomentum", eta_min=0.95, begin=warmup, end=epochs, **cycle),
 ]
 train_cfg = dict(max_epochs=epochs)
-auto_scale_lr = dict(base_batch_size=64)
