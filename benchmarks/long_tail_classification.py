@@ -120,8 +120,8 @@ def measured(run: Path) -> dict[str, float] | None:
         for line in reversed(path.read_text().splitlines()):
             found = json.loads(line)
             if "long-tail/all" in found:
-                groups = {group: found.get(f"long-tail/{group}", math.nan) for group in GROUPS}
-                return {"all": found["long-tail/all"], **groups}
+                names = [f"long-tail/{group}" for group in ("all", *GROUPS)]
+                return {name.partition("/")[2]: found[name] for name in names if name in found}
     return None
 
 
@@ -137,7 +137,7 @@ def write(args: argparse.Namespace) -> None:
         args.results / "long_tail_classification",
         TEMPLATE,
         runs,
-        ["all", *GROUPS],
+        list(next(iter(runs.values()))[0]),
         [draw_command(args.work_dir), *(train_command(name, 0, args) for name in CLASSIFIERS)],
         kind="classifier",
         classes=class_table(args.work_dir / "drawn" / "classification"),
