@@ -24,6 +24,7 @@ from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.block_plugins import BlockPlugin, is_for_last_block
 from mm_plugins.datasets import reads
 from mm_plugins.grounding.text_models import check_pretrained
+from mm_plugins.training_settings import told_no_counts
 from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, check_resnet_names
 from plugin_core.datasets.check import Reads
@@ -74,6 +75,9 @@ def _check_config(cfg: Config, train: bool, resumes: bool) -> nn.Module | None:
             _check_names(checkpoint, where, backbone, setting)
             _check_layout(checkpoint, where)
     built = _check_model(model) if model else None
+    for module in built.modules() if train and built is not None else ():
+        if told := told_no_counts(module, getattr(module, "counts", None), cfg):
+            raise ValueError(f"model.head.loss.counts: {told}")
     if train and not load_from and not resumes and getattr(built, "trains", "") == "masks":
         raise ValueError(
             "load_from: names no checkpoint, and model.trains='masks' trains nothing but the mask "

@@ -120,7 +120,7 @@ def _check_all(cfg: Config, train: bool) -> Iterator[str]:
                 evaluator, metrics = evaluator["metrics"], f"{metrics}.metrics"
             for setting, node in _items(evaluator, metrics):
                 yield from _check_metric(node, setting)
-                yield from _check_counts(node, setting, cfg.get("custom_hooks") or ())
+                yield from _check_counts(node, setting, cfg)
     if train:
         yield from _check_optimization(cfg)
     default_hooks = cfg.get("default_hooks") or {}
@@ -303,16 +303,28 @@ def _check_metric(node: Any, setting: str) -> Iterator[str]:
         yield from _tried(setting, lambda: METRICS.build(copy.deepcopy(node)))
 
 
-def _check_counts(node: Any, setting: str, hooks: Any) -> Iterator[str]:
-    """Check that a metric which needs the training images of each class is told them."""
+def _check_counts(node: Any, setting: str, cfg: Config) -> Iterator[str]:
     kind = _kind(node, METRICS) if isinstance(node, dict) else None
-    hook = getattr(kind, "counted_by", None)
-    given = [getattr(_kind(other, HOOKS), "__name__", None) for _, other in _items(hooks, "")]
-    if hook and node.get("counts") is None and hook not in given:
-        yield (
-            f"{setting}.counts: must be the training images of each class, got None; add "
-            f"dict(type={hook!r}) to custom_hooks, which counts them"
-        )
+    if kind is not None and (told := told_no_counts(kind, node.get("counts"), cfg)):
+        yield f"{setting}.counts: {told}"
+
+
+def told_no_counts(part: Any, counts: Any, cfg: Config) -> str:
+    """Say that nothing tells a loss or a metric how many training images each class has.
+
+    Args:
+        part: the loss, the metric or its class; of what needs no counts nothing is said.
+        counts: that it has; None for none.
+        cfg: the whole config.
+    """
+    hook = getattr(part, "counted_by", None)
+    hooks = [_kind(node, HOOKS) for _, node in _items(cfg.get("custom_hooks") or (), "")]
+    if hook is None or counts is not None or hook in [getattr(k, "__name__", "") for k in hooks]:
+        return ""
+    return (
+        "must be the training images of each class, got None; add "
+        f"dict(type={hook!r}) to custom_hooks, which counts them"
+    )
 
 
 def _check_hook(node: Any, setting: str) -> Iterator[str]:

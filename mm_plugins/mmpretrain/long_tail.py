@@ -47,6 +47,8 @@ class BalancedSoftmaxLoss(CrossEntropyLoss):
         ValueError: in training, if labels are missing their counts or are several for an image.
     """
 
+    counted_by = "ClassCountsHook"
+
     def __init__(
         self, counts: Sequence[int] | None = None, use_soft: bool = False, **kwargs: Any
     ) -> None:

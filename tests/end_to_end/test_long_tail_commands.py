@@ -83,13 +83,17 @@ def test_the_plain_head_evaluates_the_checkpoint_the_same(trained, drawn, run_to
             r"error: model\.head\.loss: must be one of a single label",
         ),
         ("model.head.batchformer.num_heads=3", r"error: model\.head\.batchformer\.num_heads"),
+        (
+            "custom_hooks=[] val_evaluator.0.counts=[9] model.head.loss.type=BalancedSoftmaxLoss",
+            r"error: model\.head\.loss\.counts: must be .*; add dict\(type='ClassCountsHook'\)",
+        ),
         ("custom_hooks=[]", r"error: val_evaluator\[0\]\.counts: must be the training images"),
         ("val_evaluator.0.many=-1", r"error: val_evaluator\[0\]: many must be a number of images"),
     ],
 )
 def test_a_wrong_setting_is_one_line_before_training(setting, told, drawn, run_tool, tmp_path):
     output = tmp_path / "run"
-    line = options(drawn, output, setting)
+    line = options(drawn, output, *setting.split())
     run = run_tool("train_mmpretrain.py", CONFIG, *line, check=False)
     assert run.returncode == 1
     assert re.search(told, run.stderr), run.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
 import mm_plugins  # noqa: F401
+from mm_plugins.weights import check_weights
 from plugin_core.errors import ArgumentError
 
 CHANNELS, CLASSES = 8, 5
@@ -73,6 +75,15 @@ def test_without_training_it_is_the_plain_head_and_weights_load_both_ways() -> N
     assert torch.equal(
         model.loss((features,), samples)["loss"], plain.loss((features,), samples)["loss"]
     )
+
+
+def test_an_evaluated_checkpoint_need_not_have_the_batchformer(tmp_path: Path) -> None:
+    torch.save({"state_dict": head("LinearClsHead").state_dict()}, tmp_path / "plain.pth")
+    path = str(tmp_path / "plain.pth")
+    assert check_weights(head(), path, "CHECKPOINT", whole=True) == []
+    torch.save({"state_dict": {"fc.weight": head().fc.weight}}, path)
+    with pytest.raises(ValueError, match=r"lacks weights of the model.*: fc\.bias$"):
+        check_weights(head(), path, "CHECKPOINT", whole=True)
 
 
 def test_soft_labels_of_mixup_are_doubled_too() -> None:
