@@ -162,7 +162,7 @@ class MMDetectionTrials:
             layers = [layer for stage in plugin.stages for layer in _LAYERS[stage]]
             count = 7
         elif _is(name, ResNet):
-            is_small = backbone.get("depth") in (18, 34)
+            is_small = backbone.get("depth") in (10, 18, 34)
             changed = {"type": "PluginResNet"} if kind is ResNet and (is_small or is_last) else {}
             takes = PluginResNet if is_small else ResNet
             position = "after_conv2" if is_small else "after_conv3"

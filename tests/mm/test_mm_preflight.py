@@ -129,7 +129,7 @@ def test_model_that_computes_while_it_is_built_passes_and_draws_no_random_number
     [
         ("ResNet", 42, "18, 34, 50, 101, 152"),
         ("ResNeXt", 18, "50, 101, 152"),
-        ("PluginResNet", "50", "18, 34, 50, 101, 152"),
+        ("PluginResNet", "50", "10, 18, 34, 50, 101, 152"),
     ],
 )
 def test_unknown_depth_is_named_with_those_that_exist(kind, depth, depths):

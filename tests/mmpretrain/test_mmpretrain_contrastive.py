@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +115,27 @@ def test_a_step_trains_the_batchformer_once_for_both_encoders(kind: str) -> None
     assert not [name for name, _ in model.named_parameters() if "batchformer" in name[11:]]
     keys = model.encoder_k if kind == "BatchFormerMoCo" else model.momentum_encoder
     assert all(p.grad is None for p in keys.parameters())
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_linear_evaluation_begins_with_the_checkpoints_backbone(kind: str, tmp_path: Path) -> None:
+    model = moco(kind)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "moco.pth")
+    start = {"type": "Pretrained", "checkpoint": str(tmp_path / "moco.pth"), "prefix": "backbone."}
+    head = {"type": "LinearClsHead", "num_classes": 3, "in_channels": WIDTH}
+    classifier = MODELS.build(
+        {
+            "type": "ImageClassifier",
+            "backbone": {**RESNET, "frozen_stages": 4, "init_cfg": start},
+            "neck": {"type": "GlobalAveragePooling"},
+            "head": head,
+        }
+    )
+    classifier.init_weights()
+    for own, theirs in zip(
+        classifier.backbone.parameters(), model.backbone.parameters(), strict=True
+    ):
+        assert torch.equal(own, theirs)
 
 
 def test_the_batchformer_can_keep_its_random_weights() -> None:
