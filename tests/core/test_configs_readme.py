@@ -22,8 +22,8 @@ def test_every_config_has_a_row_with_its_command():
     assert len(commands) == len(paths)
     for tool, path in commands:
         assert (ROOT / tool).is_file()
-        framework = "train_mmdet" if path.startswith("configs/mm") else "train_net"
-        assert framework in tool and ("lazyconfig" in tool) == path.startswith("configs/d2/") * (
+        frameworks = {"d2": "train_net", "mm": "train_mmdet", "mmpretrain": "_mmpretrain"}
+        assert frameworks[path.split("/")[1]] in tool and ("lazyconfig" in tool) == path.startswith("configs/d2/") * (
             path.endswith(".py")
         )
 
