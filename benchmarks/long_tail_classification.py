@@ -47,13 +47,13 @@ TEMPLATE = """# A classifier's long tail, with and without BatchFormer
 `{command}` wrote this, but for the last section. {machine}.
 
 Drawn images of one object, each class in a colour of its own: their numbers fall geometrically over
-the classes in train, and are equal in val. A ResNet-10 of half the width is trained with MMPretrain on images of 48 px in batches
-of {batch}, from random weights, {epochs} epochs, with its linear head or with `BatchFormerClsHead`
-on the same schedule. BatchFormer is as in the paper (4 heads, dropout 0.5, a tenth of the learning
-rate; the loss is the mean over both streams). In evaluation there is none. Top-1 accuracy in %
-on the val images after the last epoch: of all, and of the classes with many (more than 100), medium
-and few (fewer than 20) train images, each a mean over its classes. Mean and sample standard
-deviation over {seeds} seeds.
+the classes in train, and are equal in val. A ResNet-10 of half the width is trained with MMPretrain
+on images of 48 px in batches of {batch}, from random weights, {epochs} epochs, with its linear head
+or with `BatchFormerClsHead` on the same schedule. BatchFormer is as in the paper (4 heads, dropout
+0.5, a tenth of the learning rate; the loss is the mean over both streams). In evaluation there is
+none. Top-1 accuracy in % on the val images after the last epoch: of all, and of the classes with
+many (more than 100), medium and few (fewer than 20) train images, each a mean over its classes.
+Mean and sample standard deviation over {seeds} seeds.
 
 {classes}
 
