@@ -53,11 +53,11 @@ def run(name: str, package: str = "mmdet") -> None:
         os.execv(sys.executable, sys.orig_argv)
     installed = importlib.util.find_spec(package)
     if installed is None or installed.origin is None:
-        sys.exit(f"error: {package} is not installed: `pip install -e .[{package}]`")
+        sys.exit(f"error: {_NAMES[package]} is not installed: `pip install -e .[{package}]`")
     path = Path(installed.origin).parent / ".mim" / "tools" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{package}_tools_{name}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        sys.exit(f"error: this {package} has no {path}; install it with pip or mim")
+        sys.exit(f"error: this {_NAMES[package]} has no {path}; install it with pip or mim")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")  # of mpirun; MMDetection ignores it
@@ -93,6 +93,7 @@ def run(name: str, package: str = "mmdet") -> None:
         sys.exit(f"error: {error}")
 
 
+_NAMES = {"mmdet": "MMDetection", "mmpretrain": "MMPretrain"}
 # Launcher → program that starts the processes, and the variable that it sets in them
 _LAUNCHERS = {
     "pytorch": ("torchrun --nproc_per_node …", "RANK"),

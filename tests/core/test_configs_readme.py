@@ -23,9 +23,8 @@ def test_every_config_has_a_row_with_its_command():
     for tool, path in commands:
         assert (ROOT / tool).is_file()
         frameworks = {"d2": "train_net", "mm": "train_mmdet", "mmpretrain": "_mmpretrain"}
-        assert frameworks[path.split("/")[1]] in tool and ("lazyconfig" in tool) == path.startswith("configs/d2/") * (
-            path.endswith(".py")
-        )
+        is_lazy = path.startswith("configs/d2/") and path.endswith(".py")
+        assert frameworks[path.split("/")[1]] in tool and ("lazyconfig" in tool) == is_lazy
 
 
 def test_commands_can_be_typed():
