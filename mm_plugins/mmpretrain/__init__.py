@@ -14,6 +14,7 @@ from mmpretrain.utils.dependency import WITH_MULTIMODAL
 from mm_plugins import block_plugins
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
+    asymmetric_loss,
     batchformer_heads,
     cifar,
     coco_multi_label,
@@ -21,7 +22,6 @@ from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
     ida_heads,
     linear_heads,
     long_tail,
-    losses,
     multi_label_metrics,
     pointing_game,
     vision_transformers,
@@ -32,4 +32,4 @@ for _kind in (PluginResNet, PluginMobileNetV2, *block_plugins.LAYERS):
     MODELS.register_module(module=_kind)
 
 if WITH_MULTIMODAL:  # transformers is there
-    from mm_plugins.mmpretrain import amc_grounding, vqa  # noqa: F401
+    from mm_plugins.mmpretrain import amc_grounding, updn_vqa, vqa_cp  # noqa: F401

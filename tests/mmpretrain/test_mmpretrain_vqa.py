@@ -20,7 +20,9 @@ from mmpretrain.registry import DATASETS, MODELS
 from mmpretrain.structures import DataSample
 
 import mm_plugins  # noqa: F401
-from mm_plugins.mmpretrain.vqa import LearnedMixin, RegionAttention, frequent_answers
+from mm_plugins.mmpretrain.learned_mixin import LearnedMixin
+from mm_plugins.mmpretrain.updn_vqa import RegionAttention
+from mm_plugins.mmpretrain.vqa_cp import frequent_answers
 from plugin_core import FunctionalEntropyRegularizer
 from plugin_core.errors import ArgumentError
 

@@ -1,4 +1,4 @@
-"""Losses that MMPretrain lacks."""
+"""The asymmetric loss as its authors train with it."""
 
 from __future__ import annotations
 

@@ -19,61 +19,24 @@ backbone's last feature map here, where the paper has a detector's: images need 
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.fileio import join_path, load
 from mmengine.model import BaseModel
-from mmpretrain.datasets import COCOVQA
-from mmpretrain.registry import DATASETS, MODELS, TOKENIZER
+from mmpretrain.registry import MODELS, TOKENIZER
 from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from mm_plugins.grounding.text_models import tokenizer_is_there
+from mm_plugins.mmpretrain.learned_mixin import LearnedMixin
+from mm_plugins.mmpretrain.vqa_cp import frequent_answers, read_annotations, score_of, shares_of
 from mm_plugins.settings import build_from
 from plugin_core import FunctionalEntropyRegularizer
 from plugin_core.errors import ArgumentError
-
-
-@DATASETS.register_module()
-class VQACP(COCOVQA):
-    """VQA-CP (Agrawal et al., CVPR 2018, arXiv:1712.00377) as its files are published.
-
-    They are lists, and each question says from which part of COCO 2014 its image is.
-
-    Args:
-        data_root: as of ``COCOVQA``, and so are the others.
-        data_prefix: folder with ``train2014`` and ``val2014``.
-        question_file: such as ``vqacp_v2_train_questions.json``.
-        ann_file: such as ``vqacp_v2_train_annotations.json``.
-    """
-
-    def load_data_list(self) -> list[dict[str, Any]]:
-        annotations = {item["question_id"]: item for item in load(self.ann_file)}
-        found = []
-        for question in load(self.question_file):
-            part, number = question["coco_split"], question["image_id"]
-            annotation = annotations[question["question_id"]]
-            answers = _shares(annotation)
-            file = f"COCO_{part}_{number:012d}.jpg"
-            found.append(
-                {
-                    "img_path": join_path(self.data_prefix["img_path"], part, file),
-                    "image_id": number,
-                    "question_id": question["question_id"],
-                    "question": question["question"],
-                    "question_type": annotation["question_type"],
-                    "gt_answer": list(answers),
-                    "gt_answer_weight": list(answers.values()),
-                }
-            )
-        return found
 
 
 @MODELS.register_module()
@@ -126,7 +89,7 @@ class UpDnVQA(BaseModel):
         with tokenizer_is_there(tokenizer):
             self.tokenizer = TOKENIZER.build(tokenizer)
         self.tokenizer.padding_side = "left"  # the GRU's last word is the question's
-        annotations = _read_annotations(answers)
+        annotations = read_annotations(answers)
         self.answers = frequent_answers(annotations, min_count)
         if not self.answers:
             raise ArgumentError(
@@ -219,7 +182,7 @@ class UpDnVQA(BaseModel):
         scores = torch.zeros(len(self.answers))
         for answer, weight in zip(answers, weights, strict=True):
             if answer in self._labels:
-                scores[self._labels[answer]] = _score(weight)
+                scores[self._labels[answer]] = score_of(weight)
         return scores
 
     def _bias(self, annotations: Sequence[dict[str, Any]]) -> tuple[dict[str, int], Tensor]:
@@ -229,24 +192,13 @@ class UpDnVQA(BaseModel):
         for annotation in annotations:
             kind = annotation["question_type"]
             questions[kind] += 1
-            for answer, weight in _shares(annotation).items():
-                totals[kind][answer] += _score(weight)
+            for answer, weight in shares_of(annotation).items():
+                totals[kind][answer] += score_of(weight)
         rows = [
             [totals[kind][answer] / count for answer in self.answers]
             for kind, count in questions.items()
         ]
         return {kind: row for row, kind in enumerate(questions)}, torch.tensor(rows)
-
-
-def _shares(annotation: dict[str, Any]) -> dict[str, float]:
-    """Which share of the annotators gives which answer."""
-    counts = Counter(item["answer"] for item in annotation["answers"])
-    return {answer: count / counts.total() for answer, count in counts.items()}
-
-
-def _score(share: float) -> float:
-    """VQA's score of an answer: 0.3 for each of ten annotators who give it, at most 1."""
-    return min(3 * share, 1)
 
 
 class RegionAttention(nn.Module):
@@ -293,78 +245,3 @@ class AnswerHead(nn.Module):
 def _normed(in_channels: int, channels: int) -> nn.Sequential:
     # The weight's one norm is a parameter of its own.
     return nn.Sequential(weight_norm(nn.Linear(in_channels, channels), dim=-1), nn.ReLU())
-
-
-class LearnedMixin(nn.Module):
-    """Learned-Mixin +H (arXiv:1909.03683, section 3.2): leave out what the question's type tells.
-
-    A classifier that knows only the type is added to the model in training, with a factor g that
-    the model learns from an example. Of each answer, with p for (p, 1 - p):
-
-        loss = cross entropy of softmax(log p_model + g · log(p_type + sigmoid(s)))
-             + weight · mean entropy of softmax(g · log(p_type + sigmoid(s)))
-
-    Args:
-        channels: of what the answers are classified by.
-        bias: p_type of each type's answers (types, answers), in [0, 1].
-        weight: of the entropy, finite and ≥ 0.
-
-    Raises:
-        ArgumentError: if the weight is wrong.
-    """
-
-    bias: Tensor
-
-    def __init__(self, channels: int, bias: Tensor, weight: float) -> None:
-        super().__init__()
-        if type(weight) not in (int, float) or not 0 <= weight < float("inf"):
-            raise ArgumentError("learned_mixin", f"must be a finite number ≥ 0, got {weight!r}")
-        self.weight = weight
-        self.register_buffer("bias", torch.stack([bias, 1 - bias], 2), persistent=False)
-        self.factor = nn.Linear(channels, 1)
-        self.smoothing = nn.Parameter(torch.tensor(-1.0))
-
-    def forward(
-        self, fused: Tensor, logits: Tensor, targets: Tensor, types: Tensor
-    ) -> dict[str, Tensor]:
-        """Make the losses.
-
-        Args:
-            fused: (B, channels).
-            logits: (B, answers).
-            targets: (B, answers) in [0, 1].
-            types: (B,), rows of the bias.
-        """
-        factor = F.softplus(self.factor(fused))[:, :, None]
-        bias = factor * (self.bias[types] + self.smoothing.sigmoid()).log()
-        both = torch.stack([F.logsigmoid(logits), F.logsigmoid(-logits)], 2) + bias
-        chosen = torch.stack([targets, 1 - targets], 2)
-        alone = bias.log_softmax(2)
-        return {
-            "loss_answer": -(chosen * both.log_softmax(2)).sum((1, 2)).mean(),
-            "loss_bias_entropy": -self.weight * (alone.exp() * alone).sum(2).mean(),
-        }
-
-
-def _read_annotations(path: str) -> list[dict[str, Any]]:
-    """Read VQA-CP's list of annotations, or VQA's mapping that has one."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        found: list[dict[str, Any]] = (
-            content if isinstance(content, list) else content["annotations"]
-        )
-        for annotation in found[:1]:
-            annotation["multiple_choice_answer"], annotation["answers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArgumentError(
-            "answers",
-            "must be a file of annotations such as vqacp_v2_train_annotations.json, got "
-            f"{path!r} ({type(error).__name__}: {error})",
-        ) from error
-    return found
-
-
-def frequent_answers(annotations: Sequence[dict[str, Any]], min_count: int) -> list[str]:
-    """List the answers that are chosen for so many questions at least, in a fixed order."""
-    counts = Counter(annotation["multiple_choice_answer"] for annotation in annotations)
-    return sorted(answer for answer, count in counts.items() if count >= min_count)
