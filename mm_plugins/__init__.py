@@ -24,7 +24,8 @@ from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
 from mm_plugins.panoptic_detr import PanopticDETR
 from mm_plugins.roi_heads import BatchFormerBBoxHead, IDABBoxHead
 
-if importlib.util.find_spec("mmpretrain"):
+_SPEC = importlib.util.find_spec("mmpretrain")
+if _SPEC and _SPEC.origin:  # a folder of this name has none
     from mm_plugins import mmpretrain  # noqa: F401  # for registration in its registries
 
 __all__ = [

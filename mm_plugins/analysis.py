@@ -94,7 +94,8 @@ def _test_size(cfg: Config) -> tuple[int, int]:
         pipeline = []
     for transform in reversed(pipeline):
         if transform.get("type") == "CenterCrop":
-            return (transform["crop_size"],) * 2
+            size = transform["crop_size"]  # of MMPretrain, (height, width)
+            return (size, size) if isinstance(size, int) else tuple(size)
         if str(transform.get("type")).endswith("Resize") and "scale" in transform:
             scale = transform["scale"]
             width, height = (scale, scale) if isinstance(scale, int) else scale

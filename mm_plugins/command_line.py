@@ -42,7 +42,8 @@ def run(name: str, package: str = "mmdet") -> None:
     Raises:
         SystemExit: if the config is wrong; the message says how.
     """
-    if torch.cuda.is_available() and not has_cuda_operators():
+    # MMPretrain's models need none of mmcv's operators.
+    if package == "mmdet" and torch.cuda.is_available() and not has_cuda_operators():
         print(
             "mmcv was built without its CUDA operators: running on the CPU. `FORCE_CUDA=1 make "
             "setup` builds them where nvcc is installed.",
@@ -69,6 +70,9 @@ def run(name: str, package: str = "mmdet") -> None:
             raise ValueError(f"there is no config file {args.config!r}")
         _check_launcher(args.launcher)
         cfg = _read(args.config, args.cfg_options)
+        _check_package(cfg, args.config, name, package)
+        if getattr(args, "no_validate", False):  # as MMPretrain's script does
+            cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
         if name == "test":
             cfg.load_from = args.checkpoint
         resumes = getattr(args, "resume", None) is not None or cfg.get("resume", False)
@@ -106,6 +110,15 @@ def _check_launcher(launcher: str) -> None:
     command, variable = _LAUNCHERS.get(launcher, ("", ""))
     if command and variable not in os.environ:
         raise ValueError(f"--launcher {launcher}: start this command by {command}, or leave it out")
+
+
+def _check_package(cfg: Config, config: str, name: str, package: str) -> None:
+    """Check that a config is one of this package, and let its parts be looked up there."""
+    other = "mmpretrain" if package == "mmdet" else "mmdet"
+    if cfg.setdefault("default_scope", package) == other:
+        raise ValueError(
+            f"config {config!r}: default_scope is {other!r}; use tools/{name}_{other}.py"
+        )
 
 
 def _read(config: str, options: dict[str, Any] | None) -> Config:

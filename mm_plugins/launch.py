@@ -76,7 +76,7 @@ def _check_precision(args: argparse.Namespace, cfg: Config) -> None:
     if (args.amp or in_config) and not torch.cuda.is_available():
         setting = "--amp" if args.amp else "optim_wrapper.type='AmpOptimWrapper'"
         raise ValueError(
-            f"{setting}: MMDetection trains with mixed precision on a GPU only, and there is none; "
+            f"{setting}: mmengine trains with mixed precision on a GPU only, and there is none; "
             "leave it out (optim_wrapper.type='OptimWrapper')"
         )
 

@@ -48,8 +48,8 @@ def find_mismatches(cfg: Config) -> list[str]:
     """
     model = cfg.get("model", {})
     backbone = model.get("backbone")
-    is_classifier = "data_preprocessor" in cfg and "data_preprocessor" not in model
-    pixels = (cfg if is_classifier else model).get("data_preprocessor")
+    is_classifier = cfg.get("default_scope") == "mmpretrain"
+    pixels = model.get("data_preprocessor") or cfg.get("data_preprocessor")
     used = _format_of(pixels, backbone) if isinstance(backbone, dict) else None
     weights = cfg.get("load_from") or _pretrained(backbone)
     if not weights or used is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import os
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,7 +24,7 @@ from mm_plugins.analysis import load_config
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.block_plugins import BlockPlugin, is_for_last_block
 from mm_plugins.datasets import reads
-from mm_plugins.grounding.text_models import check_pretrained
+from mm_plugins.grounding.text_models import check_pretrained, describe_missing
 from mm_plugins.training_settings import told_no_counts
 from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, check_resnet_names
@@ -74,6 +75,8 @@ def _check_config(cfg: Config, train: bool, resumes: bool) -> nn.Module | None:
                 raise ValueError(f"{where}: must be the path of a checkpoint, got {checkpoint!r}")
             _check_names(checkpoint, where, backbone, setting)
             _check_layout(checkpoint, where)
+    if "data_preprocessor" in cfg and model:  # the runner hands it on
+        model = ConfigDict({"data_preprocessor": cfg.data_preprocessor, **model})
     built = _check_model(model) if model else None
     for module in built.modules() if train and built is not None else ():
         if told := told_no_counts(module, getattr(module, "counts", None), cfg):
@@ -117,8 +120,9 @@ def check_weights(model: ConfigDict, path: str, setting: str) -> None:
 
         kinds += [backbones.ResNet, backbones.MobileNetV2]
     for where, backbone, _ in _modules(model, *kinds):
+        prefix = re.sub(r"\[(\d+)\]", r".\1", where).removeprefix("model.") + "."
         networks = _check_names(path, setting, backbone, where, to)
-        if is_classifier and networks and not networks & {"backbone.", "module.backbone."}:
+        if is_classifier and networks and not networks & {prefix, f"module.{prefix}"}:
             raise ValueError(
                 f"{setting}: {path!r} has not the names of MMPretrain's classifiers; convert it: "
                 f"{_command(path, to)}, or if it is a backbone alone use {where}.init_cfg="
@@ -252,9 +256,12 @@ def _check_model(model: ConfigDict) -> nn.Module:
     def explain(error: Exception) -> ValueError:
         setting, node = _being_built(error, model)
         kind = node.get("type")
-        if isinstance(kind, str) and _registry().get(kind) is None:
+        is_unknown = isinstance(error, KeyError) and isinstance(kind, str)
+        if is_unknown and _registry().get(kind) is None:
             hint = did_you_mean(kind, _registry().module_dict)
             return ValueError(f"{setting}.type: no module is registered as {kind!r}{hint}")
+        if isinstance(error, OSError) and setting.endswith("tokenizer"):
+            return ValueError(f"{setting}.name_or_path: {describe_missing(node, error)}")
         if isinstance(error, TypeError):
             try:
                 arguments = [key for key in node if key not in _REGISTRY_KEYS]

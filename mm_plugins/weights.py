@@ -97,13 +97,19 @@ def check_weights(
         missing, unexpected, mismatched = _load(model, tensors)
     except Exception:  # of a module that computes with its weights while they are loaded
         return []
+    own, inner = model.state_dict().keys(), {n.removeprefix("backbone.") for n in unexpected}
+    if not prefix and not own & tensors.keys() and own & inner:
+        raise ValueError(
+            f"{setting}: {path!r} is of a whole model, whose backbone is below 'backbone.'; add "
+            "prefix='backbone.' beside the checkpoint"
+        )
     if told := find_unread(model, missing, unexpected, tensors):
         raise ValueError(f"{setting}: {path!r}: {told}")
     if len(unexpected) + len(mismatched) >= len(tensors):
         example = next(iter(mismatched.values()), f"{next(iter(state), 'nothing')!r}")
         raise ValueError(
             f"{setting}: no tensor of {path!r} fits the model (it holds {example}); name a "
-            "checkpoint of this detector"
+            "checkpoint of this model"
         )
     shapes = few(mismatched.values())
     if whole and mismatched:

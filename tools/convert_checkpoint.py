@@ -171,11 +171,7 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"{args.source}: {error}") from error
     print(f"{args.source}: {backbone}")
-    if "state_dict_ema" in checkpoint:
-        print(
-            "SOURCE also holds state_dict_ema, the moving averages of timm's training; the weights "
-            "themselves are taken. timm's clean_checkpoint.py makes a file of the averages"
-        )
+    tell_averages(checkpoint)
     target = build_target(args, backbone, source)
     try:
         conversion = convert(source, target.state_dict)
@@ -191,6 +187,14 @@ def run(args: argparse.Namespace) -> None:
         "mm": f"model.backbone.init_cfg=dict(type='Pretrained', checkpoint='{args.out}')",
     }
     print(f"wrote {args.out}; use it as {use[args.to]}")
+
+
+def tell_averages(checkpoint: Mapping[str, Any]) -> None:
+    if "state_dict_ema" in checkpoint:
+        print(
+            "SOURCE also holds state_dict_ema, the moving averages of timm's training; the weights "
+            "themselves are taken. timm's clean_checkpoint.py makes a file of the averages"
+        )
 
 
 def run_detr(
@@ -226,17 +230,22 @@ def run_classifier(
     args: argparse.Namespace, checkpoint: Mapping[str, Any], source: Mapping[str, Tensor]
 ) -> None:
     """Convert, report and write a whole image classifier, as :func:`run`."""
-    for option in ("config", "backbone", "branch"):
+    is_ida = is_ida_reproduction(source)
+    for option in ("config", "backbone", "branch") if is_ida else ("backbone", "branch"):
         if getattr(args, option):
             raise ValueError(f"--{option}: is not for --to mmpretrain; leave it out")
-    is_ida = is_ida_reproduction(source)
+    if "head.fc.weight" in source:
+        raise ValueError(f"{args.source}: is a classifier of MMPretrain; use it as it is")
+    tell_averages(checkpoint)
     try:
         backbone = find_backbone(source)
         if is_ida:
             conversion, settings, pixels = convert_ida(source), {}, TORCHVISION
         else:
-            conversion, settings = convert_linear(args, source, backbone)
             pixels = pixel_format_of(checkpoint)
+            conversion, settings = convert_linear(args, source, backbone)
+            if pixels is not None and pixels.stride_in_1x1 and not args.config:
+                settings["backbone"]["style"] = "caffe"
     except ValueError as error:
         raise ValueError(f"{args.source}: {error}") from error
     what = "a linear classifier"
@@ -261,20 +270,19 @@ def run_classifier(
     print(
         f"wrote {args.out}; use it with tools/test_mmpretrain.py, or as load_from, in a config with"
     )
-    print(f"model = {as_config({**settings, 'head': conversion.head})}")
+    print(args.config or f"model = {as_config({**settings, 'head': conversion.head})}")
 
 
 def convert_linear(
     args: argparse.Namespace, source: Mapping[str, Tensor], backbone: Backbone
 ) -> tuple[ClassifierConversion, dict[str, Any]]:
     """Convert a backbone with a linear classifier, and give the backbone's settings."""
-    plugins = plugins_in(source)
-    with saying_where(args):
-        framework = checkpoints("mm")
-        target = framework.backbone_target(backbone.depth, plugins)
-        settings = framework.backbone_settings(backbone.depth, plugins)
+    target = build_target(args, backbone, source)
     conversion = linear_classifier(source, backbone, convert(source, target.state_dict))
-    return conversion, {"backbone": settings}
+    if args.config:
+        return conversion, {}
+    settings = checkpoints(args.to).backbone_settings(backbone.depth, plugins_in(source))
+    return conversion, {"backbone": {**settings, "norm_eval": False}}
 
 
 def training_arguments(texts: list[str]) -> dict[str, Any]:
@@ -328,7 +336,9 @@ def build_target(
                 print(
                     f"{TIMM_CHILD}, as timm calls any attention, is {found[0].name} by its tensors"
                 )
-            target = framework.backbone_target(backbone.depth, found or [everywhere])
+            if not found and args.to != "mmpretrain":
+                found = [everywhere]
+            target = framework.backbone_target(backbone.depth, found)
         else:
             target = framework.config_target(args.config)
         find_backbone(target.state_dict)
@@ -349,7 +359,7 @@ def saying_where(args: argparse.Namespace) -> Iterator[None]:
 
 def checkpoints(to: str) -> Any:
     """Import the framework's side. Without the framework, its ImportError says what to install."""
-    return import_module(f"{to}_plugins.checkpoints")
+    return import_module(f"{'d2' if to == 'd2' else 'mm'}_plugins.checkpoints")
 
 
 def print_pixels(args: argparse.Namespace, wanted: PixelFormat | None, target: Target) -> None:

@@ -52,12 +52,16 @@ def tokenizer_is_there(tokenizer: Mapping[str, Any]) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if not _is_missing(error):
             raise
-        name = tokenizer.get("name_or_path", tokenizer.get("pretrained_model_name_or_path"))
-        raise ArgumentError(
-            "tokenizer.name_or_path",
-            f"must be the folder of a text model, got {name!r}, which cannot be loaded "
-            f"({' '.join(str(error).split())}). {_FETCH}, and name its folder here",
-        ) from error
+        raise ArgumentError("tokenizer.name_or_path", describe_missing(tokenizer, error)) from error
+
+
+def describe_missing(tokenizer: Mapping[str, Any], error: Exception) -> str:
+    """Say what MMPretrain's setting ``tokenizer`` must name, where loading it raised an error."""
+    name = tokenizer.get("name_or_path", tokenizer.get("pretrained_model_name_or_path"))
+    return (
+        f"must be the folder of a text model, got {name!r}, which cannot be loaded "
+        f"({' '.join(str(error).split())}). {_FETCH}, and name its folder here"
+    )
 
 
 def _is_missing(error: Exception) -> bool:

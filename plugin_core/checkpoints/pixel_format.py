@@ -111,22 +111,36 @@ def pixel_format_of(checkpoint: Mapping[str, Any]) -> PixelFormat | None:
     return wanted
 
 
+_STRIDES = {"caffe": True, "pytorch": False}  # of the config's `style`, in a stage's first 1×1
+
+
+def _keywords(node: ast.expr) -> dict[str | None, ast.expr]:
+    return {k.arg: k.value for k in node.keywords} if isinstance(node, ast.Call) else {}
+
+
 def _of_config(text: str) -> PixelFormat | None:
     """Read the pixel format in the config of a training with mmengine, without running it."""
     try:
-        calls = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        nodes = list(ast.walk(ast.parse(text)))
     except (SyntaxError, ValueError):
         return None
-    dicts = [{k.arg: k.value for k in call.keywords} for call in calls]
+    found: dict[str, ast.expr] = {}  # the outermost of a name
+    for node in nodes:
+        if isinstance(node, ast.keyword) and node.arg:
+            found.setdefault(node.arg, node.value)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found.setdefault(node.targets[0].id, node.value)
     try:
-        pixels = next(d for d in dicts if {"mean", "std"} <= d.keys())
+        pixels = _keywords(found["data_preprocessor"])
         order = pixels.get("bgr_to_rgb", pixels.get("to_rgb"))
         is_rgb = order is not None and ast.literal_eval(order)
         mean, std = (tuple(map(float, ast.literal_eval(pixels[k]))) for k in ("mean", "std"))
-        styles = [ast.literal_eval(d["style"]) for d in dicts if "style" in d]
-    except (StopIteration, TypeError, ValueError):
+        style = _keywords(found["backbone"]).get("style") if "backbone" in found else None
+        stride = None if style is None else _STRIDES.get(ast.literal_eval(style))
+    except (KeyError, TypeError, ValueError):
         return None
-    stride = {"caffe": True, "pytorch": False}.get(styles[0]) if styles else None
+    if len(mean) != 3 or len(std) != 3:
+        return None
     return PixelFormat("RGB" if is_rgb else "BGR", mean, std, stride)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import convert_checkpoint
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,29 @@ def authors_resnet(depth: int, *, attention: bool = True, kernel_size: int = 7) 
     for block in residual_blocks(net) if attention else ():
         block.triplet_attention = TripletAttention(kernel_size=kernel_size)
     return randomized(net)
+
+
+def caffe2_weights(net: nn.Module) -> dict[str, np.ndarray]:
+    """A ResNet in Caffe2's names, its norms without statistics."""
+    weights: dict[str, np.ndarray] = {}
+
+    def add(conv: nn.Module, norm: nn.Module, conv_name: str, norm_name: str) -> None:
+        weights[f"{conv_name}_w"] = conv.weight.detach().numpy()
+        weights[f"{norm_name}_bn_s"] = norm.weight.detach().numpy()
+        weights[f"{norm_name}_bn_b"] = norm.bias.detach().numpy()
+
+    add(net.conv1, net.bn1, "conv1", "res_conv1")
+    weights["conv1_b"] = np.zeros(64, dtype=np.float32)
+    for stage in (1, 2, 3, 4):
+        for i, block in enumerate(getattr(net, f"layer{stage}")):
+            at = f"res{stage + 1}_{i}_branch"
+            for letter, number in (("a", 1), ("b", 2), ("c", 3)):
+                name = f"{at}2{letter}"
+                add(getattr(block, f"conv{number}"), getattr(block, f"bn{number}"), name, name)
+            if block.downsample is not None:
+                add(*block.downsample, f"{at}1", f"{at}1")
+    weights["fc1000_w"] = net.fc.weight.detach().numpy()
+    return weights
 
 
 def authors_mobilenet(kernel_size: int = 7) -> nn.Module:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pickle
 
-import numpy as np
 import pytest
 import torch
 from convert_checkpoint_cases import (
     assert_same,
     authors_resnet,
+    caffe2_weights,
     detectron2_config,
     detectron2_features,
     mmdetection_backbone,
@@ -31,29 +31,6 @@ def _no_initial_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ------------------------------------------------------------------------------ the frameworks' own
-
-
-def caffe2_weights(net: nn.Module) -> dict[str, np.ndarray]:
-    """A ResNet in Caffe2's names, its norms without statistics."""
-    weights: dict[str, np.ndarray] = {}
-
-    def add(conv: nn.Module, norm: nn.Module, conv_name: str, norm_name: str) -> None:
-        weights[f"{conv_name}_w"] = conv.weight.detach().numpy()
-        weights[f"{norm_name}_bn_s"] = norm.weight.detach().numpy()
-        weights[f"{norm_name}_bn_b"] = norm.bias.detach().numpy()
-
-    add(net.conv1, net.bn1, "conv1", "res_conv1")
-    weights["conv1_b"] = np.zeros(64, dtype=np.float32)
-    for stage in (1, 2, 3, 4):
-        for i, block in enumerate(getattr(net, f"layer{stage}")):
-            at = f"res{stage + 1}_{i}_branch"
-            for letter, number in (("a", 1), ("b", 2), ("c", 3)):
-                name = f"{at}2{letter}"
-                add(getattr(block, f"conv{number}"), getattr(block, f"bn{number}"), name, name)
-            if block.downsample is not None:
-                add(*block.downsample, f"{at}1", f"{at}1")
-    weights["fc1000_w"] = net.fc.weight.detach().numpy()
-    return weights
 
 
 @needs("detectron2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from convert_checkpoint_cases import (
     assert_same,
     authors_mobilenet,
     authors_resnet,
+    caffe2_weights,
     features,
     mmdetection_backbone,
     mmdetection_features,
@@ -103,6 +105,44 @@ def test_authors_classifier_gives_its_logits_in_mmpretrain(network, kernel_size,
     assert not result.unexpected_keys
     assert all(name.endswith("num_batches_tracked") for name in result.missing_keys)
     torch.testing.assert_close(built(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_strides_of_caffe2s_weights_are_told(tmp_path, capsys):
+    net = authors_resnet(50, attention=False)
+    weights = {**caffe2_weights(net), "fc1000_b": net.fc.bias.detach().numpy()}
+    source = tmp_path / "R-50.pkl"
+    with open(source, "wb") as file:
+        pickle.dump(weights, file, protocol=2)
+    assert run(source, tmp_path / "out.pth", "mmpretrain") == 0
+    said = capsys.readouterr().out
+    assert "style='caffe'" in said and "to_rgb=False" in said and "norm_eval=False" in said
+
+
+def test_classifier_of_mmpretrain_needs_no_conversion(classifier, tmp_path, capsys):
+    path, _, _ = classifier
+    assert run(path, tmp_path / "out.pth", "mmpretrain") == 1
+    assert "is a classifier of MMPretrain; use it as it is" in capsys.readouterr().err
+
+
+def test_config_says_which_module_timms_se_is(tmp_path, capsys):
+    from mmengine.registry import MODELS, DefaultScope
+
+    layer = {"type": "BlockPlugin", "name": "timm:eca"}
+    plugins = [{"cfg": layer, "position": "after_conv2"}]
+    backbone = {"type": "PluginResNet", "depth": 18, "plugins": plugins}
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        state = MODELS.build(backbone).state_dict()
+    source, config = tmp_path / "own.pth", tmp_path / "own.py"
+    state = {n.replace("block_plugin", "se"): t for n, t in state.items()}
+    torch.save({**state, "fc.weight": torch.zeros(5, 512), "fc.bias": torch.zeros(5)}, source)
+    config.write_text(f"model = dict(backbone={backbone})")
+    out = tmp_path / "out.pth"
+    assert run(source, out, "mmpretrain") == 1
+    assert "say by --config" in capsys.readouterr().err
+    assert run(source, out, "mmpretrain", "--config", str(config)) == 0
+    converted = torch.load(out)["state_dict"]
+    assert sum("block_plugin" in name for name in converted) == 8
+    assert converted["head.fc.weight"].shape == (5, 512)
 
 
 @pytest.mark.parametrize(
