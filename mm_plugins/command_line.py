@@ -115,7 +115,9 @@ def _check_launcher(launcher: str) -> None:
 def _check_package(cfg: Config, config: str, name: str, package: str) -> None:
     """Check that a config is one of this package, and let its parts be looked up there."""
     other = "mmpretrain" if package == "mmdet" else "mmdet"
-    if cfg.setdefault("default_scope", package) == other:
+    if not cfg.get("default_scope"):
+        cfg.default_scope = package
+    if cfg.default_scope == other:
         raise ValueError(
             f"config {config!r}: default_scope is {other!r}; use tools/{name}_{other}.py"
         )

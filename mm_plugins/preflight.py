@@ -262,7 +262,7 @@ def _check_model(model: ConfigDict) -> nn.Module:
             return ValueError(f"{setting}.type: no module is registered as {kind!r}{hint}")
         if isinstance(error, OSError) and setting.endswith("tokenizer"):
             return ValueError(f"{setting}.name_or_path: {describe_missing(node, error)}")
-        if isinstance(error, TypeError):
+        if isinstance(error, TypeError) and kind is not None:
             try:
                 arguments = [key for key in node if key not in _REGISTRY_KEYS]
                 check_arguments(_registry().get(kind) if isinstance(kind, str) else kind, arguments)

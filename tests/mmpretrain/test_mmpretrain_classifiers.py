@@ -72,17 +72,15 @@ def test_classifiers_have_the_size_that_the_paper_gives(name, parameters, gflops
     assert total / 1e9 == pytest.approx(gflops, abs=within)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "resnet18-triplet_8xb32_in1k",
-        "mobilenet-v2-triplet_8xb12-400e_in1k",
-        "resnet18-triplet_warm-start_8xb32-10e_in1k",
-    ],
-)
-def test_configs_train_a_step_in_every_gate(name):
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.py")))
+def test_configs_train_a_step_in_every_gate_and_predict(name, monkeypatch):
+    for draw in ("kaiming_normal_", "kaiming_uniform_", "normal_"):  # PyTorch's initial values do
+        monkeypatch.setattr(f"mmengine.model.weight_init.nn.init.{draw}", lambda w, *_, **__: w)
     model = MODELS.build(config(name).model).train()
-    losses = step(model, torch.randn(2, 3, 64, 64), [3, 5])
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.uniform_(parameter, -0.1, 0.1)
+    losses = step(model, torch.randn(2, 3, 32, 32), [3, 5])
     assert torch.isfinite(losses["loss"])
     gates = [(n, p) for n, p in model.named_parameters() if "triplet_attention" in n]
     moved = [n for n, p in gates if p.grad.abs().sum() > 0]
@@ -92,6 +90,9 @@ def test_configs_train_a_step_in_every_gate(name):
     assert gates and [n for n in moved if n.endswith(last)] == [
         n for n, _ in gates if n.endswith(last)
     ]
+    with torch.no_grad():
+        (found,) = model.eval()(torch.randn(1, 3, 32, 32), samples([3]), mode="predict")
+    assert found.pred_score.shape == (1000,)
 
 
 def test_backbone_norms_train_and_authors_initial_values_are_kept():

@@ -73,8 +73,10 @@ def test_pixels_of_a_classifier_are_those_of_its_config(classifier, tmp_path):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("network", ["ResNet-18", "MobileNetV2"])
-@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize(
+    ("network", "kernel_size"),
+    [("ResNet-18", 3), ("ResNet-18", 7), ("ResNet-50", 7), ("MobileNetV2", 7)],
+)
 def test_authors_classifier_gives_its_logits_in_mmpretrain(network, kernel_size, tmp_path, capsys):
     from mmengine.registry import MODELS, DefaultScope
 
@@ -85,7 +87,7 @@ def test_authors_classifier_gives_its_logits_in_mmpretrain(network, kernel_size,
         net = authors_mobilenet(kernel_size=kernel_size).eval()
         expected = net(x)
     else:
-        net = authors_resnet(18, kernel_size=kernel_size)
+        net = authors_resnet(int(network[-2:]), kernel_size=kernel_size)
         expected = net.fc(resnet_features(net, x)[-1].mean((2, 3)))
     source, out = tmp_path / "model_best.pth.tar", tmp_path / "out.pth"
     content = {f"module.{name}": tensor for name, tensor in net.state_dict().items()}
@@ -96,7 +98,7 @@ def test_authors_classifier_gives_its_logits_in_mmpretrain(network, kernel_size,
     assert "to_rgb=True" in said
     # What it prints is the model, beside what MMPretrain's configs of these networks have.
     model = eval(said.partition("model = ")[2])
-    model["backbone"] |= {"out_indices": (3,)} if network == "ResNet-18" else {}
+    model["backbone"] |= {"out_indices": (3,)} if "ResNet" in network else {}
     model["head"] |= {"type": "LinearClsHead"}
     neck = {"type": "GlobalAveragePooling"}
     with DefaultScope.overwrite_default_scope("mmpretrain"):
