@@ -30,7 +30,8 @@ class DetachedAsymmetricLoss(AsymmetricLoss):
         clip: as there, from 0 to less than 1.
         reduction: as there.
         loss_weight: as there.
-        eps: as there.
+        eps: as there, more than 0 and less than 1. Logits of half precision become floats first:
+            float16 has no number as small as 1e-8.
 
     Raises:
         ArgumentError: if an argument is out of its range.
@@ -46,10 +47,12 @@ class DetachedAsymmetricLoss(AsymmetricLoss):
         eps: float = 1e-8,
     ) -> None:
         for name, gamma in (("gamma_pos", gamma_pos), ("gamma_neg", gamma_neg)):
-            if not gamma >= 0:
-                raise ArgumentError(name, f"must be at least 0, got {gamma!r}")
-        if not 0 <= clip < 1:
+            if type(gamma) not in (int, float) or not 0 <= gamma < float("inf"):
+                raise ArgumentError(name, f"must be a finite number ≥ 0, got {gamma!r}")
+        if type(clip) not in (int, float) or not 0 <= clip < 1:
             raise ArgumentError("clip", f"must be from 0 to less than 1, got {clip!r}")
+        if type(eps) is not float or not 0 < eps < 1:
+            raise ArgumentError("eps", f"must be above 0 and less than 1, got {eps!r}")
         super().__init__(gamma_pos, gamma_neg, clip, reduction, loss_weight, eps=eps)
 
     def forward(
@@ -61,6 +64,7 @@ class DetachedAsymmetricLoss(AsymmetricLoss):
         reduction_override: str | None = None,
     ) -> Tensor:
         """Loss of logits (N, K) and targets (N, K) of 0 and 1, with weights (N,) of the images."""
+        pred = pred.float() if pred.dtype in (torch.float16, torch.bfloat16) else pred
         terms = asymmetric_loss(pred, target, None, 0, 0, self.clip, "none", eps=self.eps)
         with torch.no_grad():
             wrong = pred.sigmoid() * (1 - target) + (1 - pred.sigmoid()) * target

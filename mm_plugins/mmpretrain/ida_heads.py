@@ -31,8 +31,8 @@ class IDAClsHead(MultiLabelClsHead):
     Shape: ((B, C, H, W),) → (B, K).
 
     Raises:
-        ArgumentError: if an argument of the classifier is out of its range, ``topk`` is more than
-            K, or the loss is for images of one label.
+        ArgumentError: if an argument of the classifier is out of its range, ``topk`` is not from 1
+            to K or ``thr`` not from 0 to 1, or the loss is for images of one label.
     """
 
     def __init__(
@@ -51,10 +51,12 @@ class IDAClsHead(MultiLabelClsHead):
         self.classifier = IDAClassifier(
             in_channels, num_classes, num_heads, beta, heavy, sample_order, last_head_norm
         )
-        if self.topk is not None and not 0 < self.topk <= num_classes:
+        if self.topk is not None and not (type(self.topk) is int and 0 < self.topk <= num_classes):
             raise ArgumentError(
-                "topk", f"must be from 1 to num_classes={num_classes}, got {self.topk}"
+                "topk", f"must be from 1 to num_classes={num_classes}, got {self.topk!r}"
             )
+        if self.thr is not None and not (type(self.thr) in (int, float) and 0 <= self.thr <= 1):
+            raise ArgumentError("thr", f"must be from 0 to 1, got {self.thr!r}")
         self.num_classes = num_classes
 
     def forward(self, feats: tuple[Tensor, ...]) -> Tensor:

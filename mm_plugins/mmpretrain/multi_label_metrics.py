@@ -27,7 +27,8 @@ class MultiLabelBenchmark(AveragePrecision):
     ``…_top3`` they must also be among the 3 highest of their image, as in ML-GCN (Chen et al.,
     CVPR 2019) and those who compare with it. AP is the area below the precision-recall curve, whose
     precision is made falling, as in PASCAL VOC from 2010 on and in IDA's public reproduction. mAP
-    is its mean over the classes with a true label.
+    is its mean over the classes with a true label. ML-GCN's code counts a class without a
+    predicted label as 1 in OP's sum p.
 
     MMPretrain's ``MultiLabelMetric`` has CP, CR, OP, OR and OF1 as ``precision``, ``recall`` and
     ``f1-score`` with ``average`` "macro" and "micro". Its macro ``f1-score`` is the mean of the
@@ -44,7 +45,7 @@ class MultiLabelBenchmark(AveragePrecision):
     """
 
     def __init__(self, thr: float = 0.5, topk: int = 3, **kwargs: Any) -> None:
-        if not 0 <= thr <= 1:
+        if type(thr) not in (int, float) or not 0 <= thr <= 1:
             raise ArgumentError("thr", f"must be from 0 to 1, got {thr!r}")
         if type(topk) is not int or topk < 1:
             raise ArgumentError("topk", f"must be a positive integer, got {topk!r}")

@@ -53,6 +53,22 @@ def test_config_builds_and_trains_a_step(name):
     assert found[0].pred_score.shape == (20 if "voc" in name else 80,)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "-asl" not in name])
+def test_weighted_cross_entropy_is_the_loss_of_the_reproductions_logs(name):
+    cfg = config(name)
+    batch, classes = cfg.train_dataloader.batch_size, cfg.model.head.num_classes
+    x, y = torch.randn(batch, classes), (torch.rand(batch, classes) < 0.05).float()
+    loss = MODELS.build(cfg.model.head.loss)
+    expected = nn.MultiLabelSoftMarginLoss(reduction="sum")(x, y)  # a mean over the classes
+    torch.testing.assert_close(loss(x, y, avg_factor=batch), expected)
+
+
+def test_small_training_turns_after_a_fifth_of_its_20_epochs():
+    cycle = config("resnet50-ida_1xb64_coco2014-224px.py").param_scheduler
+    assert [(node.begin, node.end) for node in cycle] == [(0, 20), (0, 4), (4, 20)]
+    assert cycle[0].pct_start == 0.2 and cycle[1].eta_min == 0.85
+
+
 def test_learning_rate_and_first_beta_are_those_of_pytorchs_one_cycle():
     cfg = config(LIGHT)
     steps = 20  # of each of the 80 epochs

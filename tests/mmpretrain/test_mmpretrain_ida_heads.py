@@ -113,6 +113,9 @@ def test_loss_for_several_labels_is_taken(loss):
         ({"num_heads": 3}, "num_heads must divide the 16 channels, got 3"),
         ({"beta": 0}, "beta must be positive, got 0"),
         ({"topk": 6}, "topk must be from 1 to num_classes=5, got 6"),
+        ({"topk": (1,)}, r"topk must be from 1 to num_classes=5, got \(1,\)"),
+        ({"thr": 5}, "thr must be from 0 to 1, got 5"),
+        ({"thr": "a"}, "thr must be from 0 to 1, got 'a'"),
         ({"sample_order": "paper"}, "sample_order must be 'heads' or 'interleaved', got 'paper'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -165,11 +168,15 @@ def test_loss_and_gradients_equal_the_reproductions(kind, gamma_pos, gamma_neg, 
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, x)[0])
 
 
-def test_weighted_cross_entropy_of_the_config_is_the_loss_of_the_reproductions_logs():
-    x, y = torch.randn(32, 80), (torch.rand(32, 80) < 0.05).float()
-    loss = MODELS.build({"type": "CrossEntropyLoss", "use_sigmoid": True, "loss_weight": 0.4})
-    expected = nn.MultiLabelSoftMarginLoss(reduction="sum")(x, y)
-    torch.testing.assert_close(loss(x, y, avg_factor=32), expected)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_detached_loss_of_logits_of_half_precision_is_that_of_floats(dtype):
+    x = torch.tensor([[20.0, -20.0, 3.0]]).requires_grad_()
+    y = torch.tensor([[0.0, 1.0, 1.0]])  # the first two are as wrong as can be
+    loss = MODELS.build({"type": "DetachedAsymmetricLoss"})
+    found = loss(x.to(dtype), y, avg_factor=1)
+    torch.testing.assert_close(found, loss(x, y, avg_factor=1))
+    (gradient,) = torch.autograd.grad(found, x)
+    assert gradient.isfinite().all()
 
 
 def test_detached_loss_weighs_images():
@@ -182,8 +189,11 @@ def test_detached_loss_weighs_images():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gamma_neg": -1}, "gamma_neg must be at least 0, got -1"),
+        ({"gamma_neg": -1}, "gamma_neg must be a finite number ≥ 0, got -1"),
+        ({"gamma_pos": "2"}, "gamma_pos must be a finite number ≥ 0, got '2'"),
         ({"clip": 1.5}, "clip must be from 0 to less than 1, got 1.5"),
+        ({"clip": None}, "clip must be from 0 to less than 1, got None"),
+        ({"eps": -1}, "eps must be above 0 and less than 1, got -1"),
     ],
 )
 def test_bad_argument_of_the_loss_is_named(arguments, message):

@@ -128,6 +128,7 @@ def test_difficult_objects_of_voc_are_left_out_or_count_as_told(option, ap):
     ("arguments", "message"),
     [
         ({"thr": 2}, "thr must be from 0 to 1, got 2"),
+        ({"thr": "a"}, "thr must be from 0 to 1, got 'a'"),
         ({"topk": 0}, "topk must be a positive integer, got 0"),
     ],
 )

@@ -4,7 +4,7 @@
 # meta_keys of PackInputs.
 _base_ = "./resnet101-ida-heavy_4xb32_coco2014-448px.py"
 num_classes = 20
-model = dict(head=dict(num_classes=num_classes))
+model = dict(head=dict(num_classes=num_classes, loss=dict(loss_weight=32 / num_classes)))
 data_preprocessor = dict(num_classes=num_classes)
 voc = dict(_delete_=True, type="VOC", data_root="data/VOC2007")
 train_dataloader = dict(dataset=dict(split="trainval", pipeline=_base_.train_pipeline, **voc))

@@ -14,9 +14,9 @@ model = dict(
         type="IDAClsHead",
         num_classes=num_classes,
         in_channels=2048,
-        # The reproduction's is a mean over the classes and a sum over a GPU's 32 images, this one a
-        # sum over the classes and a mean over the images: 32 / 80.
-        loss=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=0.4),
+        # The reproduction's is a mean over the classes and a sum over a GPU's images, this one a
+        # sum over the classes and a mean over the images. Adam adds the decay to its gradient.
+        loss=dict(type="CrossEntropyLoss", use_sigmoid=True, loss_weight=32 / num_classes),
     ),
 )
 data_preprocessor = dict(

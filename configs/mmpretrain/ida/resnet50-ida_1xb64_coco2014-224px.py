@@ -2,6 +2,7 @@
 _base_ = "./resnet101-ida_4xb32_coco2014-448px.py"
 model = dict(
     backbone=dict(depth=50, init_cfg=dict(checkpoint="torchvision://resnet50")),
+    head=dict(loss=dict(loss_weight=64 / 80)),
 )
 
 
@@ -17,10 +18,10 @@ val_dataloader = dict(batch_size=64, dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 epochs, warmup = 20, 4
-cycle = dict(by_epoch=True, convert_to_iter_based=True)
+rate, falling, rising = _base_.param_scheduler
 param_scheduler = [
-    dict(type="OneCycleLR", eta_max=1e-4, pct_start=warmup / epochs, begin=0, end=epochs, **cycle),
-    dict(type="CosineAnnealingMomentum", eta_min=0.85, begin=0, end=warmup, **cycle),
-    dict(type="CosineAnnealingMomentum", eta_min=0.95, begin=warmup, end=epochs, **cycle),
+    dict(rate, pct_start=warmup / epochs, end=epochs),
+    dict(falling, end=warmup),
+    dict(rising, begin=warmup, end=epochs),
 ]
 train_cfg = dict(max_epochs=epochs)
