@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from mmengine.fileio import get_local_path
@@ -34,13 +35,14 @@ class CocoMultiLabel(MultiLabelDataset):
     Raises:
         ValueError: when it is loaded: if the file is missing, is no JSON, or has no images, wrong
             ids or names.
-        ArgumentError: when it is loaded: if ``classes`` names no category, or nothing is left to
-            train on.
+        ArgumentError: if ``crowds`` or ``filter_cfg`` is wrong; when it is loaded: if ``classes``
+            names no category, one twice, or none at all, or nothing is left to train on.
     """
 
     def __init__(self, ann_file: str, *, crowds: bool = True, **kwargs: Any) -> None:
         if not isinstance(crowds, bool):
             raise ArgumentError("crowds", f"must be True or False, got {crowds!r}")
+        _check_filter(kwargs.get("filter_cfg"))
         self.crowds = crowds
         super().__init__(ann_file, **kwargs)
 
@@ -89,6 +91,11 @@ class CocoMultiLabel(MultiLabelDataset):
             raise ValueError(f"{where} has two categories of the same name, or one without a name")
         if self.CLASSES is None:
             self._metainfo["classes"] = tuple(names)
+        if not self.CLASSES or len(set(self.CLASSES)) < len(self.CLASSES):
+            given = few(map(repr, self.CLASSES)) or "none"
+            raise ArgumentError(
+                "metainfo.classes", f"must be categories, each of them once, got {given}"
+            )
         unknown = [name for name in self.CLASSES if name not in names]
         if unknown:
             hints = [f"{name!r}{did_you_mean(name, names)}" for name in unknown]
@@ -112,3 +119,18 @@ class CocoMultiLabel(MultiLabelDataset):
                 "none has an object of the classes",
             )
         return kept
+
+
+def _check_filter(filter_cfg: Any) -> None:
+    if filter_cfg is None:
+        return
+    if not isinstance(filter_cfg, Mapping):
+        raise ArgumentError(
+            "filter_cfg", f"must be None or dict(filter_empty_gt=True), got {filter_cfg!r}"
+        )
+    for key, value in filter_cfg.items():
+        if key != "filter_empty_gt":
+            hint = did_you_mean(key, ["filter_empty_gt"])
+            raise ArgumentError(f"filter_cfg.{key}", f"is no key; there is filter_empty_gt{hint}")
+        if not isinstance(value, bool):
+            raise ArgumentError(f"filter_cfg.{key}", f"must be True or False, got {value!r}")

@@ -15,11 +15,11 @@ from mmpretrain.models.heads import MultiLabelClsHead
 from mmpretrain.models.losses import CrossEntropyLoss, LabelSmoothLoss
 from torch import nn
 
-from mm_plugins.mmpretrain.coco_multi_label import CocoMultiLabel
-from mm_plugins.mmpretrain.multi_label_checks import check_coco_multi_label, check_model
+from mm_plugins.mmpretrain.multi_label_checks import check_model
+from mm_plugins.mmpretrain.sample_checks import check_samples
 from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.datasets.classes import check_number_of_classes
-from plugin_core.errors import few
+from plugin_core.errors import ArgumentError, few
 
 
 def prepare(
@@ -93,17 +93,22 @@ def _datasets(node: Any, setting: str, wrong: list[str]) -> Iterator[tuple[str, 
     if inner:
         return
     try:
-        yield setting, DATASETS.build({**node, "lazy_init": True, "pipeline": []})
-    except TypeError:
-        return  # it reads its samples as it is built
+        try:
+            dataset = DATASETS.build({**node, "lazy_init": True, "pipeline": []})
+        except TypeError:  # it reads its samples as it is built
+            dataset = DATASETS.build({**node, "pipeline": []})
+    except ArgumentError as error:
+        wrong.append(f"{setting}.{error.argument}: {error.reason}")
     except Exception as error:  # a constructor may raise anything
         wrong.append(f"{setting}: {' '.join(str(error).split())}")
+    else:
+        yield setting, dataset
 
 
 def _check(dataset: Any, setting: str, wrong: list[str]) -> tuple[str, ...]:
     """Check a dataset's files, and return its classes; none if they are not known yet."""
-    if isinstance(dataset, CocoMultiLabel):
-        wrong += filter(None, [check_coco_multi_label(dataset, setting)])
+    if not isinstance(dataset, CustomDataset):
+        wrong += filter(None, [check_samples(dataset, setting)])
     classes = tuple(dataset.metainfo.get("classes") or ())
     if not isinstance(dataset, CustomDataset) or "://" in dataset.img_prefix:
         return classes

@@ -32,8 +32,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from mm_plugins.grounding.text_models import tokenizer_is_there
+from mm_plugins.mmpretrain.features import last_features
 from mm_plugins.mmpretrain.learned_mixin import LearnedMixin
-from mm_plugins.mmpretrain.vqa_cp import frequent_answers, read_annotations, score_of, shares_of
+from mm_plugins.mmpretrain.vqa_cp import frequent_answers, read_records, score_of, shares_of
 from mm_plugins.settings import build_from
 from plugin_core import FunctionalEntropyRegularizer
 from plugin_core.errors import ArgumentError
@@ -84,18 +85,30 @@ class UpDnVQA(BaseModel):
         data_preprocessor: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
+        for name, number in (
+            ("min_count", min_count),
+            ("in_channels", in_channels),
+            ("word_channels", word_channels),
+            ("channels", channels),
+            ("max_words", max_words),
+        ):
+            if type(number) is not int or number < 1:
+                raise ArgumentError(name, f"must be a positive integer, got {number!r}")
         kind = {"type": "MultiModalDataPreprocessor"}
         super().__init__(MODELS.build(kind | (data_preprocessor or {})), init_cfg)
         with tokenizer_is_there(tokenizer):
             self.tokenizer = TOKENIZER.build(tokenizer)
         self.tokenizer.padding_side = "left"  # the GRU's last word is the question's
-        annotations = read_annotations(answers)
+        needed = {"multiple_choice_answer": str, "answers": list}
+        needed |= {} if learned_mixin is None else {"question_type": str}
+        annotations = read_records("answers", answers, "annotations", needed)
         self.answers = frequent_answers(annotations, min_count)
         if not self.answers:
             raise ArgumentError(
                 "min_count", f"must be a count that answers of {answers!r} have, got {min_count!r}"
             )
         self._labels = {answer: number for number, answer in enumerate(self.answers)}
+        self.in_channels = in_channels
         self.max_words = max_words
         self.vision_backbone = MODELS.build(vision_backbone)
         self.words = nn.Embedding(
@@ -128,11 +141,37 @@ class UpDnVQA(BaseModel):
             return data_samples
         return logits
 
+    def check_parts(self) -> None:
+        """Check before a run that the backbone gives maps of ``in_channels``.
+
+        Raises:
+            ArgumentError: if it does not.
+        """
+        shape = last_features(self.vision_backbone)
+        if shape is not None:
+            self._check_channels(shape)
+
+    def _check_channels(self, shape: Sequence[int]) -> None:
+        if len(shape) != 4:
+            name = type(self.vision_backbone).__name__
+            raise ArgumentError(
+                "vision_backbone",
+                f"must give maps (B, C, H, W), and {name}'s have {len(shape)} axes",
+            )
+        if shape[1] != self.in_channels:
+            raise ArgumentError(
+                "in_channels",
+                f"must be {shape[1]}, the channels of the backbone's last map, "
+                f"got {self.in_channels}",
+            )
+
     def extract_feat(
         self, images: Tensor, data_samples: Sequence[DataSample]
     ) -> tuple[Tensor, Tensor]:
         """Give the attended image (B, in_channels) and the question (B, channels)."""
-        regions = self.vision_backbone(images)[-1].flatten(2).transpose(1, 2)
+        regions = self.vision_backbone(images)[-1]
+        self._check_channels(regions.shape)
+        regions = regions.flatten(2).transpose(1, 2)
         tokens = self.tokenizer(
             [sample.question for sample in data_samples],
             padding="max_length",
@@ -160,7 +199,7 @@ class UpDnVQA(BaseModel):
             losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
             found = {"loss_answer": losses.sum(1).mean()}
         else:
-            types = [self._question_types[sample.question_type] for sample in data_samples]
+            types = [self._row(sample.get("question_type")) for sample in data_samples]
             found = self.mixin(fused, logits, targets, torch.tensor(types, device=logits.device))
         if self.functional_entropy is not None:
             term, information = self.functional_entropy(
@@ -184,6 +223,16 @@ class UpDnVQA(BaseModel):
             if answer in self._labels:
                 scores[self._labels[answer]] = score_of(weight)
         return scores
+
+    def _row(self, question_type: str | None) -> int:
+        """The bias's row of a type of questions."""
+        if question_type not in self._question_types:
+            raise ArgumentError(
+                "answers",
+                "must be the file of the training's annotations; it has no question of the type of "
+                f"a sample, {question_type!r}",
+            )
+        return self._question_types[question_type]
 
     def _bias(self, annotations: Sequence[dict[str, Any]]) -> tuple[dict[str, int], Tensor]:
         """The types of questions by their rows, and each type's mean scores (types, answers)."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmengine.fileio import join_path, load
@@ -26,14 +24,27 @@ class VQACP(COCOVQA):
         data_prefix: folder with ``train2014`` and ``val2014``.
         question_file: such as ``vqacp_v2_train_questions.json``.
         ann_file: such as ``vqacp_v2_train_annotations.json``.
+
+    Raises:
+        ArgumentError: when it is loaded: if a file is missing, is no such list, or lists nothing,
+            or a question has no annotation.
     """
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        annotations = {item["question_id"]: item for item in load(self.ann_file)}
+        needed = {"question_id": int, "question_type": str, "answers": list}
+        listed = read_records("ann_file", self.ann_file, "annotations", needed)
+        annotations = {annotation["question_id"]: annotation for annotation in listed}
+        needed = {"question_id": int, "image_id": int, "coco_split": str, "question": str}
         found = []
-        for question in load(self.question_file):
+        for question in read_records("question_file", self.question_file, "questions", needed):
             part, number = question["coco_split"], question["image_id"]
-            annotation = annotations[question["question_id"]]
+            annotation = annotations.get(question["question_id"])
+            if annotation is None:
+                raise ArgumentError(
+                    "ann_file",
+                    f"must have an annotation of each question of {self.question_file!r}, and "
+                    f"{self.ann_file!r} has none of question {question['question_id']}",
+                )
             answers = shares_of(annotation)
             file = f"COCO_{part}_{number:012d}.jpg"
             found.append(
@@ -61,22 +72,35 @@ def score_of(share: float) -> float:
     return min(3 * share, 1)
 
 
-def read_annotations(path: str) -> list[dict[str, Any]]:
-    """Read VQA-CP's list of annotations, or VQA's mapping that has one."""
+def read_records(
+    setting: str, path: str, kind: str, fields: Mapping[str, type]
+) -> list[dict[str, Any]]:
+    """Read VQA-CP's list of questions or annotations, or VQA's mapping that has one.
+
+    Args:
+        setting: that names the file.
+        path: of the file.
+        kind: "questions" or "annotations".
+        fields: that each record must have, and their types; each of ``answers`` has an ``answer``.
+
+    Raises:
+        ArgumentError: if the file is missing, is no such list, lists nothing, or lacks a field.
+    """
+    expected = f"must be a file of {kind} such as vqacp_v2_train_{kind}.json, got {path!r}"
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        found: list[dict[str, Any]] = (
-            content if isinstance(content, list) else content["annotations"]
-        )
-        for annotation in found[:1]:
-            annotation["multiple_choice_answer"], annotation["answers"]
+        content = load(path, file_format="json")
+        records: list[dict[str, Any]] = content if isinstance(content, list) else content[kind]
+        for number, record in enumerate(records):
+            for name, of in fields.items():
+                if not isinstance(record[name], of):
+                    raise TypeError(f"{name!r} of number {number} is {record[name]!r:.80}")
+            for answer in record["answers"] if "answers" in fields else ():
+                answer["answer"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ArgumentError(
-            "answers",
-            "must be a file of annotations such as vqacp_v2_train_annotations.json, got "
-            f"{path!r} ({type(error).__name__}: {error})",
-        ) from error
-    return found
+        raise ArgumentError(setting, f"{expected} ({type(error).__name__}: {error})") from error
+    if not records:
+        raise ArgumentError(setting, f"{expected}, which lists none")
+    return records
 
 
 def frequent_answers(annotations: Sequence[dict[str, Any]], min_count: int) -> list[str]:

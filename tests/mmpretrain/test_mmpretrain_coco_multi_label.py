@@ -144,6 +144,20 @@ def test_cocos_80_classes_get_labels_0_to_79(folder):
             "filter_cfg filter_empty_gt=True leaves none of the 3 images",
         ),
         (content(), {"crowds": 1}, "crowds must be True or False, got 1"),
+        (content(), {"classes": ("car", "car")}, "metainfo.classes must be .* once, got 'car', 'c"),
+        (content(), {"classes": ()}, "metainfo.classes must be .* once, got none"),
+        (content(), {"filter_cfg": "x"}, r"filter_cfg must be None or dict\(.*\), got 'x'"),
+        (
+            content(),
+            {"filter_cfg": {"filter_empty": True}},
+            "filter_cfg.filter_empty is no key; .* did you mean 'filter_empty_gt'",
+        ),
+        (content(), {"filter_cfg": {"min_size": 8}}, "filter_cfg.min_size is no key; there is"),
+        (
+            content(),
+            {"filter_cfg": {"filter_empty_gt": 1}},
+            "filter_cfg.filter_empty_gt must be True or False, got 1",
+        ),
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )
@@ -220,7 +234,18 @@ def test_right_config_passes(folder):
         ),
         (
             {"model.neck": {"type": "GlobalAveragePooling", "_delete_": True}},
-            "model.neck: must be None, as IDAClsHead classifies a map",
+            "model.neck: must be None, as IDAClsHead classifies a map (B, C, H, W); "
+            "GlobalAveragePooling gives ('B', 512)",
+        ),
+        (
+            {"model.neck": {"type": "GeneralizedMeanPooling", "_delete_": True}},
+            "model.neck: must be None, as IDAClsHead classifies a map (B, C, H, W); "
+            "GeneralizedMeanPooling gives ('B', 512)",
+        ),
+        (
+            {"model.backbone": {"type": "VisionTransformer", "arch": "deit-t", "_delete_": True}},
+            "model.backbone: must give a map (such as out_type='featmap'), as IDAClsHead "
+            "classifies a map (B, C, H, W); VisionTransformer gives ('B', 192)",
         ),
         (
             {"model.head.in_channels": 2048},
@@ -276,11 +301,61 @@ def test_checkpoint_of_other_classes_is_refused(folder):
     assert f"checkpoint's, {checkpoint}, cat, car, brush; " in found
 
 
-def test_vocs_number_of_classes_is_checked():
+@pytest.mark.parametrize("place", ["cpu", "meta"])
+def test_backbone_of_another_kind_that_gives_maps_passes(folder, place):
+    kind = {"type": "VisionTransformer", "arch": "deit-t", "out_type": "featmap", "_delete_": True}
+    cfg = config(folder, **{"model.backbone": kind, "model.head.in_channels": 192})
+    with torch.device(place):
+        model = MODELS.build(cfg.model)
+    before = copy.deepcopy(model.state_dict())
+    prepare(cfg, model, train=True)
+    assert model.training
+    if place == "cpu":
+        assert all(torch.equal(before[name], x) for name, x in model.state_dict().items())
+
+
+def write_voc(folder: Path) -> None:
+    """An image with a cat, in both splits."""
+    for name in ("ImageSets/Main", "Annotations", "JPEGImages"):
+        (folder / name).mkdir(parents=True)
+    for split in ("trainval", "test"):
+        (folder / f"ImageSets/Main/{split}.txt").write_text("000001\n")
+    cat = "<object><name>cat</name><difficult>0</difficult></object>"
+    (folder / "Annotations/000001.xml").write_text(f"<annotation>{cat}</annotation>")
+    Image.new("RGB", (6, 4)).save(folder / "JPEGImages/000001.jpg")
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (None, ""),
+        ("ImageSets/Main/test.txt", ": there is no file '{0}/ImageSets/Main/test.txt'"),
+        ("JPEGImages/000001.jpg", ".data_prefix: there is no image '{0}/JPEGImages/000001.jpg'"),
+        ("Annotations/000001.xml", ": there is no file '{0}/Annotations/000001.xml'"),
+    ],
+)
+def test_vocs_missing_file_is_named(tmp_path, missing, message):
+    write_voc(tmp_path)
+    cfg = copy.deepcopy(published("resnet101-ida-heavy_4xb32_voc07-448px.py"))
+    cfg.merge_from_dict(
+        {**SMALL, "model.head.num_classes": 20, "data_preprocessor.num_classes": 20}
+    )
+    cfg.test_dataloader.dataset.data_root = str(tmp_path)
+    if missing is None:
+        check(cfg, train=False)
+        return
+    (tmp_path / missing).unlink()
+    assert refusal(cfg, train=False) == f"test_dataloader.dataset{message.format(tmp_path)}"
+
+
+def test_vocs_number_of_classes_is_checked(tmp_path):
+    write_voc(tmp_path)
     cfg = copy.deepcopy(published("resnet101-ida-heavy_4xb32_voc07-448px.py"))
     cfg.merge_from_dict(
         {**SMALL, "model.head.num_classes": 80, "data_preprocessor.num_classes": 20}
     )
+    for loader in (cfg.train_dataloader, cfg.val_dataloader):
+        loader.dataset.data_root = str(tmp_path)
     assert refusal(cfg).startswith(
         "model.head.num_classes: the model has 80 classes, but the data has 20 ('aeroplane', "
     )

@@ -119,6 +119,51 @@ def test_top_k_of_more_than_the_classes_is_told(image_folder, topk, right):
 
 
 @pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (
+            {
+                "type": "RefCOCO",
+                "data_root": "none",
+                "data_prefix": "images",
+                "ann_file": "instances.json",
+                "split_file": "refs.p",
+            },
+            ": there is no file 'none/instances.json'",
+        ),
+        (
+            {"type": "CIFAR100LT", "data_root": "none", "download": False},
+            ": cannot be read: RuntimeError: Cannot find CIFAR100LT dataset in none",
+        ),
+        ({"type": "CIFAR100LT", "data_root": "none", "seed": -1}, ".seed: must be an integer"),
+        ({"type": "VOC", "data_root": "none", "x": 1}, ": .*unexpected keyword argument 'x'"),
+        ({"type": "VOC"}, ": .*missing 1 required positional argument: 'data_root'"),
+        ({"type": "EagerDataset"}, ": .*no such samples"),
+    ],
+)
+def test_dataset_that_cannot_be_read_is_told_in_a_line(dataset, message):
+    if dataset["type"] == "EagerDataset":
+        dataset = {"type": EagerDataset}
+    cfg = Config({"train_dataloader": {"dataset": dataset}})
+    with pytest.raises(ValueError, match="^train_dataloader.dataset" + message) as error:
+        prepare(cfg, None, train=True)
+    assert "\n" not in str(error.value)
+
+
+class EagerDataset:
+    """One that takes no ``lazy_init``."""
+
+    def __init__(self, pipeline):
+        raise OSError("no such samples")
+
+
+def test_dataset_that_downloads_is_not_asked_for_its_files(tmp_path):
+    node = {"type": "CIFAR100LT", "data_root": str(tmp_path / "none")}
+    assert prepare(Config({"train_dataloader": {"dataset": node}}), None, train=True) == {}
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
     "loss", [{"type": "CrossEntropyLoss"}, {"type": "LabelSmoothLoss", "label_smooth_val": 0.1}]
 )
 def test_loss_of_one_label_in_a_multi_label_head_is_refused(image_folder, loss):

@@ -15,11 +15,13 @@ from tiny_vqa import settings, write_vqa_cp
 
 pytest.importorskip("mmpretrain")
 
+from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import DATASETS, MODELS
 from mmpretrain.structures import DataSample
 
 import mm_plugins  # noqa: F401
+from mm_plugins.mmpretrain.datasets import prepare
 from mm_plugins.mmpretrain.learned_mixin import LearnedMixin
 from mm_plugins.mmpretrain.updn_vqa import RegionAttention
 from mm_plugins.mmpretrain.vqa_cp import frequent_answers
@@ -212,6 +214,10 @@ def test_a_type_that_tells_nothing_leaves_the_cross_entropy() -> None:
         ({"answers": "no/such.json"}, r"answers must be a file of annotations .*'no/such.json'"),
         ({"answers": __file__}, r"answers must be a file of annotations .*JSONDecodeError"),
         ({"min_count": 1000}, "min_count must be a count that answers of .* have, got 1000"),
+        ({"min_count": 0}, "min_count must be a positive integer, got 0"),
+        ({"max_words": 0}, "max_words must be a positive integer, got 0"),
+        ({"max_words": "a"}, "max_words must be a positive integer, got 'a'"),
+        ({"channels": -1}, "channels must be a positive integer, got -1"),
         ({"learned_mixin": -1}, "learned_mixin must be a finite number ≥ 0, got -1"),
         ({"functional_entropy": {"samples": 0}}, r"functional_entropy\.samples must be a positive"),
         (
@@ -225,3 +231,73 @@ def test_a_wrong_setting_is_one_clear_line(
 ) -> None:
     with pytest.raises(ArgumentError, match=expected):
         build(data, **changes)
+
+
+def vqa_cp(data: Path, **changes: Any) -> Any:
+    files = {
+        "question_file": "vqa-cp/vqacp_v2_test_questions.json",
+        "ann_file": "vqa-cp/vqacp_v2_test_annotations.json",
+    }
+    settings = {"type": "VQACP", "data_root": str(data / "data"), "data_prefix": "coco"}
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        return DATASETS.build(settings | files | changes)
+
+
+@pytest.mark.parametrize(
+    ("setting", "content", "expected"),
+    [
+        ("question_file", None, r"must be a file of questions .*\(FileNotFoundError"),
+        ("ann_file", None, r"must be a file of annotations .*\(FileNotFoundError"),
+        ("ann_file", "[", r"must be a file of annotations .*\(JSONDecodeError"),
+        ("question_file", "[]", r"must be a file of questions .*, which lists none"),
+        ("question_file", '{"questions": [{"question_id": 1}]}', r"\(KeyError: 'image_id'\)"),
+        (
+            "question_file",
+            '[{"question_id": 1, "image_id": "1", "coco_split": "val2014", "question": "?"}]',
+            r"\(TypeError: 'image_id' of number 0 is '1'\)",
+        ),
+        (
+            "ann_file",
+            '[{"question_id": 1, "question_type": "what", "answers": ["a"]}]',
+            r"must be a file of annotations .*\(TypeError",
+        ),
+        (
+            "ann_file",
+            '[{"question_id": -1, "question_type": "what", "answers": [{"answer": "a"}]}]',
+            r"must have an annotation of each question of .*\.json' has none of question 0",
+        ),
+    ],
+)
+def test_a_wrong_file_of_vqa_cp_is_one_clear_line(
+    data: Path, tmp_path: Path, setting: str, content: str | None, expected: str
+) -> None:
+    path = tmp_path / "file.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ArgumentError, match=expected) as error:
+        vqa_cp(data, **{setting: str(path)})
+    assert error.value.argument == setting and "\n" not in str(error.value)
+
+
+def test_learned_mixin_needs_the_types_of_the_questions(data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "answers.json"
+    path.write_text('[{"multiple_choice_answer": "a", "answers": [{"answer": "a"}]}]')
+    assert build(data, answers=str(path)).answers == ["a"]
+    with pytest.raises(ArgumentError, match=r"^answers must be .*\(KeyError: 'question_type'\)"):
+        build(data, answers=str(path), learned_mixin=0.36)
+    model = build(data, learned_mixin=0.36)
+    images, samples = batch(model)
+    samples[1].question_type = "how many"
+    with pytest.raises(ArgumentError, match=r"^answers must be .* of a sample, 'how many'"):
+        model(images, samples, mode="loss")
+
+
+def test_channels_that_are_not_the_backbones_are_told_before_the_training(data: Path) -> None:
+    model, right = build(data, in_channels=256), build(data)
+    cfg = Config({"model": {}})
+    expected = "in_channels: must be 512, the channels of the backbone's last map, got 256"
+    with pytest.raises(ValueError, match=f"^model.{expected}$"):
+        prepare(cfg, model, train=True)
+    assert prepare(cfg, right, train=True) == {}
+    with pytest.raises(ArgumentError, match="^in_channels must be 512"):
+        model(*batch(model))
