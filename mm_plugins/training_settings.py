@@ -319,12 +319,10 @@ def told_no_counts(part: Any, counts: Any, cfg: Config) -> str:
     """
     hook = getattr(part, "counted_by", None)
     hooks = [_kind(node, HOOKS) for _, node in _items(cfg.get("custom_hooks") or (), "")]
-    if hook is None or counts is not None or hook in [getattr(k, "__name__", "") for k in hooks]:
-        return ""
-    return (
-        "must be the training images of each class, got None; add "
-        f"dict(type={hook!r}) to custom_hooks, which counts them"
-    )
+    counts_them = cfg.get("train_dataloader") is not None and hook in [
+        getattr(kind, "__name__", "") for kind in hooks
+    ]
+    return "" if hook is None or counts is not None or counts_them else part.no_counts
 
 
 def _check_hook(node: Any, setting: str) -> Iterator[str]:

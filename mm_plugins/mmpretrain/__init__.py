@@ -15,8 +15,10 @@ from mm_plugins import block_plugins
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
     asymmetric_loss,
+    balanced_softmax_loss,
     batchformer_heads,
     cifar,
+    class_counts,
     coco_multi_label,
     contrastive,
     ida_heads,
@@ -24,6 +26,7 @@ from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
     long_tail,
     multi_label_metrics,
     pointing_game,
+    resnet_cifar,
     vision_transformers,
 )
 

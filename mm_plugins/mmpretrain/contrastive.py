@@ -24,7 +24,7 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from mm_plugins.mmpretrain.batchformer_heads import TrainingBatchFormer
+from mm_plugins.mmpretrain.training_batchformers import TrainingBatchFormer
 from mm_plugins.settings import build_from
 from plugin_core.errors import ArgumentError
 from plugin_core.stand_ins import view

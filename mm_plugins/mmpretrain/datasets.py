@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import DATASETS, DefaultScope
-from mmpretrain.datasets import CustomDataset
-from mmpretrain.models.heads import MultiLabelClsHead
-from mmpretrain.models.losses import CrossEntropyLoss, LabelSmoothLoss
+from mmpretrain.datasets import CustomDataset, MultiLabelDataset
+from mmpretrain.models.heads import ClsHead, MultiLabelClsHead
 from torch import nn
 
+from mm_plugins.mmpretrain.loss_kinds import check_loss
 from mm_plugins.mmpretrain.multi_label_checks import check_model
 from mm_plugins.mmpretrain.sample_checks import check_samples
 from plugin_core.checkpoints.reading import class_names_of
@@ -43,11 +43,21 @@ def prepare(
     known = class_names_of(checkpoint) if checkpoint else None
     source, first = f"the checkpoint's, {checkpoint}", tuple(known or ())
     loaders = ("train_dataloader", "val_dataloader") if train else ("test_dataloader",)
+    head = getattr(model, "head", None)
+    number = getattr(head, "num_classes", None)
+    number = number if isinstance(number, int) else 0
+    loss = getattr(head, "loss_module", None)
+    takes_one = isinstance(head, ClsHead) and not getattr(loss, "use_soft", False)
     with DefaultScope.overwrite_default_scope("mmpretrain"):
         for loader in loaders:
             node = (cfg.get(loader) or {}).get("dataset")
             for setting, dataset in _datasets(node, f"{loader}.dataset", wrong):
-                classes = _check(dataset, setting, wrong)
+                classes = _check(dataset, setting, wrong, number)
+                if isinstance(dataset, MultiLabelDataset) and takes_one:
+                    wrong.append(
+                        f"{setting}: its images have several labels, and {type(head).__name__} is "
+                        "for one; use a multi-label head such as MultiLabelLinearClsHead"
+                    )
                 if not classes:
                     continue
                 if not first:
@@ -58,26 +68,42 @@ def prepare(
                         f"{few(first)}; labels are places in this list, so all need the same "
                         "(classes=… of a dataset, or the names of its folders)"
                     )
-        for loader in loaders if first else ():
-            setting = loader.replace("dataloader", "evaluator")
-            metrics = cfg.get(setting) or ()
-            for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
-                most = max(np.atleast_1d(metric.get("topk") or 1))
-                if metric.get("type") == "Accuracy" and most > len(first):
-                    wrong.append(
-                        f"{setting}.topk: must be at most the number of classes, {len(first)}, "
-                        f"got {metric['topk']!r}; use topk=(1,)"
-                    )
-    head = getattr(model, "head", None)
-    number = getattr(head, "num_classes", None)
-    if first and isinstance(number, int):
+        for loader in loaders:
+            wrong += _check_metrics(cfg, loader.replace("dataloader", "evaluator"), first, number)
+    if first and number:
         wrong += filter(None, [check_number_of_classes(number, first, "model.head.num_classes")])
+    wrong += _check_counts(getattr(loss, "counts", None), number, "model.head.loss.counts")
     wrong += check_model(cfg, model, first)
     if isinstance(head, MultiLabelClsHead):
-        wrong += filter(None, [_check_loss(head.loss_module)])
+        try:
+            check_loss(head.loss_module, "several")
+        except ArgumentError as error:
+            wrong.append(f"model.head.{error.argument}: {error.reason}")
     if wrong:
         raise ValueError("\n".join(wrong))
     return {}
+
+
+def _check_metrics(cfg: Config, setting: str, classes: Sequence[str], number: int) -> Iterator[str]:
+    """Say which metric of an evaluator does not fit the data's classes or the model's number."""
+    metrics = cfg.get(setting) or ()
+    for metric in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
+        most = max(np.atleast_1d(metric.get("topk") or 1))
+        if classes and metric.get("type") == "Accuracy" and most > len(classes):
+            yield (
+                f"{setting}.topk: must be at most the number of classes, {len(classes)}, "
+                f"got {metric['topk']!r}; use topk=(1,)"
+            )
+        yield from _check_counts(metric.get("counts"), number, f"{setting}.counts")
+
+
+def _check_counts(counts: Any, number: int, setting: str) -> Iterator[str]:
+    """Say that training images are counted of another number of classes than the model's."""
+    if isinstance(counts, Sequence) and number and len(counts) != number:
+        yield (
+            f"{setting}: must be the training images of each of the {number} classes, got "
+            f"{len(counts)} numbers; leave it out, and ClassCountsHook counts them"
+        )
 
 
 def _datasets(node: Any, setting: str, wrong: list[str]) -> Iterator[tuple[str, BaseDataset]]:
@@ -105,7 +131,7 @@ def _datasets(node: Any, setting: str, wrong: list[str]) -> Iterator[tuple[str, 
         yield setting, dataset
 
 
-def _check(dataset: Any, setting: str, wrong: list[str]) -> tuple[str, ...]:
+def _check(dataset: Any, setting: str, wrong: list[str], number: int) -> tuple[str, ...]:
     """Check a dataset's files, and return its classes; none if they are not known yet."""
     if not isinstance(dataset, CustomDataset):
         wrong += filter(None, [check_samples(dataset, setting)])
@@ -116,7 +142,7 @@ def _check(dataset: Any, setting: str, wrong: list[str]) -> tuple[str, ...]:
     if not os.path.isdir(images):
         wrong.append(f"{setting}: there is no folder of images {images!r} (data_root, data_prefix)")
     elif dataset.ann_file:
-        wrong += filter(None, [_check_list(dataset, f"{setting}.ann_file", classes)])
+        wrong += filter(None, [_check_list(dataset, f"{setting}.ann_file", len(classes) or number)])
     elif dataset.with_label:
         folders = sorted(entry.name for entry in os.scandir(images) if entry.is_dir())
         if classes and len(classes) != len(folders):
@@ -141,7 +167,7 @@ def _has_image(dataset: Any, folder: str) -> bool:
     return any(dataset.is_valid_file(name) for _, _, names in os.walk(folder) for name in names)
 
 
-def _check_list(dataset: Any, setting: str, classes: tuple[str, ...]) -> str:
+def _check_list(dataset: Any, setting: str, num_classes: int) -> str:
     """Say what is wrong with a file that lists images and labels; empty if nothing."""
     path = dataset.ann_file
     if not os.path.isfile(path):
@@ -152,8 +178,8 @@ def _check_list(dataset: Any, setting: str, classes: tuple[str, ...]) -> str:
         return f"{setting}: {path!r} lists no image"
     for number, line in enumerate(lines, start=1) if dataset.with_label else ():
         image, _, label = line.rpartition(" ")
-        if not image or not label.isdecimal() or (classes and int(label) >= len(classes)):
-            most = f" from 0 to {len(classes) - 1}" if classes else ""
+        if not image or not label.isdecimal() or (num_classes and int(label) >= num_classes):
+            most = f" from 0 to {num_classes - 1}" if num_classes else ""
             where = f"{setting}: {path!r}, line {number}"
             return f"{where}: expected a path and a label{most}, got {line!r}"
     image = lines[0].rpartition(" ")[0] if dataset.with_label else lines[0]
@@ -163,16 +189,3 @@ def _check_list(dataset: Any, setting: str, classes: tuple[str, ...]) -> str:
             "(data_prefix)"
         )
     return ""
-
-
-def _check_loss(loss: nn.Module) -> str:
-    """Say that a loss is for one label an image; empty if it is not."""
-    is_single = (isinstance(loss, CrossEntropyLoss) and not loss.use_sigmoid) or (
-        isinstance(loss, LabelSmoothLoss) and loss.mode != "multi_label"
-    )
-    if not is_single:
-        return ""
-    return (
-        f"model.head.loss.type: {type(loss).__name__} is for one label an image, and this head "
-        "gives several; use dict(type='CrossEntropyLoss', use_sigmoid=True) or 'AsymmetricLoss'"
-    )

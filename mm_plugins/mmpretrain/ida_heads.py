@@ -6,8 +6,9 @@ from typing import Any
 
 from mmpretrain.models.heads import MultiLabelClsHead
 from mmpretrain.registry import MODELS
-from torch import Tensor, nn
+from torch import Tensor
 
+from mm_plugins.mmpretrain.loss_kinds import check_loss
 from plugin_core.errors import ArgumentError
 from plugin_core.methods.ida import IDAClassifier
 
@@ -47,7 +48,7 @@ class IDAClsHead(MultiLabelClsHead):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        _check_loss(self.loss_module)
+        check_loss(self.loss_module, "several")
         self.classifier = IDAClassifier(
             in_channels, num_classes, num_heads, beta, heavy, sample_order, last_head_norm
         )
@@ -63,19 +64,3 @@ class IDAClsHead(MultiLabelClsHead):
         """Logits (B, K) for the maps of the backbone's stages, of which the last one counts."""
         logits: Tensor = self.classifier(self.pre_logits(feats))
         return logits
-
-
-def _check_loss(loss: nn.Module) -> None:
-    """Refuse a loss in which an image's classes compete, as by softmax."""
-    uses_sigmoid = getattr(getattr(loss, "ce", loss), "use_sigmoid", True)  # ce: of label smoothing
-    mode = getattr(loss, "mode", "multi_label")
-    if uses_sigmoid and mode == "multi_label":
-        return
-    name = type(loss).__name__
-    given = f"{name} with use_sigmoid={uses_sigmoid}"
-    given += f" and mode={mode!r}" if mode != "multi_label" else ""
-    raise ArgumentError(
-        "loss",
-        "must be for several labels in an image, such as dict(type='CrossEntropyLoss', "
-        f"use_sigmoid=True) or dict(type='AsymmetricLoss'), got {given}",
-    )

@@ -23,25 +23,10 @@ from mmpretrain.structures import DataSample
 from torch import Tensor, nn
 
 from mm_plugins.batchformer import BatchFormers
+from mm_plugins.mmpretrain.training_batchformers import TrainingBatchFormers
 from mm_plugins.settings import build_from
-from plugin_core import BatchFormer
 from plugin_core.errors import ArgumentError
 from plugin_core.stand_ins import view
-
-
-class TrainingBatchFormers(BatchFormers):
-    """Keep PyTorch's initial weights, where a model's are drawn otherwise."""
-
-    def init_weights(self) -> None:
-        """Draw the weights anew; mmengine calls it after what the model's ``init_cfg`` says."""
-        for module in self.values():
-            assert isinstance(module, BatchFormer)
-            module.reset_parameters()
-
-    @property
-    def training_only(self) -> bool:
-        """Whether a checkpoint that is evaluated need not have it."""
-        return not self.in_evaluation
 
 
 @MODELS.register_module()

@@ -7,17 +7,23 @@ themselves fit balanced test data.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def balanced_logits(logits: Tensor, counts: Tensor) -> Tensor:
     """Add the logarithm of the classes' training images: what cross entropy is taken of.
 
+    A class without an image gets a probability of practically 0, as the formula has it, and no
+    gradient. Its logit stays finite, so that a soft label's 0 times it is 0.
+
     Args:
         logits: (…, K).
-        counts: (K,), each at least 1.
+        counts: (K,), each at least 0.
 
     Returns:
-        (…, K).
+        (…, K), of single precision or of the logits' where that is more.
     """
-    return logits + counts.to(logits).log()
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # half precision ends at 65504
+    counts = counts.to(logits.device, dtype)
+    return logits.to(dtype) + counts.clamp(min=torch.finfo(dtype).tiny).log()

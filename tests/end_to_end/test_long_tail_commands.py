@@ -80,7 +80,7 @@ def test_the_plain_head_evaluates_the_checkpoint_the_same(trained, drawn, run_to
     [
         (
             "model.head.loss.type=AsymmetricLoss",
-            r"error: model\.head\.loss: must be one of a single label",
+            r"error: model\.head\.loss: must be for one label in an image",
         ),
         ("model.head.batchformer.num_heads=3", r"error: model\.head\.batchformer\.num_heads"),
         (

@@ -19,7 +19,8 @@ from mmpretrain.structures import DataSample
 from mmpretrain.utils import register_all_modules
 
 import mm_plugins  # noqa: F401
-from mm_plugins.mmpretrain.long_tail import BalancedSoftmaxLoss, LongTailMetric
+from mm_plugins.mmpretrain.balanced_softmax_loss import BalancedSoftmaxLoss
+from mm_plugins.mmpretrain.long_tail import LongTailMetric
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs/mmpretrain/batchformer"
 CONFIGS = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}

@@ -112,16 +112,14 @@ def test_the_batchformer_keeps_pytorchs_initial_weights() -> None:
     [
         ({"batchformer": {"num_heads": 3}}, "batchformer.num_heads must divide"),
         ({"batchformer": {"heads": 2}}, "batchformer"),
-        ({"loss": {"type": "AsymmetricLoss"}}, "loss must be one of a single label"),
+        ({"loss": {"type": "AsymmetricLoss"}}, "loss must be for one label in an image"),
         (
             {"loss": {"type": "LabelSmoothLoss", "label_smooth_val": 0.1, "mode": "multi_label"}},
-            "loss must be one of a single label",
+            "loss must be for one label in an image",
         ),
-        (
-            {"loss": {"type": "BalancedSoftmaxLoss", "counts": [3, 2]}},
-            "loss.counts must be the training images of each of the 5 classes, got 2 numbers",
-        ),
-        ({"loss": {"type": "BalancedSoftmaxLoss", "counts": [3, 2, 1, 1, 0]}}, "got 0 for 4"),
+        ({"loss": {"type": "CrossEntropyLoss", "use_sigmoid": True}}, "got CrossEntropyLoss with"),
+        ({"loss": {"type": "FocalLoss"}}, "loss must be for one label in an image"),
+        ({"loss": {"type": "BalancedSoftmaxLoss", "counts": [3, 2, 1, 1, -1]}}, "got -1 for 4"),
         ({"loss": {"type": "BalancedSoftmaxLoss", "use_sigmoid": True}}, "use_sigmoid"),
     ],
 )

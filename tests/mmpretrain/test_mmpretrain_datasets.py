@@ -164,12 +164,47 @@ def test_dataset_that_downloads_is_not_asked_for_its_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "loss", [{"type": "CrossEntropyLoss"}, {"type": "LabelSmoothLoss", "label_smooth_val": 0.1}]
+    "loss",
+    [
+        {"type": "CrossEntropyLoss"},
+        {"type": "LabelSmoothLoss", "label_smooth_val": 0.1},
+        {"type": "SeesawLoss", "num_classes": 3},
+    ],
 )
 def test_loss_of_one_label_in_a_multi_label_head_is_refused(image_folder, loss):
     model = head(type="MultiLabelLinearClsHead", loss=loss)
-    with pytest.raises(ValueError, match=r"model.head.loss.type: .* is for one label an image"):
+    with pytest.raises(
+        ValueError, match=r"model.head.loss: must be for several labels in an image"
+    ):
         prepare(config(image_folder), model, train=True)
+
+
+def test_data_of_several_labels_in_a_head_for_one_are_told(image_folder):
+    cfg = config(image_folder)
+    cfg.val_dataloader.dataset = {"type": "MultiLabelDataset", "ann_file": "labels.json"}
+    with pytest.raises(ValueError, match=r"^val_dataloader.dataset: its images have several label"):
+        prepare(cfg, head(type="BatchFormerClsHead"), train=True)
+    soft = {"type": "CrossEntropyLoss", "use_soft": True}  # shares of one label
+    assert prepare(cfg, head(loss=soft), train=True) == {}
+
+
+def test_a_label_that_the_model_has_not_is_told_with_its_line(image_folder):
+    (image_folder / "train.txt").write_text("cat/0.png 0\nowl/1.png 3\n")
+    cfg = config(image_folder, ann_file=str(image_folder / "train.txt"))
+    with pytest.raises(ValueError, match="line 2: expected a path and a label from 0 to 2"):
+        prepare(cfg, head(), train=True)
+
+
+@pytest.mark.parametrize("setting", ["val_evaluator", "model.head.loss"])
+def test_counts_of_another_number_of_classes_are_told(image_folder, setting):
+    cfg, loss = config(image_folder), {"type": "BalancedSoftmaxLoss", "counts": [5, 4, 0]}
+    if setting == "val_evaluator":
+        cfg.val_evaluator = {"type": "LongTailMetric", "counts": [5]}
+    else:
+        loss["counts"] = [5]
+    message = rf"^{setting}.counts: must be the training images of each of the 3 classes, got 1 num"
+    with pytest.raises(ValueError, match=message):
+        prepare(cfg, head(loss=loss), train=True)
 
 
 def test_backbone_that_takes_no_plugins_is_told_with_those_that_do():

@@ -12,17 +12,17 @@ import torch
 
 pytest.importorskip("mmpretrain", reason="MMPretrain is not installed")
 
-from mmengine.dataset import RepeatDataset
+from mmengine.config import Config
+from mmengine.dataset import ConcatDataset, RepeatDataset
 from mmpretrain.datasets import CIFAR100, CustomDataset
 from mmpretrain.registry import MODELS, TRANSFORMS
 
-from mm_plugins.mmpretrain.cifar import CIFAR100LT, ThinResNet_CIFAR
-from mm_plugins.mmpretrain.long_tail import (
-    BalancedSoftmaxLoss,
-    ClassCountsHook,
-    LongTailMetric,
-    count_classes,
-)
+from mm_plugins.mmpretrain.balanced_softmax_loss import BalancedSoftmaxLoss
+from mm_plugins.mmpretrain.cifar import CIFAR100LT
+from mm_plugins.mmpretrain.class_counts import ClassCountsHook, count_classes
+from mm_plugins.mmpretrain.long_tail import LongTailMetric
+from mm_plugins.mmpretrain.resnet_cifar import ThinResNet_CIFAR
+from mm_plugins.training_settings import told_no_counts
 from plugin_core.errors import ArgumentError
 
 ONE = {"pred_label": torch.tensor([0]), "gt_label": torch.tensor([0])}
@@ -68,7 +68,36 @@ def test_balanced_softmax_of_equal_counts_is_cross_entropy() -> None:
 def test_balanced_softmax_is_worked_out_by_hand() -> None:
     # exp(0)·3 / (exp(0)·3 + exp(0)·1) = 3/4
     loss = BalancedSoftmaxLoss(counts=[3, 1])(torch.zeros(1, 2), torch.tensor([0]))
-    assert float(loss) == pytest.approx(np.log(4 / 3))
+    assert loss.item() == pytest.approx(np.log(4 / 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_balanced_softmax_counts_more_images_than_half_precision_can(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[0.5, -1.0], [2.0, 0.25]], dtype=dtype, requires_grad=True)
+    labels, counts = torch.tensor([1, 0]), [70000, 10]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype != torch.float32):
+        loss = BalancedSoftmaxLoss(counts=counts)(logits, labels)
+    shifted = logits.detach().double() + torch.tensor(counts).double().log()
+    expected = torch.nn.functional.cross_entropy(shifted, labels)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.isfinite().all() and gradient.any()
+
+
+@pytest.mark.parametrize("use_soft", [False, True])
+def test_a_class_without_an_image_is_as_if_it_were_not_there(use_soft: bool) -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    labels = torch.tensor([0, 1, 1, 0])
+    loss = BalancedSoftmaxLoss(counts=[3, 1, 0], use_soft=use_soft)
+    given = torch.nn.functional.one_hot(labels, 3).float() if use_soft else labels
+    found = loss(logits, given)
+    expected = BalancedSoftmaxLoss(counts=[3, 1])(logits[:, :2], labels)
+    torch.testing.assert_close(found, expected)
+    for own, theirs in zip(
+        torch.autograd.grad(found, logits), torch.autograd.grad(expected, logits), strict=True
+    ):
+        torch.testing.assert_close(own, theirs)
 
 
 @pytest.mark.parametrize(
@@ -99,6 +128,9 @@ def test_missing_and_misfitting_counts_are_named() -> None:
     [
         (lambda: LongTailMetric(many=10, few=20), "few must be at most"),
         (lambda: LongTailMetric(many=-1), "many must be a number"),
+        (lambda: LongTailMetric(counts="abc"), "counts must be the training images of each class"),
+        (lambda: LongTailMetric(counts=5), "counts must be the training images of each class"),
+        (lambda: LongTailMetric(counts=[1, -2, "x"]), "counts must be at least 0 .*, got -2 for 1"),
         (lambda: CIFAR100LT(imbalance_factor=0.5), "imbalance_factor must be at least 1"),
         (lambda: CIFAR100LT(seed=-1), "seed must be"),
     ],
@@ -121,6 +153,38 @@ def test_the_fields_lists_are_read_and_counted_however_they_are_repeated(tmp_pat
     assert count_classes(RepeatDataset(dataset, 4), 5) == [3, 1, 0, 1, 0]
     with pytest.raises(ValueError, match=r"class 3, and model.head.num_classes is 2"):
         count_classes(dataset, 2)
+
+
+def test_parts_are_counted_together_though_their_highest_labels_differ(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+    parts = [list_file(folders[0], [0, 0, 3]), list_file(folders[1], [1])]
+    assert count_classes(ConcatDataset(parts)) == [2, 1, 0, 1]
+
+
+@pytest.mark.parametrize("labels", [[[0], [1, 2]], [[0, 1], [1, 2]]])
+def test_images_of_several_labels_are_not_counted(labels: list[list[int]]) -> None:
+    class Images:
+        def __len__(self) -> int:
+            return len(labels)
+
+        def get_data_info(self, i: int) -> dict[str, Any]:
+            return {"gt_label": labels[i]}
+
+    with pytest.raises(ValueError, match=r"^train_dataloader.dataset: each image must have one la"):
+        count_classes(Images())
+
+
+def test_a_test_without_a_training_set_names_the_setting() -> None:
+    evaluator = SimpleNamespace(metrics=[LongTailMetric()])
+    runner: Any = SimpleNamespace(cfg={}, test_loop=SimpleNamespace(evaluator=evaluator))
+    with pytest.raises(ValueError, match="^LongTailMetric: counts: .* those of train_dataloader$"):
+        ClassCountsHook().before_test(runner)
+    cfg = Config({"custom_hooks": [{"type": "ClassCountsHook"}]})
+    assert told_no_counts(LongTailMetric, None, cfg).endswith("those of train_dataloader")
+    cfg.train_dataloader = {}
+    assert not told_no_counts(LongTailMetric, None, cfg)
 
 
 def test_the_hook_tells_the_loss_and_the_metric_what_the_config_does_not(tmp_path: Path) -> None:
