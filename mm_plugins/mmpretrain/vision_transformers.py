@@ -17,6 +17,7 @@ import re
 from typing import Any
 
 import torch
+from mmpretrain.models.backbones import BEiTViT, VisionTransformer
 from mmpretrain.models.classifiers import ImageClassifier
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
@@ -40,11 +41,11 @@ class BatchFormerImageClassifier(ImageClassifier):
     Args:
         batchformer: arguments of :class:`mm_plugins.batchformer.BatchFormers`, except
             ``mask_padding``, as images have one size; None for the plain classifier.
-        *args, **kwargs: of ``ImageClassifier``. The backbone must be one with a list of ``layers``,
-            such as ``VisionTransformer``.
+        *args, **kwargs: of ``ImageClassifier``. The backbone must be a ``VisionTransformer``, as
+            DeiT, DeiT3 and EVA-02 are, or a ``BEiTViT``.
 
     Raises:
-        ArgumentError: if the backbone has no such layers, or an argument is wrong.
+        ArgumentError: if the backbone is another, or an argument is wrong.
     """
 
     def __init__(
@@ -54,19 +55,18 @@ class BatchFormerImageClassifier(ImageClassifier):
         self._register_load_state_dict_pre_hook(_read_timm_names, with_module=True)
         if batchformer is None:
             return
-        layers = getattr(self.backbone, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or not hasattr(self.backbone, "embed_dims"):
+        if not isinstance(self.backbone, (VisionTransformer, BEiTViT)):  # others' layers differ
             raise ArgumentError(
                 "batchformer",
-                "must be left out, or the backbone be a vision transformer with layers, such as "
-                f"type='VisionTransformer'; {type(self.backbone).__name__} has none",
+                "must be left out, or the backbone be a VisionTransformer (as DeiT, DeiT3 and "
+                f"EVA-02 are) or a BEiTViT, got {type(self.backbone).__name__}",
             )
         self.backbone.batchformer = build_from(
             "batchformer",
             TrainingBatchFormers,
             batchformer,
             embed_dims=self.backbone.embed_dims,
-            depth=len(layers),
+            depth=len(self.backbone.layers),
             mask_padding=False,
         )
 

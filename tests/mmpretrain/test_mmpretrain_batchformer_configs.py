@@ -76,11 +76,17 @@ def build(cfg: Config) -> Any:
 def test_a_step_trains_and_the_model_predicts(name: str) -> None:
     cfg = small(name)
     model = build(cfg).train()
+    if name.startswith("deit"):  # whose classifier starts at 0
+        torch.nn.init.normal_(model.head.layers.head.weight)
     wrapper = build_optim_wrapper(
         model,
         {k: v for k, v in cfg.optim_wrapper.items() if k not in ("type", "loss_scale")},
     )  # without mixed precision
-    before = [p.detach().clone() for p in model.parameters() if p.requires_grad]
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    trained: dict[str, torch.Tensor] = {}
+    for n, p in model.named_parameters():
+        if "batchformer." in n and p.requires_grad:
+            p.register_hook(lambda gradient, n=n: trained.update({n: gradient}))
     images = torch.randint(0, 255, (4, 3, 32, 32))
     samples = [DataSample().set_gt_label(k) for k in (0, 1, 2, 0)]
     if name.startswith("moco"):
@@ -89,8 +95,12 @@ def test_a_step_trains_and_the_model_predicts(name: str) -> None:
         data = {"inputs": list(images), "data_samples": samples}
     losses = model.train_step(data, wrapper)
     assert torch.isfinite(losses["loss"])
-    after = [p for p in model.parameters() if p.requires_grad]
-    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+    after = dict(model.named_parameters())
+    assert any(not torch.equal(old, after[n]) for n, old in before.items())
+    assert all(gradient.any() for gradient in trained.values())
+    own = {n for n in after if "batchformer." in n}
+    assert own
+    assert trained.keys() == (set() if "mocov3" in name else own)  # there it stays as it is drawn
     if not name.startswith("moco"):
         with torch.no_grad():
             found = model.eval().val_step({"inputs": list(images), "data_samples": samples})
@@ -109,6 +119,10 @@ def test_long_tails_are_trained_as_the_authors_do(name: str) -> None:
         assert rates[id(parameter)] == pytest.approx(0.1 * base)
     assert rates[id(model.head.fc.weight)] == base
     assert isinstance(METRICS.build(cfg.test_evaluator[1]), LongTailMetric)
+    assert cfg.train_dataloader.drop_last
+    assert cfg.default_hooks.checkpoint.save_best == "accuracy/top1"
+    assert cfg.train_cfg.val_interval == 1
+    assert METRICS.build(cfg.val_evaluator[0]).prefix == "accuracy"
     for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
         assert DATASETS.get(loader.dataset.type) is not None
         for step in loader.dataset.pipeline:

@@ -199,6 +199,18 @@ def test_layers_before_the_insertion_run_once_for_each_image() -> None:
     assert all(p.grad is not None for p in model.batchformers.parameters())
 
 
+@pytest.mark.parametrize("kind", ["DeiT3", "ViTEVA02", "BEiTViT", "DistilledVisionTransformer"])
+def test_the_backbones_that_are_taken_train(kind: str) -> None:
+    head = {"type": "LinearClsHead", "num_classes": CLASSES, "in_channels": WIDTH, "loss": SOFT}
+    if kind == "DistilledVisionTransformer":
+        head["type"] = "DeiTClsHead"
+    backbone = {"type": kind, "arch": ARCH, "img_size": 32}
+    model = classifier(batchformer={"insert_after": (1,)}, backbone=backbone, head=head).train()
+    images, _, samples = batch()
+    model.loss(images, samples)["loss"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.batchformers.parameters())
+
+
 def test_batch_inference_lets_images_see_each_other() -> None:
     model = classifier(batchformer={"insert_after": (1,), "eval": True}).eval()
     torch.nn.init.normal_(model.head.layers.head.weight)
@@ -223,9 +235,16 @@ def test_the_batchformer_keeps_pytorchs_initial_weights() -> None:
     [
         ({"batchformer": {"insert_after": (4,)}}, r"batchformer.insert_after names layer 4"),
         ({"batchformer": {"mask_padding": True}}, "batchformer"),
-        (
-            {"batchformer": {}, "backbone": {"type": "ResNet", "depth": 18}},
-            "batchformer must be left out, or the backbone be a vision transformer",
+        *(
+            (
+                {"batchformer": {}, "backbone": backbone},
+                f"batchformer must be left out, or the backbone be .*, got {backbone['type']}",
+            )
+            for backbone in (
+                {"type": "ResNet", "depth": 18},
+                {"type": "RevVisionTransformer", "arch": ARCH},
+                {"type": "ViTSAM", "arch": {**ARCH, "global_attn_indexes": [1]}},
+            )
         ),
     ],
 )

@@ -2,6 +2,7 @@
 # github.com/zhihou7/BatchFormer), top-1 of linear evaluation: 68.4; without BatchFormer 67.5.
 #
 # As the authors' moco-v3/moco/builder_v2.py, whose projection has a layer more and batch norm.
+# Their file cannot run as published: it gives a BatchFormer's constructor an argument too many.
 _base_ = "mmpretrain::mocov2/mocov2_resnet50_8xb32-coslr-200e_in1k.py"
 custom_imports = dict(imports=["mm_plugins"])
 model = dict(
