@@ -66,7 +66,7 @@ def prepare(
                     wrong.append(
                         f"{setting}: its classes, {few(classes)}, are not {source}, "
                         f"{few(first)}; labels are places in this list, so all need the same "
-                        "(classes=… of a dataset, or the names of its folders)"
+                        "(names of folders in their order, or classes=… of a dataset)"
                     )
         for loader in loaders:
             wrong += _check_metrics(cfg, loader.replace("dataloader", "evaluator"), first, number)
@@ -150,6 +150,12 @@ def _check(dataset: Any, setting: str, wrong: list[str], number: int) -> tuple[s
                 f"{setting}: {images!r} has {len(folders)} folders, and there are {len(classes)} "
                 "classes; each class needs a folder"
             )
+        elif set(classes) == set(folders) and list(classes) != folders:
+            wrong.append(
+                f"{setting}: its classes, {few(classes)}, are not in the order of their labels, "
+                f"which MMPretrain gives to folders by their sorted names: {few(folders)}; name "
+                "them in this order, or choose the labels in an ann_file"
+            )
         empty = [name for name in folders if not _has_image(dataset, os.path.join(images, name))]
         if not folders or empty:
             what = f"no image in {few(empty)}" if empty else "no folder for a class"
@@ -164,7 +170,15 @@ def _check(dataset: Any, setting: str, wrong: list[str], number: int) -> tuple[s
 
 
 def _has_image(dataset: Any, folder: str) -> bool:
-    return any(dataset.is_valid_file(name) for _, _, names in os.walk(folder) for name in names)
+    with os.scandir(folder) as entries:  # up to the first one, as folders may be large
+        for entry in entries:
+            if (
+                _has_image(dataset, entry.path)
+                if entry.is_dir()
+                else dataset.is_valid_file(entry.name)
+            ):
+                return True
+    return False
 
 
 def _check_list(dataset: Any, setting: str, num_classes: int) -> str:

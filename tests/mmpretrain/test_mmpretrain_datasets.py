@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -93,6 +94,35 @@ def test_other_classes_than_the_first_ones_are_told(image_folder):
         prepare(config(image_folder), head(), train=True)
 
 
+def test_classes_in_another_order_than_their_folders_are_told(image_folder):
+    cfg = config(image_folder, classes=["owl", "dog", "cat"])
+    with pytest.raises(ValueError, match=r"not in the order of their labels, .*: cat, dog, owl; "):
+        prepare(cfg, head(), train=True)
+    cfg = config(image_folder, classes=["feline", "canine", "bird"])  # other names for the folders
+    cfg.val_dataloader = None
+    assert prepare(cfg, head(), train=True) == {}
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        lambda inner: {"type": "RepeatDataset", "times": 2, "dataset": inner},
+        lambda inner: {"type": "ConcatDataset", "datasets": [inner, inner]},
+        lambda inner: {"type": "ClassBalancedDataset", "oversample_thr": 0.1, "dataset": inner},
+        lambda inner: {"type": "KFoldDataset", "fold": 0, "num_splits": 3, "dataset": inner},
+    ],
+)
+def test_datasets_that_others_wrap_are_checked(image_folder, wrapper):
+    cfg = config(image_folder)
+    cfg.train_dataloader.dataset = wrapper(cfg.train_dataloader.dataset.to_dict())
+    assert prepare(cfg, head(), train=True) == {}
+    shutil.rmtree(image_folder / "train")
+    with pytest.raises(
+        ValueError, match=r"train_dataloader.dataset.dataset\S*: there is no folder"
+    ):
+        prepare(cfg, head(), train=True)
+
+
 def test_other_classes_than_the_checkpoint_s_are_told(image_folder, tmp_path):
     path = tmp_path / "epoch_1.pth"
     meta = {"dataset_meta": {"classes": ("dog", "cat", "owl")}}
@@ -181,8 +211,12 @@ def test_loss_of_one_label_in_a_multi_label_head_is_refused(image_folder, loss):
 
 def test_data_of_several_labels_in_a_head_for_one_are_told(image_folder):
     cfg = config(image_folder)
-    cfg.val_dataloader.dataset = {"type": "MultiLabelDataset", "ann_file": "labels.json"}
-    with pytest.raises(ValueError, match=r"^val_dataloader.dataset: its images have several label"):
+    path = image_folder / "labels.json"
+    image = {"img_path": str(image_folder / "val/cat/0.png"), "gt_label": [0, 2]}
+    classes = {"classes": ["cat", "dog", "owl"]}
+    path.write_text(json.dumps({"metainfo": classes, "data_list": [image]}))
+    cfg.val_dataloader.dataset = {"type": "MultiLabelDataset", "ann_file": str(path)}
+    with pytest.raises(ValueError, match="^val_dataloader.dataset: its images have several label"):
         prepare(cfg, head(type="BatchFormerClsHead"), train=True)
     soft = {"type": "CrossEntropyLoss", "use_soft": True}  # shares of one label
     assert prepare(cfg, head(loss=soft), train=True) == {}
