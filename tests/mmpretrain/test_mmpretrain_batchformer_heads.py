@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import two_processes
 from torch import Tensor, nn
 
 pytest.importorskip("mmpretrain", reason="MMPretrain is not installed")
@@ -34,33 +36,97 @@ def batch() -> tuple[Tensor, list[DataSample], Tensor]:
     return features, [DataSample().set_gt_label(k) for k in labels.tolist()], labels
 
 
-def original_loss(model: Any, features: Tensor, labels: Tensor, prior: Tensor) -> Tensor:
-    """What the authors' trainer does: the encoder's logits before the plain ones, labels twice."""
+def original_loss(
+    model: Any, features: Tensor, labels: Tensor, prior: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """What the authors' trainer does, and its BatchFormer's parameters.
+
+    The encoder's logits are before the plain ones, with labels twice. The loss of each half is
+    added to that of both.
+    """
     layer = nn.TransformerEncoderLayer(CHANNELS, 4, CHANNELS, 0.0)
     layer.load_state_dict(
         {n.removeprefix("layers.0."): p for n, p in model.batchformer.state_dict().items()}
     )
-    for own, theirs in zip(layer.parameters(), model.batchformer.parameters(), strict=True):
-        own.data = theirs.data
     related = layer(features.unsqueeze(1)).squeeze(1)
     logits = torch.cat([model.fc(related), model.fc(features)]) + prior
-    return nn.functional.cross_entropy(logits, torch.cat([labels, labels]))
+    twice, half = torch.cat([labels, labels]), len(labels)
+    total = nn.functional.cross_entropy(logits[:half], twice[:half])
+    total = total + nn.functional.cross_entropy(logits[half:], twice[half:])
+    total = total + nn.functional.cross_entropy(logits, twice)
+    return total, [parameter for _, parameter in sorted(layer.named_parameters())]
 
 
 @pytest.mark.parametrize("counts", [None, [500, 200, 60, 12, 3]], ids=["plain", "balanced"])
 def test_loss_and_gradients_are_the_authors(counts: list[int] | None) -> None:
-    loss = {"type": "BalancedSoftmaxLoss", "counts": counts} if counts else {}
-    model = head(**NO_DROPOUT, **({"loss": loss} if loss else {})).train()
+    kind = {"type": "BalancedSoftmaxLoss", "counts": counts} if counts else {}
+    loss = {"type": "CrossEntropyLoss", **kind, "loss_weight": 3.0}  # as in the configs
+    model = head(**NO_DROPOUT, loss=loss).train()
     features, samples, labels = batch()
     prior = torch.tensor(counts).float().log() if counts else torch.zeros(CLASSES)
     found = model.loss((features,), samples)["loss"]
-    expected = original_loss(model, features, labels, prior)
-    wanted = [features, model.fc.weight, model.fc.bias]
+    expected, theirs = original_loss(model, features, labels, prior)
     torch.testing.assert_close(found, expected)
-    for own, theirs in zip(
-        torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True
+    shared = [features, model.fc.weight, model.fc.bias]
+    ours = [parameter for _, parameter in sorted(model.batchformer.named_parameters())]
+    torch.testing.assert_close(
+        torch.autograd.grad(found, [*shared, *ours]),
+        torch.autograd.grad(expected, [*shared, *theirs]),
+    )
+
+
+def test_a_batch_of_one_image_trains_and_is_warned_of() -> None:
+    model = head(**NO_DROPOUT).train()
+    features, samples, _ = batch()
+    with pytest.warns(UserWarning, match="the batch is a single sample"):
+        loss = model.loss((features[:1],), samples[:1])["loss"]
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_the_balanced_softmax(dtype: torch.dtype) -> None:
+    loss = {"type": "BalancedSoftmaxLoss", "counts": [70000, 200, 60, 12, 0]}
+    model = head(**NO_DROPOUT, loss=loss).train()
+    features, samples, _ = batch()
+    exact = model.loss((features[:4],), samples[:4])["loss"]
+    with torch.autocast("cpu", dtype=dtype):
+        found = model.loss((features[:4],), samples[:4])["loss"]
+    torch.testing.assert_close(found, exact, rtol=0.02, atol=0)
+    found.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("labels", [[0, 3], []])
+def test_a_sample_of_several_labels_or_none_is_told(labels: list[int]) -> None:
+    features, samples, _ = batch()
+    samples[2].set_gt_label(torch.tensor(labels, dtype=torch.long))
+    with pytest.raises(
+        ValueError, match="each image must have one label, got " + re.escape(f"{labels}")
     ):
-        torch.testing.assert_close(own, theirs)
+        head().train().loss((features,), samples)
+
+
+def gradients(model: Any, features: Tensor, samples: list[DataSample]) -> dict[str, Tensor]:
+    model.loss((features,), samples)["loss"].backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def gradients_of_process(rank: int) -> dict[str, Tensor]:
+    model = head(batchformer={"dropout": 0.0, "gather": True}).train()
+    features, samples, _ = batch()
+    part = slice(3 * rank, 3 * rank + 3)
+    found = gradients(model, features.detach()[part], samples[part])
+    for gradient in found.values():  # as DistributedDataParallel averages
+        torch.distributed.all_reduce(gradient)
+    return {name: gradient / 2 for name, gradient in found.items()}
+
+
+def test_two_processes_that_gather_train_as_one_with_both_batches(tmp_path: Path) -> None:
+    features, samples, _ = batch()
+    expected = gradients(head(**NO_DROPOUT).train(), features, samples)
+    for found in two_processes.run(gradients_of_process, tmp_path):
+        torch.testing.assert_close(found, expected)
 
 
 def test_without_training_it_is_the_plain_head_and_weights_load_both_ways() -> None:
