@@ -282,7 +282,7 @@ def convert_linear(
     if args.config:
         return conversion, {}
     settings = checkpoints(args.to).backbone_settings(backbone.depth, plugins_in(source))
-    return conversion, {"backbone": {**settings, "norm_eval": False}}
+    return conversion, {"backbone": settings}
 
 
 def training_arguments(texts: list[str]) -> dict[str, Any]:

@@ -5,16 +5,14 @@
 
     custom_imports = dict(imports=["mm_plugins"])
     triplet = dict(cfg=dict(type="TripletAttention"), position="after_conv3")
-    model = dict(backbone=dict(type="PluginResNet", norm_eval=False, plugins=[triplet]))
+    model = dict(backbone=dict(type="PluginResNet", plugins=[triplet]))
 """
 
-from mmpretrain.registry import MODELS
 from mmpretrain.utils.dependency import WITH_MULTIMODAL
 
-from mm_plugins import block_plugins
-from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
     asymmetric_loss,
+    backbones,
     balanced_softmax_loss,
     batchformer_heads,
     cifar,
@@ -29,10 +27,6 @@ from mm_plugins.mmpretrain import (  # noqa: F401  # for registration
     resnet_cifar,
     vision_transformers,
 )
-
-# MMDetection's own, whose checkpoints are then detectors' backbones
-for _kind in (PluginResNet, PluginMobileNetV2, *block_plugins.LAYERS):
-    MODELS.register_module(module=_kind)
 
 if WITH_MULTIMODAL:  # transformers is there
     from mm_plugins.mmpretrain import amc_grounding, updn_vqa, vqa_cp  # noqa: F401

@@ -117,7 +117,7 @@ def test_strides_of_caffe2s_weights_are_told(tmp_path, capsys):
         pickle.dump(weights, file, protocol=2)
     assert run(source, tmp_path / "out.pth", "mmpretrain") == 0
     said = capsys.readouterr().out
-    assert "style='caffe'" in said and "to_rgb=False" in said and "norm_eval=False" in said
+    assert "style='caffe'" in said and "to_rgb=False" in said
 
 
 def test_classifier_of_mmpretrain_needs_no_conversion(classifier, tmp_path, capsys):

@@ -4,9 +4,7 @@
 _base_ = "mmpretrain::resnet/resnet18_8xb32_in1k.py"
 custom_imports = dict(imports=["mm_plugins"])
 model = dict(
-    backbone=dict(
-        type="PluginResNet", depth=10, stem_channels=32, base_channels=32, norm_eval=False
-    ),
+    backbone=dict(type="PluginResNet", depth=10, stem_channels=32, base_channels=32),
     head=dict(in_channels=256, num_classes=7, topk=(1,)),
 )
 data_preprocessor = dict(num_classes=7)

@@ -5,7 +5,6 @@ custom_imports = dict(imports=["mm_plugins"])
 model = dict(
     backbone=dict(
         type="PluginResNet",  # MMDetection's, so that the checkpoint is a detector's backbone
-        norm_eval=False,
         zero_init_residual=False,  # as the authors
         plugins=[dict(cfg=dict(type="TripletAttention"), position="after_conv3")],
     )
