@@ -15,6 +15,9 @@ writes
 Object classes, with their category ids: person 1, disk 2, square 3, triangle 4, star 5,
 ring 6, cross 7. Stuff classes: grass 8, sand 9, water 10, brick 11, stone 12, sky 13.
 
+The instances files are also a multi-label list for classifiers: ``CocoMultiLabel`` reads the
+classes of each image's objects from them (docs/multi_label_classification.md).
+
 The grounding files are for MMDetection's ODVGDataset, Flickr30kDataset and
 MDETRStyleRefCocoDataset. They have captions of noun phrases, each with the boxes of exactly the
 objects that it fits. They also have expressions of one object each, such as "the large disk left
@@ -77,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Makes a small dataset of drawn scenes in the exact layout of COCO 2017."
+        description="Makes a small dataset of drawn scenes in the exact layout of COCO 2017.",
+        epilog="instances_*.json are also the multi-label list of classifiers (CocoMultiLabel).",
     )
     names = ", ".join(category.name for category in THINGS)
     parser.add_argument("out", metavar="OUT", type=Path, help="directory to write")

@@ -49,4 +49,5 @@ val_evaluator = dict(_delete_=True, type="HeatmapPointingGame")
 test_evaluator = val_evaluator
 val_cfg = dict(_delete_=True)
 test_cfg = dict(_delete_=True)
-optim_wrapper = dict(optimizer=dict(lr=1e-5, weight_decay=0.02))  # the authors'
+# Rate and decay are the authors', who train for 30 epochs at 256 pixels by a cosine to 1e-6.
+optim_wrapper = dict(optimizer=dict(lr=1e-5, weight_decay=0.02))
