@@ -264,7 +264,7 @@ def test_right_config_passes(folder):
             {"val_dataloader.dataset.metainfo": {"classes": ("dog", "car", "brush")}},
             "val_dataloader.dataset: its classes, dog, car, brush, are not those of "
             "train_dataloader.dataset, car, dog, brush; labels are places in this list, so all "
-            "need the same (classes=… of a dataset, or the names of its folders)",
+            "need the same (names of folders in their order, or classes=… of a dataset)",
         ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -284,7 +284,7 @@ def test_idas_reproduction_becomes_a_whole_classifier_of_mmpretrain_with_its_log
     tmp_path, capsys, version, heavy
 ):
     pytest.importorskip("mmpretrain", reason="MMPretrain is not installed")
-    from mmpretrain.registry import MODELS
+    from mmengine.registry import MODELS, DefaultScope
 
     import mm_plugins  # noqa: F401  # registers the plugins
 
@@ -307,7 +307,8 @@ def test_idas_reproduction_becomes_a_whole_classifier_of_mmpretrain_with_its_log
     assert model["head"]["sample_order"] == "interleaved"
     assert model["head"]["last_head_norm"] == last
     backbone = {"type": "ResNet", "depth": 18, "num_stages": 4, "out_indices": (3,)}
-    built = MODELS.build({"type": "ImageClassifier", "backbone": backbone, **model}).eval()
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        built = MODELS.build({"type": "ImageClassifier", "backbone": backbone, **model}).eval()
     result = built.load_state_dict(torch.load(out)["state_dict"], strict=False)
     assert not result.unexpected_keys
     assert all(name.endswith("num_batches_tracked") for name in result.missing_keys)
