@@ -119,7 +119,7 @@ def test_warm_started_classifier_starts_as_the_plain_one():
         assert torch.equal(warm.eval()(x), plain.eval()(x))
 
 
-@pytest.mark.parametrize("kind", [*{k.__name__ for k in registered_block_plugins().values()}])
+@pytest.mark.parametrize("kind", sorted({k.__name__ for k in registered_block_plugins().values()}))
 def test_every_registered_block_plugin_goes_into_a_classifier(kind):
     cfg = config("resnet18-triplet_8xb32_in1k")
     layer = {"type": kind, "warm_start": True}
