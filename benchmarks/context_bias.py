@@ -113,18 +113,6 @@ images with equally many objects; and the share in percent of the images without
 it is detected nevertheless, with a score of at least 0.5, where the companion is and where it is
 not.
 
-{table}
-
-Every run:
-
-{single}
-
-## Commands
-
-```
-{commands}
-```
-
 """
 
 
@@ -191,7 +179,7 @@ def write(args: argparse.Namespace) -> None:
         commands.append(trial_command(trial, args, args.seeds))
     steps = args.steps or SCHEDULE["MAX_ITER"]
     path = args.results / "context_bias"
-    study.write(path, TEMPLATE, runs, NUMBERS.values(), commands, steps=steps)
+    study.write(path, TEMPLATE + study.TABLES, runs, NUMBERS.values(), commands, steps=steps)
 
 
 if __name__ == "__main__":

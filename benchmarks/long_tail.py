@@ -106,18 +106,6 @@ classes, and of each class. Mean and sample standard deviation over {seeds} seed
 
 {classes}
 
-{table}
-
-Every run:
-
-{single}
-
-## Commands
-
-```
-{commands}
-```
-
 """
 
 
@@ -196,7 +184,7 @@ def write(args: argparse.Namespace) -> None:
     headers = list(next(iter(next(iter(runs.values())).values())))
     study.write(
         args.results / "long_tail",
-        TEMPLATE,
+        TEMPLATE + study.TABLES,
         runs,
         headers,
         commands,

@@ -57,18 +57,6 @@ Mean and sample standard deviation over {seeds} seeds.
 
 {classes}
 
-{table}
-
-Every run:
-
-{single}
-
-## Commands
-
-```
-{commands}
-```
-
 """
 
 
@@ -136,7 +124,7 @@ def write(args: argparse.Namespace) -> None:
     }
     study.write(
         args.results / "long_tail_classification",
-        TEMPLATE,
+        TEMPLATE + study.TABLES,
         runs,
         list(next(iter(runs.values()))[0]),
         [draw_command(args.work_dir), *(train_command(name, 0, args) for name in CLASSIFIERS)],

@@ -57,18 +57,6 @@ itself. Both use binary cross entropy. Nothing was chosen by results, so validat
 are evaluated together, after the last epoch. Percent, mean and sample standard deviation over
 {seeds} seeds.
 
-{table}
-
-Every run:
-
-{single}
-
-## Commands
-
-```
-{commands}
-```
-
 """
 
 
@@ -162,7 +150,7 @@ def write(
     base = Config.fromfile(CONFIG)
     study.write(
         args.results / "multi_label",
-        TEMPLATE,
+        TEMPLATE + study.TABLES,
         runs,
         METRICS,
         commands,

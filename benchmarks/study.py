@@ -19,6 +19,19 @@ from tabulate import tabulate
 
 from plugin_core.files import write_text
 
+TABLES = """{table}
+
+Every run:
+
+{single}
+
+## Commands
+
+```
+{commands}
+```
+
+"""  # what ends most templates
 FINDINGS = "## Findings\n"
 Command = list[str]
 # Detector → seed → number's name → number
