@@ -377,8 +377,35 @@ def create(env: Environment) -> None:
 
 
 def build_minutes(jobs: str) -> int:
-    """Estimate the minutes of mmcv's build without CUDA: 9 on 2 cores."""
-    return max(2, round(18 / min(int(jobs), cpu_count())))
+    """Estimate the minutes of mmcv's build without CUDA: 3 on 2 cores."""
+    return max(2, round(6 / min(int(jobs), cpu_count())))
+
+
+def compiler_flags(env: Environment, work: Path) -> str:
+    """Return CFLAGS for mmcv's build: Python's own, no debug symbols, torch's headers read once.
+
+    Reading the headers is most of the time of each of mmcv's files. A compiler ignores a
+    precompiled header that does not fit, and reads the text beside it instead.
+    """
+    header = work / "torch_headers.h"
+    header.write_text("#include <torch/types.h>\n")
+    asked = (
+        "import sysconfig as s; from torch.utils.cpp_extension import include_paths as p; "
+        "print(s.get_config_var('CFLAGS')); print(s.get_config_var('CCSHARED') or '', "
+        "*('-I' + i for i in [*p(), s.get_path('include')]))"
+    )
+    command = [str(env.python), "-c", asked]
+    output = subprocess.check_output(command, env=environment(), stderr=subprocess.DEVNULL)
+    usual, others = output.decode().splitlines()
+    # The build takes CFLAGS instead of Python's own flags.
+    flags = "%s -g0" % (os.environ.get("CFLAGS") or usual)
+    command = [os.environ.get("CXX") or "c++", *flags.split(), *others.split(), "-std=c++17"]
+    command += ["-x", "c++-header", str(header), "-o", str(header) + ".gch"]
+    if " " in str(header) or not shutil.which(command[0]):  # the build splits flags at spaces
+        return flags
+    with (work / "torch_headers.log").open("wb") as log:
+        failed = subprocess.call(command, env=environment(), stdout=log, stderr=log)
+    return flags if failed else "%s -include %s" % (flags, header)
 
 
 def build_mmcv(env: Environment) -> Path:
@@ -411,6 +438,7 @@ def build_mmcv(env: Environment) -> Path:
     # The build must find ninja and the headers of this environment.
     extra["PATH"] = os.pathsep.join([str(env.venv / "bin"), os.environ.get("PATH", os.defpath)])
     if not wants_cuda():
+        extra["CFLAGS"] = compiler_flags(env, work)
         extra["CUDA_VISIBLE_DEVICES"] = ""  # a GPU in sight would make the build ask for nvcc
     command = [str(env.python), "-m", "pip", "wheel", "--verbose", "--no-deps"]
     command += ["--no-build-isolation", "--no-cache-dir", "--no-binary", "mmcv", "--no-input"]
