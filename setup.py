@@ -4,9 +4,13 @@ Requirements are ranges: an environment that already works keeps its versions. T
 versions that the tests run with are in constraints.txt.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+REPOSITORY = "https://github.com/detection-plugins/detection-plugins"
 
 # tools/setup_environment.py reads this dictionary without running the file: literals only.
 EXTRAS = {
@@ -99,18 +103,37 @@ KERNELS = Extension(
 
 def long_description() -> str:
     """Return the README's text, or nothing where the README was not shipped along."""
-    readme = Path(__file__).with_name("README.md")
+    readme = ROOT / "README.md"
     return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+
+
+def version() -> str:
+    """Read ``plugin_core.__version__`` without importing the package."""
+    text = (ROOT / "plugin_core" / "__init__.py").read_text(encoding="utf-8")
+    (found,) = re.findall(r'^__version__ = "(.+)"$', text, re.MULTILINE)
+    return found
+
+
+def files(package: str, *patterns: str) -> list[str]:
+    """List files of a package by patterns that may go through links to other folders."""
+    folder = ROOT / package
+    return [str(p.relative_to(folder)) for pattern in patterns for p in folder.glob(pattern)]
 
 
 setup(
     name="detection-plugins",
-    version="0.1.0",
+    version=version(),
     description="Published attention, batch and multimodal methods as plugins for Detectron2 "
     "and MMDetection",
     long_description=long_description(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    url=REPOSITORY,
+    project_urls={
+        "Documentation": f"{REPOSITORY}/tree/main/docs",
+        "Changelog": f"{REPOSITORY}/blob/main/CHANGELOG.md",
+        "Issues": f"{REPOSITORY}/issues",
+    },
     python_requires=">=3.10",
     packages=find_packages(
         include=[
@@ -129,14 +152,19 @@ setup(
             "kernels/*.c",
             "kernels/*.h",
             "evaluation/comparison/published_results.json",
+            *files("plugin_core", "tools/*.py", "tools/*/*.py"),
         ],
-        "d2_plugins": ["py.typed"],
-        "mm_plugins": ["py.typed"],
+        # Of a checkout these folders are links to configs/ and tools/.
+        "d2_plugins": ["py.typed", *files("d2_plugins", "configs/*/*")],
+        "mm_plugins": ["py.typed", *files("mm_plugins", ".mim/*.yml", ".mim/configs/*/**/*.py")],
     },
+    entry_points={"console_scripts": ["detection-plugins = plugin_core.command_line:main"]},
     zip_safe=False,
     install_requires=["torch>=2.1", "numpy"],
     extras_require=EXTRAS,
     classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -28,7 +28,7 @@ def load_config(config_file: str) -> CfgNode | DictConfig:
     """Read a yaml file with the plugins' nodes, or a LazyConfig (.py).
 
     Args:
-        config_file: path, or ``model_zoo://`` and the name of one of Detectron2's own.
+        config_file: path, or ``model_zoo://`` or ``d2_plugins://`` and a name there.
 
     Raises:
         ValueError: if the file is missing or wrong, or a LazyConfig defines no model.

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from plugin_core.errors import ArgumentError, did_you_mean
+from plugin_core.shipped import shipped_config
 
 # Detectron2 reads these keys, although its own configs do not set them.
 _OPTIONAL_LAZY_KEYS = (
@@ -156,8 +157,9 @@ def naming(node: str) -> Iterator[None]:
 def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) -> None:
     """Merge a config file and then command-line options into ``cfg``.
 
-    The file may be based on a config of Detectron2's model zoo:
-    ``_BASE_: "model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"``. Otherwise this is
+    The file may be based on a config of Detectron2's model zoo or of this project:
+    ``_BASE_: "model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"``, ``_BASE_:
+    "d2_plugins://COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml"``. Otherwise this is
     ``cfg.merge_from_file`` and ``cfg.merge_from_list`` with errors that help.
 
     Args:
@@ -208,7 +210,9 @@ def merge_config(cfg: CN, config_file: str = "", options: Sequence[str] = ()) ->
 
 
 def find_config_file(config_file: str) -> str:
-    """Find a config file by its path, or by ``model_zoo://`` and a name in Detectron2's model zoo.
+    """Find a config file by its path, or by ``model_zoo://`` or ``d2_plugins://`` and a name.
+
+    The first is Detectron2's model zoo, the second is ``configs/d2`` of this project.
 
     Raises:
         ValueError: if there is no such file.
@@ -225,7 +229,7 @@ def load_lazy_config(config_file: str, overrides: Sequence[str] = ()) -> DictCon
     This is ``LazyConfig.load`` and ``LazyConfig.apply_overrides`` with errors that help.
 
     Args:
-        config_file: path of a Python file, or ``model_zoo://`` and a name in the model zoo.
+        config_file: path of a Python file, or as in `find_config_file`.
         overrides: each as "train.max_iter=100".
 
     Raises:
@@ -274,23 +278,26 @@ _EARLIER_KEYS = tuple(f"MODEL.RESNETS.{n}" for n in ("TRIPLET_ATTENTION", "IDA",
 
 
 class _ModelZooBases(CN):
-    """Loads yaml files whose bases may be Detectron2's own."""
+    """Loads yaml files whose bases may be Detectron2's or this project's own."""
 
     @classmethod
     def _open_cfg(cls, filename: str) -> IO[str]:
-        # A base arrives joined to the folder of the file that names it. A base in the model zoo
-        # ignores the folder. A base of such a base is joined to a folder of the model zoo.
+        # A base arrives joined to the folder of the file that names it. A base with a prefix
+        # ignores the folder. A base of such a base is joined to a folder of its own.
         return super()._open_cfg(_path_of(filename))
 
 
 def _path_of(filename: str) -> str:
-    """Find a config by a path that may hold ``model_zoo://``; raises FileNotFoundError."""
-    _, in_model_zoo, name = filename.rpartition("model_zoo://")
-    if in_model_zoo:
+    """Find a config by a path that may hold a prefix; raises FileNotFoundError."""
+    # Of a base, the folder of the file that names it comes before.
+    filename = filename[max(0, *(filename.rfind(p) for p in ("model_zoo://", "d2_plugins://"))) :]
+    if filename.startswith("model_zoo://"):
+        name = posixpath.normpath(filename.removeprefix("model_zoo://"))
         try:
-            return model_zoo.get_config_file(posixpath.normpath(name))
+            return model_zoo.get_config_file(name)
         except RuntimeError as error:
             raise FileNotFoundError(f"Detectron2's model zoo has no config {name!r}") from error
+    filename = shipped_config(filename)
     if not PathManager.isfile(filename):
         raise FileNotFoundError(f"there is no file {filename!r}")
     return filename

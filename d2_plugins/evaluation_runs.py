@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 
 from d2_plugins.analysis import load_config
 from plugin_core.evaluation.comparison.evaluations import Checkpoint, Evaluation, GroundTruth
+from plugin_core.shipped import TOOLS
 from plugin_core.training.trials import digest
 
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 # In the folder of an evaluation: detections with what boxes, masks and keypoints they have
 RESULTS = Path("inference") / "coco_instances_results.json"
 _DATASET = "compared"

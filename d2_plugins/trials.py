@@ -22,7 +22,7 @@ from d2_plugins.block_plugins import RESNET_STAGES
 from d2_plugins.config import add_plugin_config, find_config_file, merge_config
 from d2_plugins.datasets import register_coco
 from d2_plugins.evaluation import check_evaluator
-from d2_plugins.evaluation_runs import RESULTS, TOOLS
+from d2_plugins.evaluation_runs import RESULTS
 from d2_plugins.mmdet_bridge import is_bridge
 from d2_plugins.preflight import WITH_PLUGINS, check_config
 from d2_plugins.registered_datasets import check_datasets
@@ -30,6 +30,7 @@ from d2_plugins.trainer import PluginCheckpointer
 from plugin_core.files import replacing
 from plugin_core.inspection.building import silence
 from plugin_core.inspection.cost import Cost
+from plugin_core.shipped import TOOLS
 from plugin_core.training.trials import Plugin, Run
 
 # Detectron2's own classes, and the same with plugins
@@ -45,7 +46,7 @@ class Detectron2Trials:
     """A yaml config of Detectron2 in a trial; see :class:`plugin_core.training.trials.Framework`.
 
     Args:
-        config: path of the user's yaml file, or ``model_zoo://`` and a name.
+        config: path of the user's yaml file, or ``model_zoo://`` or ``d2_plugins://`` and a name.
         datasets: triples of ``--register-coco``, which are registered.
         steps: of a training; the config's own by default.
         iou_type: "bbox", "segm" or "keypoints", which detectors are compared by.
@@ -66,8 +67,7 @@ class Detectron2Trials:
         self.datasets = [list(dataset) for dataset in datasets]
         for name, json_file, images in datasets:
             register_coco(name, json_file, images)
-        in_zoo = config.startswith("model_zoo://")
-        self.config = find_config_file(config) if in_zoo else os.path.abspath(config)
+        self.config = find_config_file(config) if "://" in config else os.path.abspath(config)
         cfg = self.cfg = self._read(self.config)
         if is_bridge(cfg):
             raise ValueError(

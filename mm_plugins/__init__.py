@@ -14,7 +14,7 @@ except ImportError as error:
     ) from error
 
 # Only for registration
-from mm_plugins import dense_heads, detectors, panoptic_quality, resume  # noqa: F401
+from mm_plugins import dense_heads, detectors, panoptic_quality, registry, resume  # noqa: F401
 from mm_plugins.attention_mask_consistency import AMCMixin
 from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.batchformer import BatchFormerMixin, PixelDecoderBatchFormerMixin

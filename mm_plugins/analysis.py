@@ -20,17 +20,20 @@ from mmengine.structures import InstanceData
 from torch import nn
 
 from plugin_core.inspection.cost import Report, make_report, prepare_model
+from plugin_core.shipped import shipped_config
 
 
 def load_config(config_file: str) -> Config:
     """Read a config.
 
     Args:
-        config_file: path, or ``mmdet::`` or ``mmpretrain::`` and the name of one of theirs.
+        config_file: path, or ``mmdet::``, ``mmpretrain::`` or ``mm_plugins::`` and a name there.
 
     Raises:
+        FileNotFoundError: if this project has no such config.
         ValueError: if the config defines no model.
     """
+    config_file = shipped_config(config_file)
     cfg = get_config(config_file) if "::" in config_file else Config.fromfile(config_file)
     if "model" not in cfg:
         raise ValueError("it defines no `model`")

@@ -23,6 +23,7 @@ from mm_plugins.pixels import find_mismatches
 from mm_plugins.preflight import check_config
 from mm_plugins.runner import SafeRunner
 from mm_plugins.training_settings import check_options, check_training_settings
+from plugin_core.shipped import shipped_config
 from plugin_core.training.run_folder import OccupiedFolder
 
 
@@ -64,8 +65,9 @@ def run(name: str, package: str = "mmdet") -> None:
     local_rank = os.environ.get("OMPI_COMM_WORLD_LOCAL_RANK")  # of mpirun; MMDetection ignores it
     if local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", local_rank)
-    args = script.parse_args()
     try:
+        sys.argv[1:] = map(shipped_config, sys.argv[1:])
+        args = script.parse_args()
         if not Path(args.config).is_file():
             raise ValueError(f"there is no config file {args.config!r}")
         _check_launcher(args.launcher)
@@ -83,7 +85,7 @@ def run(name: str, package: str = "mmdet") -> None:
         prepare = importlib.import_module(f"{side}.datasets").prepare
         copies = prepare(cfg, model, train=name == "train", checkpoint=begins_with)
         _read_copies(cfg, copies)
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         sys.exit(f"error: {error}")
     if is_main():
         for text in [*told, *([] if resumes else find_mismatches(cfg))]:

@@ -16,9 +16,8 @@ from mmdet.utils import register_all_modules
 from mm_plugins.analysis import load_config
 from mm_plugins.dataset_nodes import find_datasets
 from plugin_core.evaluation.comparison.evaluations import Checkpoint, Evaluation, GroundTruth
+from plugin_core.shipped import TOOLS
 from plugin_core.training.trials import digest
-
-TOOLS = Path(__file__).resolve().parent.parent / "tools"
 
 
 def prepare_evaluation(

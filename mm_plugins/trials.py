@@ -30,7 +30,7 @@ from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.batchformer import BatchFormerMixin
 from mm_plugins.dataset_nodes import find_datasets
 from mm_plugins.datasets import prepare
-from mm_plugins.evaluation_runs import TOOLS, coco_metric, results_file, results_prefix
+from mm_plugins.evaluation_runs import coco_metric, results_file, results_prefix
 from mm_plugins.grounding.functional_entropy import FunctionalEntropyMixin
 from mm_plugins.preflight import check_config
 from mm_plugins.roi_heads import BatchFormerBBoxHead
@@ -39,6 +39,7 @@ from plugin_core.block_plugins import blocks_of, registered_block_plugins
 from plugin_core.files import replacing
 from plugin_core.inspection.building import silence
 from plugin_core.inspection.cost import Cost
+from plugin_core.shipped import TOOLS, shipped_config
 from plugin_core.training.trials import Plugin, Run
 
 # A MobileNetV2's layers by the stage of a ResNet that has their stride
@@ -51,7 +52,7 @@ class MMDetectionTrials:
     """A config of MMDetection in a trial; see :class:`plugin_core.training.trials.Framework`.
 
     Args:
-        config: path of the user's Python file.
+        config: path of the user's Python file, or ``mm_plugins::`` and a name.
         steps: iterations of a training; the config's own by default.
         iou_type: "bbox" or "segm", which detectors are compared by.
 
@@ -63,7 +64,7 @@ class MMDetectionTrials:
 
     def __init__(self, config: str, steps: int | None, iou_type: str = "bbox") -> None:
         register_all_modules(init_default_scope=False)
-        self.config = os.path.abspath(config)
+        self.config = os.path.abspath(shipped_config(config))
         if Config._is_lazy_import(self.config):
             raise ValueError(
                 f"{config}: is a config of Python's imports (read_base), on which no text config "

@@ -24,6 +24,8 @@ from plugin_core.methods.ida import IDABlock, IDAClassifier
 from plugin_core.methods.triplet_attention import TripletAttention
 from plugin_core.timm_layers import timm_layer
 
+__version__ = "0.2.0"
+
 __all__ = [
     "ArgumentError",
     "AttentionMaskConsistency",

@@ -52,7 +52,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a path, model_zoo://… of Detectron2, or mmdet::…")
+    parser.add_argument(
+        "config", help="a path, model_zoo://…, d2_plugins://…, mmdet::… or mm_plugins::…"
+    )
     parser.add_argument("--baseline", metavar="CONFIG", help="to compare with")
     parser.add_argument(
         "--shape",

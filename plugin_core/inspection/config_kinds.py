@@ -45,9 +45,9 @@ def common_side(config: str, baseline: str | None) -> str:
 
 def side_of(config: str) -> str:
     """Name the package for a config; raises ValueError if it is a config of neither framework."""
-    if config.startswith("model_zoo://"):
+    if config.startswith(("model_zoo://", "d2_plugins://")):
         return "d2_plugins"
-    if config.startswith(("mmdet::", "mmpretrain::")):
+    if config.startswith(("mmdet::", "mmpretrain::", "mm_plugins::")):
         return "mm_plugins"
     if not os.path.isfile(config):
         raise ValueError(f"{config}: there is no such config file")
