@@ -1,7 +1,7 @@
 """What an installation holds beside the packages: configs, and the scripts of ``tools/``.
 
-In a checkout ``d2_plugins/configs``, ``mm_plugins/.mim/configs`` and ``plugin_core/tools`` link to the
-folders at the top. A wheel has the files themselves.
+In a checkout ``d2_plugins/configs``, ``mm_plugins/.mim/configs`` and ``plugin_core/tools`` link to
+the folders at the top. A wheel has the files themselves.
 """
 
 from __future__ import annotations
