@@ -40,7 +40,7 @@ def run_tool(tool_server: ToolServer, tmp_path_factory: pytest.TempPathFactory) 
     """Runs ``python tools/<tool> arguments…`` and gives what it printed; fails if it fails.
 
     The tool is forked from a process with the frameworks imported. With ``anew`` it is started as
-    a user does it, and with ``processes`` by torchrun.
+    a user does it, and with ``processes`` by torchrun. It runs from the folder ``cwd``.
     """
 
     def run(
@@ -49,6 +49,7 @@ def run_tool(tool_server: ToolServer, tmp_path_factory: pytest.TempPathFactory) 
         check: bool = True,
         anew: bool = False,
         processes: int = 0,
+        cwd: Path = ROOT,
     ) -> subprocess.CompletedProcess:
         words = script_and_arguments(tool, arguments)
         if anew or processes:
@@ -58,13 +59,13 @@ def run_tool(tool_server: ToolServer, tmp_path_factory: pytest.TempPathFactory) 
                 [sys.executable, *start, *words],
                 capture_output=True,
                 text=True,
-                cwd=ROOT,
+                cwd=cwd,
                 env=ENVIRONMENT,
                 timeout=LIMIT_SECONDS,
             )
         else:
             outputs = [tmp_path_factory.mktemp("printed") / n for n in ("stdout", "stderr")]
-            process = tool_server.start(words, *outputs)
+            process = tool_server.start(words, *outputs, cwd)
             limit = time.monotonic() + LIMIT_SECONDS
             while process.poll() is None:
                 if time.monotonic() > limit:

@@ -66,10 +66,13 @@ class ToolServer:
         """Wait until the frameworks are imported."""
         self.ask({})
 
-    def start(self, words: list[str], stdout: Path, stderr: Path) -> ForkedTool:
-        """Start a script with its arguments, in a session of its own."""
-        outputs = {"stdout": str(stdout), "stderr": str(stderr)}
-        return ForkedTool(self, self.ask({"words": words, **outputs}))
+    def start(
+        self, words: list[str], stdout: Path, stderr: Path, folder: Path | None = None
+    ) -> ForkedTool:
+        """Start a script with its arguments, in a session of its own, from a folder."""
+        places = {"stdout": stdout, "stderr": stderr, "folder": folder or self.folder}
+        question = {"words": words, **{name: str(path) for name, path in places.items()}}
+        return ForkedTool(self, self.ask(question))
 
     def stop(self) -> None:
         if "process" in vars(self):
@@ -122,6 +125,7 @@ def serve() -> dict[str, Any] | None:
 
 def become(tool: dict[str, Any]) -> None:
     os.setsid()
+    os.chdir(tool["folder"])
     files = ((os.devnull, os.O_RDONLY), *((tool[n], os.O_WRONLY) for n in ("stdout", "stderr")))
     for descriptor, (path, flags) in enumerate(files):
         os.dup2(os.open(path, flags | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
