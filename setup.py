@@ -75,6 +75,12 @@ EXTRAS = {
     "slurm": [
         "submitit>=1.5",
     ],
+    # Building docs/
+    "docs": [
+        "furo>=2024.8.6",
+        "myst-parser>=4.0",
+        "sphinx>=8.1",
+    ],
     "dev": [
         "hypothesis>=6",
         "lvis>=0.5.3",

@@ -12,7 +12,7 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 EXTRAS = (
     *("detectron2", "mmdet", "mmpretrain", "timm", "grounding", "panoptic", "visualization"),
-    "dev",
+    *("docs", "dev"),
 )
 
 
