@@ -11,13 +11,14 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m pytest -n auto --dist loadfile \
 	--no-loadscope-reorder --durations=10
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test lint docs bench clean
 
 help:
 	@echo "make setup  set up .venv, or bring it up to date (first time: about 15 minutes)"
 	@echo "make demo   run the demo (about 12 minutes; goes on where it was stopped)"
-	@echo "make test   lint, types and tests"
+	@echo "make test   lint, types, documentation and tests"
 	@echo "make lint   lint and types"
+	@echo "make docs   build the documentation: docs/_build/html/index.html"
 	@echo "make bench  measure speed and memory on this machine (about 15 minutes)"
 	@echo "make clean  remove .venv, caches and the demo's output; other work_dirs stay"
 
@@ -27,7 +28,7 @@ setup:
 demo: setup
 	$(BIN)/python tools/demo.py
 
-test: lint
+test: lint docs
 	$(PYTEST) $(PYTEST_ARGS)
 
 lint: setup
@@ -35,9 +36,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: setup
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 bench: setup
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
 
 clean:
-	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build *.egg-info work_dirs/demo plugin_core/kernels/*.so
+	rm -rf .venv .hypothesis .mypy_cache .pytest_cache .ruff_cache build docs/_build *.egg-info work_dirs/demo plugin_core/kernels/*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -70,7 +70,8 @@ class PluginResNet(ResNet):
     Args:
         contract_dilation: halve the dilation of a stage's first block, as torchvision does. The DC5
             models of DETR's authors need it.
-        *arguments, **keywords: of ``ResNet``.
+        *arguments: of ``ResNet``.
+        **keywords: likewise.
     """
 
     arch_settings: ClassVar[dict] = {10: (BasicBlock, (1, 1, 1, 1)), **ResNet.arch_settings}

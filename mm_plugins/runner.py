@@ -31,11 +31,11 @@ class SafeRunner(Runner):
     """Runs a config with safe classes in the place of mmengine's own; a user's own types stay.
 
     - ``OptimWrapper`` and ``AmpOptimWrapper`` leave out steps whose loss is not finite
-      (:mod:`mm_plugins.non_finite`).
+      (``mm_plugins.non_finite``).
     - ``LoadImageFromFile`` refuses damaged images, or leaves them out with
-      ``unreadable_images = "skip"`` in the config (:mod:`mm_plugins.images`).
-    - ``CheckpointHook`` keeps the last good checkpoint whole (:mod:`mm_plugins.checkpoint_files`).
-    - A resumed training takes the schedule of its config (:mod:`mm_plugins.schedules`).
+      ``unreadable_images = "skip"`` in the config (``mm_plugins.images``).
+    - ``CheckpointHook`` keeps the last good checkpoint whole (``mm_plugins.checkpoint_files``).
+    - A resumed training takes the schedule of its config (``mm_plugins.schedules``).
 
     Attributes:
         copies: files to read in the place of the config's, by setting; the launcher sets them.

@@ -14,8 +14,9 @@ class PluginResNet(backbones.PluginResNet):
     """:class:`mm_plugins.backbones.PluginResNet` whose norms train unless they are told not to.
 
     Args:
-        *arguments, **keywords: of that class.
+        *arguments: of that class.
         norm_eval: keep the norms' statistics, as MMDetection does by default.
+        **keywords: of that class.
     """
 
     def __init__(self, *arguments: Any, norm_eval: bool = False, **keywords: Any) -> None:

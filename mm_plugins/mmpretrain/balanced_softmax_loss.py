@@ -16,7 +16,7 @@ from plugin_core.methods.balanced_softmax import balanced_logits
 
 @MODELS.register_module()
 class BalancedSoftmaxLoss(NeedsClassCounts, CrossEntropyLoss):
-    """Cross entropy of the balanced softmax (:mod:`plugin_core.methods.balanced_softmax`).
+    """Cross entropy of the balanced softmax (``plugin_core.methods.balanced_softmax``).
 
     Args:
         counts: training images of each class; None where ``ClassCountsHook`` counts them.

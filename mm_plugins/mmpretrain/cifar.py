@@ -24,7 +24,8 @@ class CIFAR100LT(CIFAR100):
     Args:
         imbalance_factor: r, the first class's images over the last's; 100, 50 and 10 are usual.
         seed: of the choice of images; 0 gives those of LDAM's code, which the field uses.
-        *args, **kwargs: of ``CIFAR100``.
+        *args: of ``CIFAR100``.
+        **kwargs: likewise.
 
     Raises:
         ArgumentError: if an argument is out of its range.

@@ -83,7 +83,8 @@ class BatchFormerMoCoV3(_BatchFormerMixin, MoCoV3):
     Args:
         batchformer: arguments of :class:`plugin_core.BatchFormer`, except ``embed_dims``.
         train_batchformer: False leaves its weights at their random start.
-        *args, **kwargs: of ``MoCoV3``.
+        *args: of ``MoCoV3``.
+        **kwargs: likewise.
 
     Raises:
         ArgumentError: if an argument is wrong.
@@ -118,7 +119,8 @@ class BatchFormerMoCo(_BatchFormerMixin, MoCo):
     Args:
         batchformer: arguments of :class:`plugin_core.BatchFormer`, except ``embed_dims``.
         train_batchformer: False leaves its weights at their random start.
-        *args, **kwargs: of ``MoCo``.
+        *args: of ``MoCo``.
+        **kwargs: likewise.
 
     Raises:
         ArgumentError: if an argument is wrong.

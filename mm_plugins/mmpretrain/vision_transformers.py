@@ -41,8 +41,9 @@ class BatchFormerImageClassifier(ImageClassifier):
     Args:
         batchformer: arguments of :class:`mm_plugins.batchformer.BatchFormers`, except
             ``mask_padding``, as images have one size; None for the plain classifier.
-        *args, **kwargs: of ``ImageClassifier``. The backbone must be a ``VisionTransformer``, as
-            DeiT, DeiT3 and EVA-02 are, or a ``BEiTViT``.
+        *args: of ``ImageClassifier``.
+        **kwargs: likewise. The backbone must be a ``VisionTransformer``, as DeiT, DeiT3 and EVA-02
+            are, or a ``BEiTViT``.
 
     Raises:
         ArgumentError: if the backbone is another, or an argument is wrong.

@@ -280,8 +280,8 @@ def functional_entropy_penalty(
     Args:
         scores: (M,), I_m ≥ 0.
         norm: p in [1, ∞].
-        method: "max_ent" gives |1/scores|_p, where scores count as at least 1e-12; "min_ent" gives
-            |scores|_p; "max_ent_minus" gives 0.1 - |scores|_p.
+        method: "max_ent" gives ``|1/scores|_p``, where scores count as at least 1e-12; "min_ent"
+            gives ``|scores|_p``; "max_ent_minus" gives ``0.1 - |scores|_p``.
 
     Returns:
         A scalar. For scores of zero it is finite, and so is its gradient, 0 with "max_ent".
