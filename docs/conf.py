@@ -6,7 +6,6 @@ the lists of index.md, addresses for links that leave docs/, and the model zoo f
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import sys
@@ -43,11 +42,6 @@ html_theme_options = {
 html_show_sphinx = False
 html_copy_source = False
 
-autodoc_mock_imports = [
-    name
-    for name in ("detectron2", "fvcore", "mmdet", "mmengine", "mmcv", "mmpretrain")
-    if importlib.util.find_spec(name) is None
-]
 autodoc_class_signature = "mixed"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings have shapes, units and ranges; signatures stay short
