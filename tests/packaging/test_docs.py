@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = [
-    ROOT / "README.md",
+    *ROOT.glob("*.md"),
     ROOT / "configs" / "README.md",
     *(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),
     *(ROOT / "benchmarks").rglob("*.md"),
