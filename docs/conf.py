@@ -44,7 +44,8 @@ html_copy_source = False
 
 autodoc_class_signature = "mixed"
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # the docstrings have shapes, units and ranges; signatures stay short
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 

@@ -377,7 +377,7 @@ def build_block_plugin(
     """Build a block plugin.
 
     Args:
-        name: see the top of this file.
+        name: registered, "timm:eca" or "my_package.blocks:MyAttention".
         channels: C of the block's output.
         warm_start: start as the identity.
         **arguments: of the module's constructor.

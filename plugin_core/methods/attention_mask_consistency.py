@@ -1,7 +1,7 @@
 """Attention mask consistency, AMC (Yang et al., CVPR 2023, arXiv:2206.15462, section 3).
 
 A score s of a phrase or class, an activation A of shape (B, heads, tokens, H, W) that it depends
-on, and a region mask M that is 1 where the phrase's object is:
+on, and a region mask M that is 1 where the phrase's object is::
 
     h = relu(mean over heads and tokens of A · relu(ds/dA))                  gradient heatmap
     h = (h - min h) / (max (h - min h) + 1e-7), resized to the mask          of each sample

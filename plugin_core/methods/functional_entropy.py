@@ -2,7 +2,7 @@
 
 A classifier of several modalities x_1 … x_M may rest on the one that is easiest to learn from and
 ignore the others. A functional Fisher information bounds how much it draws from x_m. It is measured
-on n noisy copies of each of the B samples (R = B·n rows):
+on n noisy copies of each of the B samples (R = B·n rows)::
 
     x̃_m  = x_m + N(0, std of x_m over the batch)          every modality with noise of its own
     loss = loss(model(x̃_1 … x̃_M), softmax(clean logits))  the targets are the clean samples'
@@ -18,8 +18,9 @@ of these lines differently; ``as_published`` follows it:
 
 - the std of x_m is taken over all R rows, n times each sample, and gradients pass through it;
 - gradients pass through the targets, too;
-- for x_m of more than two dimensions, |∂loss/∂x̃_m|² is the sum over the second dimension alone, and
-  the mean is over rows and all other dimensions. So I_m is smaller by their number of elements.
+- for x_m of more than two dimensions, ``|∂loss/∂x̃_m|²`` is the sum over the second dimension
+  alone, and the mean is over rows and all other dimensions. So I_m is smaller by their number of
+  elements.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Interventional dual attention, IDA (Liu et al., ICLR 2023, openreview 8XqDnrmZQNF).
 
 For x of shape (B, C, H, W), cut along its channels into N heads x_n of D = C / N, with weights w_nk
-of each head n for each class k, and positions p:
+of each head n for each class k, and positions p::
 
     s_nk(p) = <w_nk, x_n(p)> / (|w_nk| + beta)      score
     E_nk    = sum_p softmax_p(s_nk) x_n(p)          first attention: over positions, for each class
@@ -16,12 +16,12 @@ The authors' code is not public. A public reproduction
 (https://github.com/yu-gi-oh-leilei/IDA_2023ICLR) departs from these formulas in up to two places.
 It reads the (D, N) values of a class as N rows of D, so that each row of the second attention is
 made of pieces of all heads, and Ê comes back in this order. Its earlier version
-(``lib_new_attention``) also divides every head's part of l_k by |w_Nk| + beta, the norm of the last
-head. Its checkpoints load here under the same names and need the same places:
+(``lib_new_attention``) also divides every head's part of l_k by ``|w_Nk| + beta``, the norm of the
+last head. Its checkpoints load here under the same names and need the same places:
 ``sample_order="interleaved"``, and for the earlier version ``last_head_norm=True``.
 
 In the middle of a network nothing is decided. There the classes are K learned queries, and what
-they gathered is handed back to the positions that asked for it:
+they gathered is handed back to the positions that asked for it::
 
     y_n(p) = sum_k softmax_k(s_nk(p)) Ê_nk,   out = x + P y
 

@@ -1,7 +1,7 @@
 """SimAM, a parameter-free attention (Yang et al., ICML 2021, section 3.2, eq. 5 and 6).
 
 For x of shape (B, C, H, W), mean and variance of each channel over its H·W positions, a neuron is
-the more important, the more it stands out from the others of its channel:
+the more important, the more it stands out from the others of its channel::
 
     d(p) = (x(p) - mean)²,   v = sum_p d(p) / (H·W - 1)
     1/e(p) = d(p) / (4 (v + lambda)) + 1/2

@@ -2,7 +2,7 @@
 
 For x of shape (B, C, H, W) three gates look at x along one axis each and see how the other two
 interact. A gate Z-pools its axis, that is stacks maximum and mean, and turns the two maps into one
-by convolution, normalization and sigmoid:
+by convolution, normalization and sigmoid::
 
     g_cw(x): pools H, map of rows C and columns W
     g_hc(x): pools W, map of rows H and columns C
