@@ -89,3 +89,11 @@ def test_explained_messages_are_the_codes(page: str) -> None:
         pieces = [piece.strip() for piece in message.split("…")]
         assert any(len(piece) > 8 for piece in pieces), f"{message}: says too little"
         assert all(piece in texts_of_the_code() for piece in pieces), message
+
+
+def test_site_and_package_name_one_repository() -> None:
+    found = {
+        re.search(r'^REPOSITORY = "(.+)"$', (ROOT / file).read_text(encoding="utf-8"), re.M)[1]
+        for file in ("setup.py", "docs/conf.py")
+    }
+    assert len(found) == 1
