@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Count parameters and GFLOPs of every row of configs/README.md anew, and write what differs.
 
-    docs/model_zoo.py                    count all rows (a quarter of an hour on one core)
+    docs/model_zoo.py                    count all rows, which takes long
     docs/model_zoo.py --check            write nothing; end with status 1 if a number differs
     docs/model_zoo.py --only r18 ssd     rows whose config has one of these in its path
 

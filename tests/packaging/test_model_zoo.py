@@ -23,7 +23,6 @@ SSDLITE = "configs/mm/triplet_attention/ssdlite_mobilenetv2-triplet-scratch_8xb2
 @pytest.mark.parametrize(
     "config",
     [
-        "configs/d2/COCO-Detection/retinanet_R_50_FPN_AMC_1x.yaml",
         SSDLITE,
         "configs/mmpretrain/triplet_attention/mobilenet-v2-triplet-k3_8xb12-400e_in1k.py",
         "configs/mmpretrain/batchformer/resnet32-batchformer_1xb512_cifar100-lt.py",
