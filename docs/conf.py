@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from docutils.nodes import math, math_block
     from sphinx.application import Sphinx
+    from sphinx.writers.html5 import HTML5Translator
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -32,7 +34,10 @@ nitpick_ignore_regex = [("py:.*", r"(?!(plugin_core|d2_plugins|mm_plugins)\b).*"
 suppress_warnings = ["misc.highlighting_failure"]
 
 myst_heading_anchors = 4
+myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"
 html_theme = "furo"
+pygments_style = "friendly"  # of which a diff's lines have two colours
 html_title = project
 html_theme_options = {
     "source_repository": REPOSITORY,
@@ -59,8 +64,23 @@ _LANGUAGES = {".yaml": "yaml", ".py": "python"}
 
 
 def setup(app: Sphinx) -> None:
-    """Complete pages as Sphinx reads them."""
+    """Complete pages as Sphinx reads them, and write formulas as MathML."""
     app.connect("source-read", complete)
+    app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
+
+
+def write_formula(writer: HTML5Translator, node: math | math_block) -> None:
+    """Write a formula as browsers read it themselves. MathJax would need a network."""
+    from docutils.nodes import SkipNode
+    from docutils.utils.math import latex2mathml
+
+    block = node.tagname == "math_block"
+    try:
+        formula = latex2mathml.tex2mathml(node.astext(), as_block=block)
+    except TypeError:  # docutils before 0.22
+        formula = latex2mathml.tex2mathml(node.astext(), inline=not block)
+    writer.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    raise SkipNode
 
 
 def complete(app: Sphinx, name: str, source: list[str]) -> None:
