@@ -79,7 +79,7 @@ def write_formula(writer: HTML5Translator, node: math | math_block) -> None:
         formula = latex2mathml.tex2mathml(node.astext(), as_block=block)
     except TypeError:  # docutils before 0.22
         formula = latex2mathml.tex2mathml(node.astext(), inline=not block)
-    writer.body.append(f'<div class="math">{formula}</div>' if block else formula)
+    writer.body.append(f'<p style="text-align: center">{formula}</p>' if block else formula)
     raise SkipNode
 
 
