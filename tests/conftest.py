@@ -8,18 +8,25 @@ import sys
 from pathlib import Path
 
 import pytest
+import quick_frameworks
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))  # the tools import one another as a script does
 
 torch.set_num_threads(1)  # tests run side by side
+quick_frameworks.read_once()
 # Nothing is downloaded; without it, a text model that is missing is looked for on a network first.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported lives to the end: collections need not look at it each time
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_models() -> None:
+    quick_frameworks.draw_little()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,14 @@ from typing import Any
 import torch
 from torch import distributed
 
-# Import them once for all processes of a test session, where they are installed.
-PRELOADED = [
-    *("torch.nn.parallel.distributed", "torch._dynamo"),
-    *("mmdet.models", "mmdet.datasets", "mmdet.engine", "mmdet.evaluation", "mm_plugins"),
-]
-
 
 def run(function: Callable[[int], Any], folder: Path) -> list[Any]:
     """What ``function(rank)``, of a module's top level, returns in each of two processes."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    arguments = (function, str(folder))
-    torch.multiprocessing.start_processes(_run, arguments, nprocs=2, start_method="forkserver")
+    # A fork has imported the frameworks. PyTorch takes no gradients in one beside a GPU.
+    method = "spawn" if torch.cuda.is_available() else "fork"
+    torch.multiprocessing.start_processes(
+        _run, (function, str(folder)), nprocs=2, start_method=method
+    )
     return [torch.load(folder / f"{rank}.pth", weights_only=False) for rank in (0, 1)]
 
 

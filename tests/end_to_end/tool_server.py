@@ -96,16 +96,6 @@ class ForkedTool:
         return self.poll()
 
 
-def leave_out_of_logs() -> None:
-    """Leave out of MMDetection's logs and checkpoints what takes seconds and no test reads.
-
-    A config's text is laid out about five times in a run, 0.6 s each.
-    """
-    with contextlib.suppress(ImportError):
-        config = importlib.import_module("mmengine.config.config")
-        config.FormatCode = lambda text, **style: (text, True)  # type: ignore[attr-defined]
-
-
 def serve() -> dict[str, Any] | None:
     """Answer questions; in a fork, give what to start."""
     for line in sys.stdin:
@@ -155,7 +145,11 @@ if __name__ == "__main__":
     for name in MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    leave_out_of_logs()
+    sys.path.append(str(ROOT / "tests"))
+    importlib.import_module("quick_frameworks").read_once()
+    with contextlib.suppress(ImportError, ValueError):  # no config of this name
+        paths = importlib.import_module("mmengine.config.utils")
+        paths._get_cfg_metainfo(str(Path(importlib.import_module("mmdet").__file__).parent), "")
     gc.freeze()  # a fork's collections leave alone, and so share, what is imported
     wanted = serve()
     if wanted is not None:

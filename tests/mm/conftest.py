@@ -21,14 +21,6 @@ def _registered() -> None:
     register_all_modules(init_default_scope=False)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _plain_configs() -> Iterator[None]:
-    """Leave the text of configs as it is: a Runner lays it out about five times, 0.6 s each."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmengine.config.config.FormatCode", lambda text, **style: (text, True))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _mmdet_scope(_registered: None) -> Iterator[None]:
     with DefaultScope.overwrite_default_scope("mmdet"):

@@ -1,0 +1,61 @@
+"""Leave out what the frameworks do again for each model, takes seconds and is read by no test."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# A prime, so that the rows of a repeated block are not alike, whatever their length
+BLOCK = 16381
+
+
+def read_once() -> None:
+    """Read the list of MMDetection's configs once, and leave the text of configs as it is.
+
+    For each ``_base_ = "mmdet::…"`` mmengine reads about 100 YAML files, 1 s, and looks through all
+    installed packages. A Runner lays out its config about five times, 0.6 s each.
+    """
+    with contextlib.suppress(ImportError):
+        config, paths, packages = (
+            importlib.import_module(f"mmengine.{name}")
+            for name in ("config.config", "config.utils", "utils.package_utils")
+        )
+        config.FormatCode = lambda text, **style: (text, True)  # type: ignore[attr-defined]
+        paths.load = functools.cache(paths.load)
+        for name in ("is_installed", "get_installed_path"):
+            once = functools.cache(getattr(packages, name))
+            for module in (config, packages):
+                setattr(module, name, once)
+
+
+def draw_little() -> None:
+    """Repeat a block of random numbers in large tensors: a detector begins with 40 million."""
+    for name in ("uniform_", "normal_"):
+        setattr(Tensor, name, repeating(getattr(Tensor, name)))
+    for name in ("base_module", "weight_init"):
+        if module := sys.modules.get(f"mmengine.model.{name}"):
+            # It takes means of all weights for a log, after each layer that is drawn.
+            module.update_init_info = lambda *_, **__: None  # type: ignore[attr-defined]
+
+
+def repeating(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @functools.wraps(draw)
+    def fill(tensor: Tensor, *arguments: Any, **settings: Any) -> Tensor:
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
+        if not plain or tensor.numel() < 4 * BLOCK or not tensor.is_contiguous():
+            return draw(tensor, *arguments, **settings)
+        with torch.no_grad():
+            block = draw(tensor.new_empty(BLOCK), *arguments, **settings)
+            flat, whole = tensor.view(-1), tensor.numel() // BLOCK * BLOCK
+            flat[:whole].view(-1, BLOCK).copy_(block)
+            flat[whole:].copy_(block[: tensor.numel() - whole])
+        return tensor
+
+    return fill
