@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,23 +41,43 @@ def run_tool(tool_server: ToolServer, tmp_path_factory: pytest.TempPathFactory) 
     """Runs ``python tools/<tool> arguments…`` and gives what it printed; fails if it fails.
 
     The tool is forked from a process with the frameworks imported. With ``anew`` it is started as
-    a user does it, and with ``processes`` by torchrun. It runs from the folder ``cwd``.
+    a user does it. Several ``processes`` have the environment variables that torchrun sets; what
+    the first one printed is given, or what the first one that failed did. It runs from the folder
+    ``cwd``.
     """
+
+    def run_forks(words: list[str], processes: int, cwd: Path) -> list[subprocess.CompletedProcess]:
+        started = []
+        port = free_port() if processes > 1 else 0
+        for rank in range(processes):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
+            group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            outputs = [tmp_path_factory.mktemp("printed") / n for n in ("stdout", "stderr")]
+            environment = group if processes > 1 else {}
+            started.append((tool_server.start(words, *outputs, cwd, **environment), outputs))
+        limit = time.monotonic() + LIMIT_SECONDS
+        while None in (codes := [process.poll() for process, _ in started]):
+            if any(codes) or time.monotonic() > limit:  # the others would wait for the failed one
+                for process in (p for p, _ in started if p.returncode is None):
+                    os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.02)
+        return [
+            subprocess.CompletedProcess(words, process.poll(), *(p.read_text() for p in outputs))
+            for process, outputs in started
+        ]
 
     def run(
         tool: str,
         *arguments: object,
         check: bool = True,
         anew: bool = False,
-        processes: int = 0,
+        processes: int = 1,
         cwd: Path = ROOT,
     ) -> subprocess.CompletedProcess:
         words = script_and_arguments(tool, arguments)
-        if anew or processes:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-            start = [*torchrun, str(processes)] if processes else []
+        if anew:
             result = subprocess.run(
-                [sys.executable, *start, *words],
+                [sys.executable, *words],
                 capture_output=True,
                 text=True,
                 cwd=cwd,
@@ -64,15 +85,8 @@ def run_tool(tool_server: ToolServer, tmp_path_factory: pytest.TempPathFactory) 
                 timeout=LIMIT_SECONDS,
             )
         else:
-            outputs = [tmp_path_factory.mktemp("printed") / n for n in ("stdout", "stderr")]
-            process = tool_server.start(words, *outputs, cwd)
-            limit = time.monotonic() + LIMIT_SECONDS
-            while process.poll() is None:
-                if time.monotonic() > limit:
-                    os.killpg(process.pid, signal.SIGKILL)
-                time.sleep(0.02)
-            printed = [path.read_text() for path in outputs]
-            result = subprocess.CompletedProcess(words, process.poll(), *printed)
+            results = run_forks(words, processes, cwd)
+            result = max(results, key=lambda found: found.returncode)
         if check and result.returncode:
             pytest.fail(f"{tool} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
         return result
@@ -97,6 +111,12 @@ def kill_tool_when(tool_server: ToolServer) -> Callable[..., None]:
             time.sleep(0.02)
 
     return run
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
 
 
 def has_content(file: Path) -> bool:

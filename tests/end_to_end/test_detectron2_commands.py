@@ -30,7 +30,7 @@ def trained(photographs, run_tool, tmp_path_factory):
     """Folder of a training that was not interrupted, and what it printed."""
     output = tmp_path_factory.mktemp("detectron2") / "whole"
     line = arguments(photographs, output, **IDA_HEAD)
-    return output, run_tool("train_net.py", *line, anew=True).stdout
+    return output, run_tool("train_net.py", *line).stdout
 
 
 def test_training_lowers_the_loss(trained):

@@ -78,7 +78,7 @@ def config(chess, tmp_path_factory) -> Path:
 def trained(config, run_tool):
     """Checkpoint of the classifier, and what its training printed."""
     out = config.parent / "whole"
-    printed = run_tool("train_mmpretrain.py", config, "--work-dir", out, anew=True).stdout
+    printed = run_tool("train_mmpretrain.py", config, "--work-dir", out).stdout
     return out / "epoch_2.pth", printed
 
 

@@ -1,4 +1,4 @@
-"""Two processes on the CPU end with the same weights, started as each framework's users do."""
+"""Two processes on the CPU end with the same weights, by each framework's own means."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_detectron2s_processes_train_a_detector_of_mmdetection(drawn_coco, run_t
         "DATASETS.TEST": "()",
     }
     config = "configs/d2/MMDet-Detection/atss_R_50_FPN_1x.yaml"
-    flags = ("--num-gpus", "2", "--dist-url", "auto")
+    flags = ("--fork", "--num-gpus", "2", "--dist-url", "auto")
     line = arguments(drawn_coco, tmp_path, *flags, config=config, **small)
     run_tool("../tests/end_to_end/train_net_saving_processes.py", *line)
     first, second = saved(tmp_path)

@@ -67,12 +67,18 @@ class ToolServer:
         self.ask({})
 
     def start(
-        self, words: list[str], stdout: Path, stderr: Path, folder: Path | None = None
+        self,
+        words: list[str],
+        stdout: Path,
+        stderr: Path,
+        folder: Path | None = None,
+        **environment: object,
     ) -> ForkedTool:
         """Start a script with its arguments, in a session of its own, from a folder."""
+        variables = {name: str(value) for name, value in environment.items()}
         places = {"stdout": stdout, "stderr": stderr, "folder": folder or self.folder}
-        question = {"words": words, **{name: str(path) for name, path in places.items()}}
-        return ForkedTool(self, self.ask(question))
+        question = {name: str(path) for name, path in places.items()}
+        return ForkedTool(self, self.ask({"words": words, "environment": variables, **question}))
 
     def stop(self) -> None:
         if "process" in vars(self):
@@ -119,6 +125,7 @@ def become(tool: dict[str, Any]) -> None:
     files = ((os.devnull, os.O_RDONLY), *((tool[n], os.O_WRONLY) for n in ("stdout", "stderr")))
     for descriptor, (path, flags) in enumerate(files):
         os.dup2(os.open(path, flags | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
+    os.environ.update(tool.get("environment", {}))
     sys.argv = tool["words"]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     try:
