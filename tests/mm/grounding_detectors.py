@@ -64,7 +64,20 @@ def model_config(name: str, text_model: Path | None = None) -> ConfigDict:
             model.neck.in_channels = [16, 32, 64]
         else:
             model.neck.in_channels = [8, 16, 32, 64]
+            narrow_pyramid(model)
     return model
+
+
+def narrow_pyramid(node: Any) -> None:
+    """Give a feature pyramid, and the heads on it, 64 channels instead of 256."""
+    for value in node.values() if isinstance(node, dict) else node:
+        if isinstance(value, (dict, list, tuple)):
+            narrow_pyramid(value)
+    if isinstance(node, dict):
+        node.update({key: 64 for key in PYRAMID if node.get(key) == 256})
+
+
+PYRAMID = ("in_channels", "out_channels", "feat_channels")
 
 
 CLASS_DETECTORS = {

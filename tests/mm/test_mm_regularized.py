@@ -51,8 +51,8 @@ from plugin_core.stand_ins import acting_as
 GROUNDING = ("grounding-dino", "glip")
 CONV = {
     "type": "ConvModule",
-    "in_channels": 256,
-    "out_channels": 256,
+    "in_channels": 64,
+    "out_channels": 64,
     "kernel_size": 3,
     "padding": 1,
 }
