@@ -34,7 +34,7 @@ def build(kind: str, device: torch.device, small: bool = False) -> nn.Module:
         kind: PLAIN; BATCHFORMER; or STREAMS, which doubles the batch after the first encoder layer
             as BatchFormerV2 does, but lets no images see one another.
         device: of the detector.
-        small: few layers and queries.
+        small: few channels, layers and queries.
     """
     init_default_scope("mmdet")
     model = get_config(CONFIG).model
@@ -42,6 +42,10 @@ def build(kind: str, device: torch.device, small: bool = False) -> nn.Module:
     if small:
         model.encoder.num_layers = model.decoder.num_layers = 2
         model.num_queries = 10
+        model.backbone.update(base_channels=8, stem_channels=8)
+        model.neck.in_channels = [channels // 8 for channels in model.neck.in_channels]
+        for coder in (model.encoder, model.decoder):
+            coder.layer_cfg.ffn_cfg.feedforward_channels = 64
     if kind != PLAIN:
         model = ConfigDict({**model, "type": f"Plugin{model.type}", "batchformer": {}})
     torch.manual_seed(0)

@@ -29,6 +29,13 @@ def _quick_models() -> None:
     quick_frameworks.draw_little()
 
 
+@pytest.fixture
+def whole_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For outputs of random weights that would be too much alike if parts of these repeated."""
+    for name in ("uniform_", "normal_"):
+        monkeypatch.setattr(torch.Tensor, name, getattr(torch.Tensor, name).__wrapped__)
+
+
 @pytest.fixture(autouse=True)
 def _seed(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

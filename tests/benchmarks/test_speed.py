@@ -28,14 +28,8 @@ from timing import Quantity, Row, Setting, at_least, at_most, measurement  # noq
 from plugin_core import IDABlock, TripletAttention  # noqa: E402
 from plugin_core.inspection import devices  # noqa: E402
 
+MMDETECTION = ("mmdet", "mm_plugins", "mmdet_detectors")
 SETTING = Setting(torch.device("cpu"), (torch.float32,), repetitions=3, quick=True)
-
-
-def run_python(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, **kwargs
-    )
 
 
 def result_of(folder: Path) -> tuple[dict, str]:
@@ -46,8 +40,7 @@ def result_of(folder: Path) -> tuple[dict, str]:
 
 def test_everything_is_measured_and_written(tmp_path):
     out = tmp_path / "results"
-    done = run_python("benchmarks/run.py", "--quick", "--device", "cpu", "--out", str(out))
-    assert done.returncode == 0, done.stderr
+    run.main(["--quick", "--device", "cpu", "--out", str(out)])
     results, text = result_of(out)
     slug = report.slug(SETTING)
     plot = out / f"{slug}-triplet_attention.png"
@@ -151,7 +144,7 @@ def test_results_of_another_commit_do_not_stand_beside_new_ones(tmp_path, monkey
 
 
 def test_a_framework_that_is_not_installed_is_a_reason(monkeypatch, capsys):
-    for name in [m for m in sys.modules if m.partition(".")[0] in ("mmdet", "mm_plugins")]:
+    for name in [m for m in sys.modules if m.partition(".")[0] in MMDETECTION]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "mmdet", None)
     case = detector_step.Case("DETR", "training", 2, (64, 96), torch.float32)

@@ -147,7 +147,8 @@ def test_image_that_threads_share_gives_the_formulas_values_and_gradients(
     threads(3)
     # Whole numbers, so that the parts of an image have equal maxima.
     x = torch.randn(batch, 64, 50, 6).round().to(memory_format=memory_format)
-    assert_equal_to_formula(TripletAttention(kernel_size=3), x)
+    # A weight's gradient adds up 38,400 products that nearly cancel out, in another order.
+    assert_equal_to_formula(TripletAttention(kernel_size=3), x, atol=2e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 
+pytestmark = pytest.mark.usefixtures("whole_draws")
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 NO_CATEGORY = {0, 12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_IDS = [i for i in range(91) if i not in NO_CATEGORY]
@@ -107,7 +108,9 @@ def assert_same_outputs(net: nn.Module, model: nn.Module, rows: list[int] | None
         scores, found_scores = logits.sigmoid(), found_logits.sigmoid()
     else:
         scores, found_scores = logits.softmax(dim=-1), found_logits.softmax(dim=-1)
-    torch.testing.assert_close(found_scores, scores, atol=1e-4, rtol=0)
+    # Random weights let features grow with each block: what additions in another order round
+    # differently reaches 1e-4 behind a ResNet-50 on a CPU with AVX2 alone.
+    torch.testing.assert_close(found_scores, scores, atol=3e-4, rtol=0)
     torch.testing.assert_close(found_boxes, boxes, atol=1e-4, rtol=0)
 
 
