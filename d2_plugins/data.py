@@ -19,6 +19,7 @@ from detectron2.data import (
     MapDataset,
     build_detection_train_loader,
 )
+from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
@@ -183,9 +184,10 @@ class ResumableTrainLoader(TrainLoader):
             groups = [s.get("width", 0) > s.get("height", 0) for s in samples]
         else:
             groups = [False] * len(samples)
-            # Each worker would fill batches of its own, so that batches depended on the number of
-            # workers. One by one, the samples come in the stream's order.
-            parts["total_batch_size"] = comm.get_world_size()
+        # Workers would take shares of the stream as long as a batch, or fill batches of their own,
+        # so that batches depended on the number of workers. One by one, the samples come in the
+        # stream's order, and are put into batches here.
+        parts.update(total_batch_size=comm.get_world_size(), aspect_ratio_grouping=False)
         self._stream = _SampleStream(sampler, groups, self._batch_size)
         mapped: Any = MapDataset(DatasetFromList(samples, copy=False), mapper)
         if cfg.INPUT.SKIP_BAD_IMAGES:
@@ -201,10 +203,10 @@ class ResumableTrainLoader(TrainLoader):
             yield from super().__iter__()
             return
         self._stream.batches_done = self.start_iter
+        samples = itertools.chain.from_iterable(self._loader)
         if self._grouped:
-            batches = iter(self._loader)
+            batches = iter(AspectRatioGroupedDataset(samples, self._batch_size))
         else:
-            samples = itertools.chain.from_iterable(self._loader)
             batches = iter(lambda: list(itertools.islice(samples, self._batch_size)), [])
         for iteration, batch in enumerate(batches, self.start_iter):
             torch.manual_seed(derive_seed(self._seed, comm.get_rank(), iteration, 1))
