@@ -41,6 +41,20 @@ EXTRAS = {
         "six",  # mmdet needs it
         "setuptools<81",  # mmengine imports pkg_resources
     ],
+    # Where OneDL's forks are, which go by the import names of OpenMMLab's packages: instead of
+    # `mmdet`, which would write over them.
+    "onedl": [
+        "torchvision>=0.16",
+        "onedl-mmdetection>=3.4,<4",
+        "onedl-mmengine>=0.10.8,<1",
+        "onedl-mmcv>=2.3,<3",  # with its ops
+        "pycocotools>=2.0.6",
+        "msgspec>=0.18",  # reads annotation files of GB
+        "Pillow>=9.0",
+        "scipy>=1.7",  # intervals and p-values of a comparison
+        "tabulate>=0.9",
+        "tqdm>=4.60",
+    ],
     # Detectron2 evaluates these datasets with their own packages.
     "lvis": [
         "lvis>=0.5.3",
