@@ -14,7 +14,11 @@ import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+from mmdet import __version__ as mmdet_version
 from mmdet.models.backbones import MobileNetV2, ResNet
+from mmdet.models.layers import DinoTransformerDecoder
+from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
 from mmdet.utils import register_all_modules
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope, Registry
@@ -279,7 +283,33 @@ def _check_model(model: ConfigDict) -> nn.Module:
             return ValueError(f"{setting}: {' '.join(str(error).split())}")
         return ValueError(in_a_line(error, setting))
 
-    return build_once(build, explain)
+    built = build_once(build, explain)
+    check_decoder(getattr(built, "decoder", None))
+    return built
+
+
+def check_decoder(decoder: Any) -> None:
+    """Refuse a decoder of Grounding DINO that does not fit the forward that it has from DINO's.
+
+    That is so in onedl-mmdetection 3.4.6 to 3.5.1, where DINO's encodes boxes twice as widely.
+
+    Args:
+        decoder: of a detector; others pass.
+
+    Raises:
+        ValueError: says so, with the installed version.
+    """
+    if not isinstance(decoder, GroundingDinoTransformerDecoder):
+        return
+    with torch.device("meta"):
+        dino = DinoTransformerDecoder(1, {}, post_norm_cfg=None)
+    given, taken = (d.ref_point_head.layers[0].in_features // d.embed_dims for d in (dino, decoder))
+    if given != taken:
+        raise ValueError(
+            f"model.type: Grounding DINO cannot run in MMDetection {mmdet_version}: its decoder "
+            f"encodes boxes in {given} times a query's width, and its ref_point_head takes "
+            f"{taken} times; install mmdet 3.3 for it"
+        )
 
 
 def _being_built(error: Exception, model: ConfigDict) -> tuple[str, ConfigDict]:

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import mmdet
+import pytest
 import torch
+from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config, ConfigDict
 from torch import nn
+
+from mm_plugins.preflight import check_decoder
 
 CONFIGS = Path(mmdet.__file__).parent / ".mim" / "configs"
 DETECTORS = {
@@ -30,6 +34,14 @@ DETECTORS = {
 CLASSES = ("disk", "square", "ring")
 
 
+def skip_where_it_cannot_run(name: str) -> None:
+    if name.lower().replace(" ", "-") == "grounding-dino":
+        try:
+            check_decoder(GroundingDinoTransformerDecoder(1, {}, post_norm_cfg=None))
+        except ValueError as error:
+            pytest.skip(str(error))
+
+
 def model_config(name: str, language_model: Path | None = None) -> ConfigDict:
     """The config of a small detector with three encoder layers and nothing to download.
 
@@ -37,6 +49,7 @@ def model_config(name: str, language_model: Path | None = None) -> ConfigDict:
         name: a key of DETECTORS.
         language_model: a folder with a BERT, for Grounding DINO.
     """
+    skip_where_it_cannot_run(name)
     model = Config.fromfile(CONFIGS / DETECTORS[name]).model
     # A ResNet-18 of a quarter of the width has a sixteenth of a ResNet-50's channels.
     model.backbone.update(depth=18, base_channels=16, init_cfg=None)

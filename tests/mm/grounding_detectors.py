@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from batchformer_detectors import CONFIGS
+from batchformer_detectors import CONFIGS, skip_where_it_cannot_run
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config, ConfigDict
@@ -35,6 +35,7 @@ def write_text_model(folder: Path, *options: str) -> Path:
 
 def model_config(name: str, text_model: Path | None = None) -> ConfigDict:
     """Of a small detector, plain: the type is the detector's own."""
+    skip_where_it_cannot_run(name)
     if name in ("grounding-dino", "glip"):
         model = Config.fromfile(SYNTHETIC / f"{name}_r50_synthetic.py").model
         model.type = model.type.removeprefix("Plugin")

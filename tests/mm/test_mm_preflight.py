@@ -12,10 +12,12 @@ from torch import nn
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
+from mmdet.models.layers import DinoTransformerDecoder
+from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-from mm_plugins.preflight import check_config
+from mm_plugins.preflight import check_config, check_decoder
 
 
 @MODELS.register_module()
@@ -536,3 +538,17 @@ def test_backbone_alone_is_no_detector(tmp_path):
     message = error_of(config(resnet(), load_from=path))
     assert message.startswith("load_from: ") and "model.backbone.init_cfg=dict(" in message
     check(config(resnet(init_cfg={"type": "Pretrained", "checkpoint": path})))
+
+
+# ------------------------------------------------------------------------------------- the decoder
+
+
+def test_grounding_dino_that_does_not_fit_the_forward_it_inherits_is_told():
+    kinds = (DinoTransformerDecoder, GroundingDinoTransformerDecoder)
+    dino, decoder = (kind(1, {}, post_norm_cfg=None) for kind in kinds)
+    first = decoder.ref_point_head.layers[0]
+    first.in_features = dino.ref_point_head.layers[0].in_features
+    check_decoder(decoder)
+    first.in_features //= 2
+    with pytest.raises(ValueError, match=r"model\.type: Grounding DINO cannot run in MMDetection"):
+        check_decoder(decoder)
