@@ -27,7 +27,9 @@ def read_once() -> None:
             importlib.import_module(f"mmengine.{name}")
             for name in ("config.config", "config.utils", "utils.package_utils")
         )
-        config.FormatCode = lambda text, **style: (text, True)  # type: ignore[attr-defined]
+        # OneDL's mmengine imports it from yapf when it is needed, OpenMMLab's at the beginning.
+        for module in (config, importlib.import_module("yapf.yapflib.yapf_api")):
+            module.FormatCode = lambda text, **style: (text, True)  # type: ignore[attr-defined]
         paths.load = functools.cache(paths.load)
         for name in ("is_installed", "get_installed_path"):
             once = functools.cache(getattr(packages, name))

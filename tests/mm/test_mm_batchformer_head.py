@@ -39,7 +39,7 @@ FORMS = {
     "classes only": {"with_reg": False},
     "boxes only": {"with_cls": False},
     "seesaw": SEESAW,
-    "normed": {"cls_predictor_cfg": {"type": "NormedLinear", "tempearture": 20}},
+    "normed": {"cls_predictor_cfg": {"type": "NormedLinear"}},
     "decoded boxes": {"reg_decoded_bbox": True, "loss_bbox": {"type": "GIoULoss"}},
 }
 EVERY_FORM = pytest.mark.parametrize("form", FORMS)
