@@ -11,12 +11,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [
-    *ROOT.glob("*.md"),
-    ROOT / "configs" / "README.md",
-    *(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),
-    *(ROOT / "benchmarks").rglob("*.md"),
-]
+PAGES = sorted(
+    [
+        *ROOT.glob("*.md"),
+        ROOT / "configs" / "README.md",
+        *(page for page in DOCS.rglob("*.md") if "_build" not in page.parts),
+        *(ROOT / "benchmarks").rglob("*.md"),
+    ]
+)
 FENCED = re.compile(r"^ *(```+|~~~+).*?^ *\1 *$", re.M | re.S)
 
 
@@ -89,6 +91,11 @@ def test_explained_messages_are_the_codes(page: str) -> None:
         pieces = [piece.strip() for piece in message.split("…")]
         assert any(len(piece) > 8 for piece in pieces), f"{message}: says too little"
         assert all(piece in texts_of_the_code() for piece in pieces), message
+
+
+def test_pictures_are_small() -> None:
+    sizes = [p.stat().st_size for f in ("drawings", "pictures") for p in (DOCS / f).iterdir()]
+    assert len(sizes) > 10 and max(sizes) < 150_000 and sum(sizes) < 3_000_000
 
 
 def test_site_and_package_name_one_repository() -> None:
