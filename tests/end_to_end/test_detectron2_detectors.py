@@ -11,7 +11,7 @@ from detectron2_sample import arguments, losses, metrics, register, results
 BOXES = "AP,AP50,AP75,APs,APm,APl"
 KEYPOINTS = "AP,AP50,AP75,APm,APl"
 FEW = {
-    "SOLVER.MAX_ITER": "3",
+    "SOLVER.MAX_ITER": "2",
     "SOLVER.CHECKPOINT_PERIOD": "100",
 }
 
@@ -64,8 +64,8 @@ def lazy_arguments(sample, output, *flags: str, **options: object) -> list[str]:
     settings = {
         "train.output_dir": output,
         "train.init_checkpoint": "''",
-        "train.max_iter": 4,
-        "train.checkpointer.period": 2,
+        "train.max_iter": 2,
+        "train.checkpointer.period": 1,
         "train.log_period": 1,
         "train.seed": 7,
         "model.backbone.bottom_up.freeze_at": 0,
@@ -82,8 +82,8 @@ def lazy_arguments(sample, output, *flags: str, **options: object) -> list[str]:
         "dataloader.train.total_batch_size": 2,
         "dataloader.train.num_workers": 0,
         "dataloader.test.num_workers": 0,
-        "dataloader.train.mapper.augmentations.0.short_edge_length": "[128]",
-        "dataloader.test.mapper.augmentations.0.short_edge_length": 128,
+        "dataloader.train.mapper.augmentations.0.short_edge_length": "[96]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length": 96,
         **options,
     }
     config = "configs/d2/COCO-InstanceSegmentation/mask_rcnn_R_50_triplet_FPN_1x.py"
@@ -97,16 +97,16 @@ TOOL = "lazyconfig_train_net.py"
 def test_lazy_config_trains_resumes_with_new_settings_and_evaluates(
     photographs, run_tool, tmp_path
 ):
-    few = {"train.max_iter": 2, "dataloader.train.mapper.skip_bad_images": True}
+    few = {"train.max_iter": 1, "dataloader.train.mapper.skip_bad_images": True}
     first = run_tool(TOOL, *lazy_arguments(photographs, tmp_path, **few))
     assert reported(first.stdout) == {"bbox": BOXES, "segm": BOXES}
     line = lazy_arguments(photographs, tmp_path, "--resume", **{"optimizer.lr": 0.001})
     resumed = run_tool(TOOL, *line)
-    assert "Starting training from iteration 2" in resumed.stdout
-    changed = "Resumed at iteration 2 with other settings, which hold from here on: "
+    assert "Starting training from iteration 1" in resumed.stdout
+    changed = "Resumed at iteration 1 with other settings, which hold from here on: "
     assert changed in resumed.stdout
     assert "optimizer.lr 0.0005 -> 0.001" in resumed.stdout
-    assert "train.max_iter 2 -> 4" in resumed.stdout
+    assert "train.max_iter 1 -> 2" in resumed.stdout
     checkpoint = {"train.init_checkpoint": tmp_path / "model_final.pth"}
     line = lazy_arguments(photographs, tmp_path / "again", "--eval-only", **checkpoint)
     again = run_tool(TOOL, *line)

@@ -32,13 +32,17 @@ def shrink(cfg: Config, text_model: Path) -> None:
     model = cfg.model
     model.backbone.init_cfg = None
     model.language_model.name = str(text_model)
+    if model.backbone.type == "SwinTransformer":
+        model.backbone.depths = (1, 1, 1, 1)
     if model.type == "PluginGLIP":
         model.bbox_head.lang_model_name = str(text_model)
         model.bbox_head.num_dyhead_blocks = 1
     else:
         skip_where_it_cannot_run("grounding-dino")
         model.num_queries = 10
-        model.encoder.num_layers = model.decoder.num_layers = 2
+        for coder in (model.encoder, model.decoder):
+            coder.num_layers = 2
+            coder.layer_cfg.ffn_cfg.feedforward_channels = 64
         assert model.encoder.get("num_cp", 0) == 0
 
 
