@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -41,10 +40,6 @@ def draw_little() -> None:
     """Repeat a block of random numbers in large tensors: a detector begins with 40 million."""
     for name in ("uniform_", "normal_"):
         setattr(Tensor, name, repeating(getattr(Tensor, name)))
-    for name in ("base_module", "weight_init"):
-        if module := sys.modules.get(f"mmengine.model.{name}"):
-            # It takes means of all weights for a log, after each layer that is drawn.
-            module.update_init_info = lambda *_, **__: None  # type: ignore[attr-defined]
 
 
 def repeating(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:

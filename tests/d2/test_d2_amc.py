@@ -364,6 +364,7 @@ def test_mixed_precision_trains(cfg, kind):
     assert loss.dtype == torch.float32 and exact.dtype == torch.float32
 
 
+@pytest.mark.usefixtures("whole_draws")
 def test_steps_lower_the_losses(cfg):
     small(cfg, "RetinaNet")
     cfg.MODEL.RESNETS.DEPTH, cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
