@@ -52,7 +52,7 @@ class GuardedTrainer(SimpleTrainer):
         checkpointer: of the run, for messages.
     """
 
-    _data_loader_iter: Iterator[Any]
+    _batches: Iterator[Any] | None = None
 
     def __init__(
         self,
@@ -65,10 +65,19 @@ class GuardedTrainer(SimpleTrainer):
         remedy: str,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
-        self._data_loader_iter = self._remember(self._data_loader_iter)
         self.guard, self.settings, self.remedy = guard, dict(settings), remedy
         self.checkpointer: PluginCheckpointer | None = None
         self._batch: Any = None
+
+    @property
+    def _data_loader_iter(self) -> Iterator[Any]:
+        if self._batches is None:
+            self._batches = self._remember(iter(self.data_loader))
+        return self._batches
+
+    @_data_loader_iter.setter
+    def _data_loader_iter(self, batches: Iterator[Any]) -> None:
+        self._batches = self._remember(batches)  # v0.6 sets it; later versions only ask for it
 
     def _remember(self, batches: Iterator[Any]) -> Iterator[Any]:
         for self._batch in batches:
