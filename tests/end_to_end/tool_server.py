@@ -121,7 +121,7 @@ def serve() -> dict[str, Any] | None:
 
 def become(tool: dict[str, Any]) -> None:
     os.setsid()
-    os.chdir(tool["folder"])
+    os.chdir(tool.get("folder", "."))
     files = ((os.devnull, os.O_RDONLY), *((tool[n], os.O_WRONLY) for n in ("stdout", "stderr")))
     for descriptor, (path, flags) in enumerate(files):
         os.dup2(os.open(path, flags | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
