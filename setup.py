@@ -124,7 +124,10 @@ KERNELS = Extension(
 def long_description() -> str:
     """Return the README's text, or nothing where the README was not shipped along."""
     readme = ROOT / "README.md"
-    return readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    # On a package index, relative links lead nowhere.
+    text = re.sub(r"!\[([^]]*)\]\((?!https?:)", rf"![\1]({REPOSITORY}/raw/main/", text)
+    return re.sub(r"(?<!!)(\[[^]]*\])\((?!https?:|#)", rf"\1({REPOSITORY}/blob/main/", text)
 
 
 def version() -> str:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from plugin_core import __version__
+from plugin_core.errors import did_you_mean
 from plugin_core.shipped import TOOLS
 
 #: Sub-command → script
@@ -49,14 +50,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"detection-plugins {__version__}")
         sys.exit()
     if name not in COMMANDS:
-        sys.exit(f"error: there is no command {name!r}; one of {', '.join(COMMANDS)}")
+        hint = did_you_mean(name, COMMANDS) or f"; one of {', '.join(COMMANDS)}"
+        sys.exit(f"error: there is no command {name!r}{hint}")
     words = [sys.executable, str(TOOLS / COMMANDS[name]), *rest]
     # A new process image, not a call: the frameworks start a script's processes anew by its path.
     os.execv(sys.executable, words)
 
 
 def _help() -> str:
-    lines = ["usage: detection-plugins COMMAND …", "", "Commands (COMMAND --help says more):"]
+    lines = [
+        "usage: detection-plugins COMMAND …, or --version",
+        "",
+        "Commands (COMMAND --help says more):",
+    ]
     for name, script in COMMANDS.items():
         text = ast.get_docstring(ast.parse((TOOLS / script).read_text(encoding="utf-8"))) or ""
         lines.append(f"  {name:17} {script}: {' '.join(text.split(chr(10) * 2)[0].split())}")

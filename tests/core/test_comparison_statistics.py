@@ -201,8 +201,8 @@ def sentence(difference: float, low: float, high: float, spread: Spread) -> str:
         ),
         (
             (-1.2, -1.9, -0.5, Spread(0.3, (None, None))),
-            "triplet is worse than plain: AP 38.8 against 40.0, -1.2 "
-            "(95% interval -1.9 to -0.5); with one seed, this is of these trainings alone.",
+            "In these trainings triplet is worse than plain: AP 38.8 against 40.0, -1.2 "
+            "(95% interval -1.9 to -0.5); with one seed, another one may turn the sign.",
         ),
         (
             (1.0, -0.5, 2.5, Spread(0.1, (1.0, 1.0))),

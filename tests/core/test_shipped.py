@@ -40,8 +40,9 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_command_that_is_not_there_is_told_with_those_that_are(executed: list) -> None:
-    with pytest.raises(SystemExit, match=r"error: there is no command 'trian'; one of train-d2, "):
-        command_line.main(["trian", "x.py"])
+    for name, hint in (("compair", "did you mean 'compare'"), ("x", "one of train-d2, ")):
+        with pytest.raises(SystemExit, match=f"error: there is no command '{name}'; {hint}"):
+            command_line.main([name, "x.py"])
     assert not executed
 
 

@@ -217,7 +217,8 @@ def test_the_noise_of_the_baseline_comes_first(inputs):
     ]
     assert report["verdict"].startswith(
         f"1 of 2 detectors beats the noise of plain, whose AP varies by {deviation:.1f} "
-        "(standard deviation over 2 seeds): triplet.\ntriplet is better than plain: AP "
+        "(standard deviation over 2 seeds): triplet.\n"
+        "In these trainings triplet is better than plain: AP "
     )
     assert overview["headers"] == ["detector", "difference", "low", "high", "p", "p (Holm)"]
     assert [row[0] for row in overview["rows"]] == ["triplet", "same"]
@@ -238,7 +239,9 @@ def test_one_detector_is_measured_without_a_comparison(inputs, capsys):
 def test_no_detection_at_all_is_an_ap_of_zero(inputs):
     inputs.poor = []
     compare_detectors.main(inputs.options("plain=good", "triplet=poor"))
-    assert report_of(inputs)["verdict"].startswith("triplet is worse than plain: AP 0.0 against")
+    assert report_of(inputs)["verdict"].startswith(
+        "In these trainings triplet is worse than plain: AP 0.0 against"
+    )
 
 
 @pytest.mark.usefixtures("numbers_alone")

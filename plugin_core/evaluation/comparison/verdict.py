@@ -76,9 +76,10 @@ def verdict(
         if not _holds(difference):
             word += f" than {baseline} taken alone, but not after correction for {comparisons}"
             return f"{name} is {word} comparisons (Holm, p = {difference.p_holm:.3f}): {numbers}."
-        single = None in spread.over_seeds
-        caution = "; with one seed, this is of these trainings alone" if single else ""
-        return f"{name} is {word} than {baseline}: {numbers}{caution}."
+        sentence = f"{name} is {word} than {baseline}: {numbers}"
+        if None in spread.over_seeds:
+            return f"In these trainings {sentence}; with one seed, another one may turn the sign."
+        return f"{sentence}."
     return f"{name} and {baseline} are not told apart: {numbers}{_what_would(difference, spread)}."
 
 
