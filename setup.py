@@ -14,12 +14,9 @@ REPOSITORY = "https://github.com/detection-plugins/detection-plugins"
 
 # tools/setup_environment.py reads this dictionary without running the file: literals only.
 EXTRAS = {
-    # Detectron2 itself is not named. It is not on the package index, so pip would look there for
-    # whatever else goes by that name. Install it first, as its own guide says, or without
-    # compiled ops by `pip install ./packaging/detectron2`; one that is there already is kept.
-    "detectron2": [
+    # Added to each framework's extra below
+    "either": [
         "torchvision>=0.16",
-        "fvcore>=0.1.5",
         "pycocotools>=2.0.6",
         "msgspec>=0.18",  # reads annotation files of GB
         "Pillow>=9.0",
@@ -27,33 +24,25 @@ EXTRAS = {
         "tabulate>=0.9",
         "tqdm>=4.60",
     ],
+    # Detectron2 itself is not named. It is not on the package index, so pip would look there for
+    # whatever else goes by that name. Install it first, as its own guide says, or without
+    # compiled ops by `pip install ./packaging/detectron2`; one that is there already is kept.
+    "detectron2": [
+        "fvcore>=0.1.5",
+    ],
     "mmdet": [
-        "torchvision>=0.16",
         "mmdet>=3.3,<3.4",
         "mmengine>=0.10.4",
         "mmcv>=2.0.0rc4,<2.2.0",  # with its ops; mmdet 3.3 refuses 2.2.0
-        "pycocotools>=2.0.6",
-        "msgspec>=0.18",  # reads annotation files of GB
-        "Pillow>=9.0",
-        "scipy>=1.7",  # intervals and p-values of a comparison
-        "tabulate>=0.9",
-        "tqdm>=4.60",
         "six",  # mmdet needs it
         "setuptools<81",  # mmengine imports pkg_resources
     ],
     # Where OneDL's forks are, which go by the import names of OpenMMLab's packages: instead of
     # `mmdet`, which would write over them.
     "onedl": [
-        "torchvision>=0.16",
         "onedl-mmdetection>=3.4,<4",
         "onedl-mmengine>=0.10.8,<1",
         "onedl-mmcv>=2.3,<3",  # with its ops
-        "pycocotools>=2.0.6",
-        "msgspec>=0.18",  # reads annotation files of GB
-        "Pillow>=9.0",
-        "scipy>=1.7",  # intervals and p-values of a comparison
-        "tabulate>=0.9",
-        "tqdm>=4.60",
     ],
     # Detectron2 evaluates these datasets with their own packages.
     "lvis": [
@@ -107,6 +96,9 @@ EXTRAS = {
         "ruff>=0.6",
     ],
 }
+for framework in ("detectron2", "mmdet", "onedl"):
+    EXTRAS[framework] += EXTRAS["either"]
+del EXTRAS["either"]
 
 
 # Fast paths on a CPU: plain C that calls neither Python nor PyTorch, and so needs no rebuild for

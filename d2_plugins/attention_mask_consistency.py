@@ -30,34 +30,19 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import (
-    Conv2d,
-    DeformConv,
-    FrozenBatchNorm2d,
-    ModulatedDeformConv,
-    ROIAlign,
-)
+from detectron2.layers import DeformConv, ModulatedDeformConv, ROIAlign
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, GeneralizedRCNN, RetinaNet
-from detectron2.modeling.backbone.resnet import BottleneckBlock
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads import (
-    CascadeROIHeads,
-    FastRCNNConvFCHead,
-    FastRCNNOutputLayers,
-    Res5ROIHeads,
-    StandardROIHeads,
-)
-from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
 from d2_plugins.config import naming
+from d2_plugins.differentiable_regions import TwiceDifferentiablePooler, is_row_wise, region_logits
 from plugin_core import AttentionMaskConsistency, GradientHeatmap
 from plugin_core.errors import did_you_mean
 from plugin_core.inspection.recorder import Call, record_calls
-from plugin_core.kernels.sampling import linear_operator
 from plugin_core.methods.attention_mask_consistency import ScoredRegion
 from plugin_core.stand_ins import acting_as
 
@@ -252,7 +237,7 @@ class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
         if any(best) and self._is_row_wise:
             regions = [x[rows] for x, rows in zip(boxes, best, strict=True)]
             with self._pooling_twice():
-                again = _logits(self.roi_heads, maps, regions)
+                again = region_logits(self.roi_heads, maps, regions)
             logits = again.split([len(rows) for rows in best])
             best = [list(range(len(rows))) for rows in best]
         return [
@@ -262,13 +247,13 @@ class AMCGeneralizedRCNN(_AMCDetector, GeneralizedRCNN):
 
     @property
     def _is_row_wise(self) -> bool:
-        return _is_row_wise(self.roi_heads)
+        return is_row_wise(self.roi_heads)
 
     def _differentiable_twice(self) -> AbstractContextManager[None]:
         return nullcontext() if self._is_row_wise else self._pooling_twice()
 
     def _pooling_twice(self) -> AbstractContextManager[None]:
-        return acting_as(_TwiceDifferentiablePooler, self._scored_modules()[0])
+        return acting_as(TwiceDifferentiablePooler, self._scored_modules()[0])
 
 
 @META_ARCH_REGISTRY.register()
@@ -397,42 +382,6 @@ def _reach(head: Any) -> int | None:
     return len(convs) if is_known else None  # all are of 3x3
 
 
-# Modules that see each region of interest alone
-_ROW_WISE = {
-    *(FastRCNNConvFCHead, FastRCNNOutputLayers, BottleneckBlock, nn.ModuleList, nn.Sequential),
-    *(Conv2d, FrozenBatchNorm2d, nn.GroupNorm, nn.Conv2d, nn.Linear, nn.Flatten),
-    *(nn.ReLU, nn.Identity),
-}
-
-
-def _is_row_wise(heads: Any) -> bool:
-    """Tell whether a region's logits are known to depend on no other region."""
-    kind = type(heads)
-    if isinstance(heads, Res5ROIHeads):
-        is_known = kind.forward is Res5ROIHeads.forward
-        parts = [heads.res5, heads.box_predictor]
-    else:
-        is_known = getattr(kind, "_forward_box", None) in (
-            StandardROIHeads._forward_box,
-            CascadeROIHeads._forward_box,
-        )
-        parts = [heads.box_head, heads.box_predictor] if is_known else []
-    return is_known and all(type(m) in _ROW_WISE for part in parts for m in part.modules())
-
-
-def _logits(heads: Any, maps: list[Tensor], boxes: list[Boxes]) -> Tensor:
-    """Compute the logits of each image's boxes as row-wise heads do."""
-    if isinstance(heads, CascadeROIHeads):
-        proposals = [Instances((0, 0), proposal_boxes=of_image) for of_image in boxes]
-        scores, _ = heads._run_stage(maps, proposals, heads.num_cascade_stages - 1)
-    elif isinstance(heads, Res5ROIHeads):
-        pooled = heads._shared_roi_transform(maps, boxes)
-        scores, _ = heads.box_predictor(pooled.mean(dim=[2, 3]))
-    else:
-        scores, _ = heads.box_predictor(heads.box_head(heads.box_pooler(maps, boxes)))
-    return scores
-
-
 _DEFORMABLE = (DeformConv, ModulatedDeformConv)
 
 
@@ -455,22 +404,3 @@ def _require_gradients(_module: nn.Module, _args: tuple[Any, ...], output: Any) 
     for x in output.values() if isinstance(output, Mapping) else [output]:
         if isinstance(x, Tensor) and x.is_floating_point() and not x.requires_grad:
             x.requires_grad_()
-
-
-class _TwiceDifferentiablePooler(ROIPooler):
-    """``ROIPooler`` with second derivatives; a detector's own pooler takes this class in a step."""
-
-    def forward(self, x: list[Tensor], box_lists: list[Boxes]) -> Tensor:
-        pooled: Tensor = super().forward(x, box_lists)
-        if not pooled.requires_grad:
-            return pooled
-        dtype, kind = x[0].dtype, x[0].device.type
-        lowered = dtype in (torch.float16, torch.bfloat16)
-
-        def pool(maps: Sequence[Tensor]) -> Tensor:
-            # The backward pass may run outside of the forward pass's autocast.
-            with torch.autocast(kind, dtype=dtype if lowered else None, enabled=lowered):
-                again: Tensor = ROIPooler.forward(self, list(maps), box_lists)
-            return again
-
-        return linear_operator(pool, pooled, x)

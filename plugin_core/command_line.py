@@ -65,5 +65,6 @@ def _help() -> str:
     ]
     for name, script in COMMANDS.items():
         text = ast.get_docstring(ast.parse((TOOLS / script).read_text(encoding="utf-8"))) or ""
-        lines.append(f"  {name:17} {script}: {' '.join(text.split(chr(10) * 2)[0].split())}")
+        summary = " ".join(text.partition("\n\n")[0].split())
+        lines.append(f"  {name:17} {script}: {summary}")
     return "\n".join(lines)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Optional, Tuple
 
 EXTRAS = (
-    *("detectron2", "mmdet", "mmpretrain", "timm", "grounding", "panoptic", "visualization"),
-    *("docs", "dev"),
+    *("either", "detectron2", "mmdet", "mmpretrain", "timm", "grounding", "panoptic"),
+    *("visualization", "docs", "dev"),
 )
 
 

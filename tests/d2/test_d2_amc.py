@@ -28,15 +28,15 @@ from detectron2.utils import logger as detectron2_logger
 from detectron2.utils.events import EventStorage
 from small_rcnn import shrink
 
-from d2_plugins import attention_mask_consistency
+from d2_plugins import attention_mask_consistency, differentiable_regions
 from d2_plugins.attention_mask_consistency import (
     AMCGeneralizedRCNN,
     AMCRetinaNet,
-    _is_row_wise,
     _reach,
     annotated_classes,
 )
 from d2_plugins.datasets import register_coco
+from d2_plugins.differentiable_regions import is_row_wise
 from d2_plugins.preflight import check_config
 
 MEAN, MAX = "loss_amc_mean", "loss_amc_max"
@@ -228,7 +228,7 @@ def test_only_the_regions_of_the_best_scores_are_differentiated_twice(cfg, kind,
     cfg.MODEL.RESNETS.NORM = "FrozenBN"
     model, images = build(cfg).double(), batch()
     pooled: list[int] = []
-    twice = attention_mask_consistency._TwiceDifferentiablePooler
+    twice = differentiable_regions.TwiceDifferentiablePooler
 
     def forward(self, maps, boxes):
         pooled.append(sum(map(len, boxes)))
@@ -245,7 +245,7 @@ def test_only_the_regions_of_the_best_scores_are_differentiated_twice(cfg, kind,
         found.append((value.detach(), {n: g for n, g in gradients.items() if g.any()}))
         assert pooled[0] == 3 if regions == "of the best scores" else pooled[0] > 12
         pooled.clear()
-        monkeypatch.setattr(attention_mask_consistency, "_ROW_WISE", ())
+        monkeypatch.setattr(differentiable_regions, "_ROW_WISE", ())
     (value, gradients), (expected, all_gradients) = found
     torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
     assert gradients.keys() == all_gradients.keys()
@@ -256,12 +256,12 @@ def test_only_the_regions_of_the_best_scores_are_differentiated_twice(cfg, kind,
 
 def test_heads_that_mix_regions_are_differentiated_as_a_whole(cfg):
     small(cfg, "Standard")
-    assert _is_row_wise(build(cfg).roi_heads)
+    assert is_row_wise(build(cfg).roi_heads)
     cfg.MODEL.ROI_HEADS.NAME = "StandardPluginROIHeads"
-    assert _is_row_wise(build(cfg).roi_heads)
+    assert is_row_wise(build(cfg).roi_heads)
     cfg.MODEL.ROI_BOX_HEAD.BATCHFORMER.ENABLED = True
     model = build(cfg)
-    assert not _is_row_wise(model.roi_heads)
+    assert not is_row_wise(model.roi_heads)
     amc(model, batch()).backward()
     assert model.roi_heads.box_head.fc1.weight.grad.any()
 
@@ -342,8 +342,9 @@ def test_evaluation_is_the_plain_detectors(cfg, kind, monkeypatch):
     small(cfg, kind)
     model, plain = build(cfg).eval(), plain_of(cfg).eval()
     plain.load_state_dict(model.state_dict())
-    for name in ("record_calls", "GradientHeatmap", "linear_operator"):
-        monkeypatch.setattr(f"d2_plugins.attention_mask_consistency.{name}", None)
+    for name in ("record_calls", "GradientHeatmap"):
+        monkeypatch.setattr(attention_mask_consistency, name, None)
+    monkeypatch.setattr(differentiable_regions, "linear_operator", None)
     images = batch()
     for got, expected in zip(model(images), plain(images), strict=True):
         got, expected = got["instances"], expected["instances"]

@@ -86,7 +86,8 @@ def run_tool(tool_server: ToolServer, tmp_path_factory: pytest.TempPathFactory) 
             )
         else:
             results = run_forks(words, processes, cwd)
-            result = max(results, key=lambda found: found.returncode)
+            # A signal's code is negative; that of a process which failed by itself comes first.
+            result = max(results, key=lambda r: (r.returncode != 0, r.returncode))
         if check and result.returncode:
             pytest.fail(f"{tool} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
         return result

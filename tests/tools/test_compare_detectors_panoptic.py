@@ -88,7 +88,7 @@ def test_quality_is_that_of_hotcoco_and_the_better_detector_is_called_so(inputs,
         "Accuracy",
         "Is the difference real?",
     ]
-    assert report["verdict"].startswith("b is better than a: PQ ")
+    assert report["verdict"].startswith("In these trainings b is better than a: PQ ")
     assert report["verdict"] in capsys.readouterr().out
     names = {c["id"]: c["name"] for c in inputs.contents["truth"]["categories"]}
     for name in ("a", "b"):
