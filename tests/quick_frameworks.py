@@ -1,10 +1,12 @@
-"""Leave out what the frameworks do again for each model, takes seconds and is read by no test."""
+"""Leave out what takes the frameworks seconds for each model or epoch and is read by no test."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import importlib
+import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -19,13 +21,16 @@ def read_once() -> None:
     """Read the list of MMDetection's configs once, and leave the text of configs as it is.
 
     For each ``_base_ = "mmdet::…"`` mmengine reads about 100 YAML files and looks through all
-    installed packages. A Runner lays out its config about five times, 0.6 s each.
+    installed packages. A Runner lays out its config about five times, 0.6 s each. A training loop
+    by iterations sleeps for 2 s before each epoch but the first, so that workers do not block
+    each other; the tests' epochs have two or three steps.
     """
     with contextlib.suppress(ImportError):
-        config, paths, packages = (
+        config, paths, packages, loops = (
             importlib.import_module(f"mmengine.{name}")
-            for name in ("config.config", "config.utils", "utils.package_utils")
+            for name in ("config.config", "config.utils", "utils.package_utils", "runner.loops")
         )
+        loops.time = types.SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
         # OneDL's mmengine imports it from yapf when it is needed, OpenMMLab's at the beginning.
         for module in (config, importlib.import_module("yapf.yapflib.yapf_api")):
             module.FormatCode = lambda text, **style: (text, True)  # type: ignore[attr-defined]
