@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Does IDA classify images of several labels better than a linear head, on small real data?
 
-    benchmarks/multi_label.py chess/ resnet18.npz
+    benchmarks/multi_label.py chess/ resnet18.pth
 
 trains a ResNet-18 of ImageNet with MMPretrain's linear multi-label head over the mean of its last
 map, and with IDA's head on the map itself. The data is a folder with train.json, val.json and
-test.json in COCO's format and images/. The weights are in torchvision's names (.pth, or .npz of its
-arrays). Mean and spread over the seeds go to benchmarks/results/multi_label.md and .json.
+test.json in COCO's format and images/. The weights are in torchvision's names. Mean and spread over
+the seeds go to benchmarks/results/multi_label.md and .json.
 
 Started again, this goes on where it was stopped. 6 runs take about 25 minutes on one CPU core.
 """
@@ -22,16 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 import study  # noqa: E402
 
 from mm_plugins.mmpretrain.coco_multi_label import CocoMultiLabel  # noqa: E402
-from plugin_core.files import replacing  # noqa: E402
 
 CONFIG = ROOT / "benchmarks" / "real_data" / "resnet18_multi-label.py"
 CHANNELS = 512
@@ -89,7 +85,7 @@ def main() -> None:
 
 
 def base_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Settings of every run: the data, and the weights in a file that MMPretrain reads.
+    """Settings of every run: the data and the weights.
 
     Raises:
         ValueError: for data that cannot be read.
@@ -97,16 +93,9 @@ def base_options(args: argparse.Namespace) -> dict[str, Any]:
     splits = ("train", "val", "test")
     sets = [CocoMultiLabel(f"{s}.json", data_root=str(args.data)) for s in splits]
     args.numbers, args.classes = [len(dataset) for dataset in sets], sets[0].CLASSES
-    weights = args.work_dir / "resnet18.pth"
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    if args.weights.suffix == ".npz":
-        arrays = np.load(args.weights)
-        with replacing(weights) as file:
-            torch.save({name: torch.from_numpy(arrays[name]) for name in arrays}, file)
-    else:
-        weights = args.weights
+    args.work_dir.mkdir(parents=True, exist_ok=True)
     options = {
-        "model.backbone.init_cfg.checkpoint": str(weights),
+        "model.backbone.init_cfg.checkpoint": str(args.weights),
         "data_preprocessor.num_classes": len(args.classes),
         "train_dataloader.dataset.data_root": str(args.data),
         "val_dataloader.dataset.datasets.0.data_root": str(args.data),

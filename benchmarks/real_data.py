@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Do the plugins help on small real data? One use of tools/try_plugins.py for all of them.
 
-    benchmarks/real_data.py chess/ resnet18.npz --framework detectron2 --out work_dirs/chess
+    benchmarks/real_data.py chess/ resnet18.pth --framework detectron2 --out work_dirs/chess
 
 The data is a folder with train.json, val.json and test.json in COCO's format and images/. The
-weights are an ImageNet ResNet-18 in torchvision's names (.pth, or .npz of its arrays). The trial
-evaluates on val.json. Then tools/compare_detectors.py compares the checkpoints of all runs on
-test.json, which chose nothing. Its report goes to --results without pictures. The same command goes
-on where an earlier one was stopped.
+weights are an ImageNet ResNet-18 in torchvision's names. The trial evaluates on val.json. Then
+tools/compare_detectors.py compares the checkpoints of all runs on test.json, which chose nothing.
+Its report goes to --results without pictures. The same command goes on where an earlier one was
+stopped.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 import yaml
 
-from plugin_core.files import replacing, write_text
+from plugin_core.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "benchmarks" / "real_data"
@@ -68,36 +66,23 @@ def paths(data: Path, split: str) -> tuple[Path, Path]:
 
 
 def write_config(args: argparse.Namespace) -> Path:
-    """Write the detector's config for this data and these weights.
-
-    Raises:
-        ValueError: for weights of another kind.
-    """
+    """Write the detector's config for this data and these weights."""
     classes = [
         c["name"] for c in json.loads(paths(args.data, "train")[0].read_text())["categories"]
     ]
     args.out.mkdir(parents=True, exist_ok=True)
-    weights = args.out / "resnet18.pth"
-    if not weights.is_file():
-        if args.weights.suffix == ".npz":
-            arrays = np.load(args.weights)
-            with replacing(weights) as file:
-                torch.save({name: torch.from_numpy(arrays[name]) for name in arrays}, file)
-        else:
-            with replacing(weights) as file:
-                file.write(args.weights.read_bytes())
     if args.framework == "detectron2":
-        converted = weights.with_name("resnet18_d2.pth")
-        if not converted.is_file():
-            base = str(CONFIGS / "faster_rcnn_R_18_FPN.yaml")
-            words = ["tools/convert_checkpoint.py", str(weights), str(converted), "--to", "d2"]
+        base = str(CONFIGS / "faster_rcnn_R_18_FPN.yaml")
+        weights = args.out / "resnet18_d2.pth"
+        if not weights.is_file():
+            words = ["tools/convert_checkpoint.py", str(args.weights), str(weights), "--to", "d2"]
             run([*words, "--config", base])
-        model = {"WEIGHTS": str(converted), "ROI_HEADS": {"NUM_CLASSES": len(classes)}}
-        settings = {"_BASE_": str(CONFIGS / "faster_rcnn_R_18_FPN.yaml"), "MODEL": model}
+        model = {"WEIGHTS": str(weights), "ROI_HEADS": {"NUM_CLASSES": len(classes)}}
+        settings = {"_BASE_": base, "MODEL": model}
         path = args.out / "plain.yaml"
         write_text(path, yaml.safe_dump(settings, sort_keys=False))
         return path
-    loaded = {"type": "Pretrained", "checkpoint": str(weights)}
+    loaded = {"type": "Pretrained", "checkpoint": str(args.weights)}
     root = f"{args.data}/"
     lines = [
         f"_base_ = {str(CONFIGS / 'faster-rcnn_r18_fpn.py')!r}",

@@ -194,8 +194,9 @@ def print_plan(plan: Plan, args: argparse.Namespace) -> None:
     time = f"about {left}" if plan.seconds_a_step else "not measured"
     finished = sum(run.finished() is not None for run in plan.runs(args.out))
     time += f" for the rest; finished before: {finished}" if finished else ""
+    seeds = f"{plan.seeds} seeds" if plan.seeds > 1 else "1 seed"
     print(
-        f"{len(plan.labels)} variants × {plan.seeds} seeds = {len(plan.labels) * plan.seeds} runs "
+        f"{len(plan.labels)} variants × {seeds} = {len(plan.labels) * plan.seeds} runs "
         f"of {plan.steps:,} steps, {args.jobs} at a time; time: {time}. {plan.left_out}".rstrip(),
         flush=True,
     )

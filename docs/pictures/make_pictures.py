@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Make the pictures of the documentation, from photographs and by the project's own tools.
 
-    docs/pictures/make_pictures.py chess/ mobilenet_v2.npz --out work_dirs/pictures
+    docs/pictures/make_pictures.py chess/ mobilenet_v2.pth --out work_dirs/pictures
 
 DATA is Roboflow's "Chess Pieces" (Public Domain) as train.json, val.json and test.json in COCO's
-format and images/. WEIGHTS are an ImageNet MobileNetV2 in torchvision's names (.pth, or .npz of its
-arrays). tools/try_plugins.py trains a small Faster R-CNN of MMDetection plain and with triplet
-attention; tools/visualize_attention.py and the comparison draw. The pictures go beside this script,
-small. The same command goes on where an earlier one was stopped.
+format and images/. WEIGHTS are an ImageNet MobileNetV2 in torchvision's names. tools/try_plugins.py
+trains a small Faster R-CNN of MMDetection plain and with triplet attention;
+tools/visualize_attention.py and the comparison draw. The pictures go beside this script, small. The
+same command goes on where an earlier one was stopped.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
@@ -127,10 +125,7 @@ def save(picture: Image.Image, name: str) -> None:
 def write_config(args: argparse.Namespace) -> Path:
     """Write the plain detector's config, and its weights as MMDetection names them."""
     args.out.mkdir(parents=True, exist_ok=True)
-    source, weights = args.weights, args.out / "mobilenet_v2.pth"
-    if source.suffix == ".npz":
-        arrays, source = np.load(source), args.out / "torchvision.pth"
-        torch.save({name: torch.from_numpy(arrays[name]) for name in arrays}, source)
+    weights = args.out / "mobilenet_v2.pth"
     categories = json.loads((args.data / "train.json").read_text(encoding="utf-8"))["categories"]
     classes = [category["name"] for category in categories]
     settings = {"base": str(BASE), "classes": classes, "count": len(classes)}
@@ -138,7 +133,7 @@ def write_config(args: argparse.Namespace) -> Path:
     config = args.out / "plain.py"
     config.write_text(text, encoding="utf-8")
     if not weights.is_file():
-        run("convert_checkpoint", source, weights, "--to", "mm", "--config", config)
+        run("convert_checkpoint", args.weights, weights, "--to", "mm", "--config", config)
     return config
 
 

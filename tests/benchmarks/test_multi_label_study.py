@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("mmpretrain", reason="MMPretrain is not installed")
 
@@ -31,7 +31,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_both_heads_are_trained_alike_and_mean_and_spread_are_written(data, monkeypatch, tmp_path):
-    np.savez(tmp_path / "resnet18.npz", **{"fc.bias": np.zeros(2, np.float32)})
+    torch.save({"fc.bias": torch.zeros(2)}, tmp_path / "resnet18.pth")
     configs: list[Config] = []
 
     def trained(command: list[str], folder: Path) -> dict[str, float]:
@@ -41,7 +41,7 @@ def test_both_heads_are_trained_alike_and_mean_and_spread_are_written(data, monk
 
     monkeypatch.setattr(multi_label, "trained", trained)
     out = tmp_path / "out"
-    words = [data, tmp_path / "resnet18.npz", "--epochs", 2, "--seeds", 2, "--work-dir", out]
+    words = [data, tmp_path / "resnet18.pth", "--epochs", 2, "--seeds", 2, "--work-dir", out]
     monkeypatch.setattr(sys, "argv", ["multi_label.py", *map(str, words)])
     multi_label.main()
 
@@ -63,7 +63,7 @@ def test_both_heads_are_trained_alike_and_mean_and_spread_are_written(data, monk
 
 
 def test_missing_data_is_one_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["multi_label.py", str(tmp_path), "resnet18.npz"])
+    monkeypatch.setattr(sys, "argv", ["multi_label.py", str(tmp_path), "resnet18.pth"])
     with pytest.raises(SystemExit) as error:
         multi_label.main()
     assert str(error.value) == f"error: there is no annotation file '{tmp_path}/train.json'"

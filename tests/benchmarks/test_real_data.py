@@ -6,8 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> Path:
     folder.mkdir()
     content = {"categories": [{"id": 1, "name": "red"}, {"id": 2, "name": "white"}]}
     (folder / "train.json").write_text(json.dumps(content))
-    np.savez(tmp_path / "resnet18.npz", **{"conv1.weight": np.ones((1, 1), np.float32)})
+    torch.save({"conv1.weight": torch.ones(1, 1)}, tmp_path / "resnet18.pth")
     return folder
 
 
@@ -72,7 +72,7 @@ def test_trial_is_compared_on_the_test_split(
             (out / "test/report.json").write_text("{}")
 
     monkeypatch.setattr(real_data, "run", run)
-    words = [data, tmp_path / "resnet18.npz", "--framework", framework, "--with", "ida"]
+    words = [data, tmp_path / "resnet18.pth", "--framework", framework, "--with", "ida"]
     words += ["--seeds", 2, "--out", out, "--results", tmp_path / "results"]
     real_data.main([*map(str, words)])
 
@@ -91,7 +91,7 @@ def test_trial_is_compared_on_the_test_split(
 def test_configs_are_of_the_data(data, tmp_path):
     from mmengine.config import Config
 
-    words = [data, tmp_path / "resnet18.npz", "--framework", "mmdetection", "--out", tmp_path]
+    words = [data, tmp_path / "resnet18.pth", "--framework", "mmdetection", "--out", tmp_path]
     args = real_data.parse_args([*map(str, words)])
     cfg = Config.fromfile(real_data.write_config(args))
     assert cfg.model.roi_head.bbox_head.num_classes == 2

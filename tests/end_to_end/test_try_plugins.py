@@ -64,7 +64,7 @@ def test_killed_trial_goes_on_and_collects_the_results(tool_server, run_tool, ar
     assert (out / "runs/plain-seed0/output.txt").read_bytes() == begun  # not trained again
     assert (out / "comparison/report.md").is_file()
     assert "+ MODEL.RESNETS.PLUGINS: [{'NAME': 'simam'" in printed
-    assert "2 variants × 1 seeds = 2 runs of 2 steps" in printed
+    assert "2 variants × 1 seed = 2 runs of 2 steps" in printed
     plan = json.loads((out / "plan.json").read_text())
     for run in plan["runs"]:
         assert run["finished"]["AP"] >= 0
