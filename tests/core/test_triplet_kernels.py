@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,62 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.autograd.functional import jacobian
-from torch.func import functional_call, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from triplet_results import FORMATS, FORMULA, TOLERANCE, attention, results
 
-from plugin_core import ArgumentError, BlockPlugin, TripletAttention, set_kernels
-from plugin_core.kernels import triplet
-from plugin_core.kernels.triplet_cpu import CpuPasses
-from plugin_core.kernels.triplet_torch import AXES, TorchPasses
-
-FORMATS = [torch.contiguous_format, torch.channels_last]
-TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-
-
-def attention(
-    kernel_size: int = 3, no_spatial: bool = False, warm_start: bool = False
-) -> nn.Module:
-    """Triplet attention by itself, or with a warm start that is under way."""
-    module = TripletAttention(kernel_size=kernel_size, no_spatial=no_spatial)
-    if not warm_start:
-        return module
-    plugin = BlockPlugin(module, "triplet_attention", warm_start=True)
-    nn.init.constant_(plugin.get_parameter("alpha"), 0.7)
-    return plugin
-
-
-FORMULA = "formula"
-
-
-def results(module: nn.Module, x: Tensor, kernels: str) -> dict[str, Tensor]:
-    """Output, gradients and buffers after a step in training.
-
-    Args:
-        module: is left as it is.
-        x: its input.
-        kernels: one of PLUGIN_KERNELS, or FORMULA for the formula without our operators.
-    """
-    module, x = copy.deepcopy(module), x.detach().requires_grad_()
-    with pytest.MonkeyPatch.context() as patch:
-        take(kernels, patch)
-        y = module(x)
-        weight = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-        (y * weight).sum().backward()
-    found = {"y": y.detach(), "x": x.grad, **dict(module.named_buffers())}
-    found |= {name: p.grad for name, p in module.named_parameters()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def take(kernels: str, patch: pytest.MonkeyPatch) -> None:
-    if kernels == FORMULA:
-        patch.setattr(triplet, "is_offered", lambda: False)
-    else:
-        patch.setenv("PLUGIN_KERNELS", kernels)
+from plugin_core import ArgumentError, TripletAttention, set_kernels
 
 
 def assert_equal_to_formula(module: nn.Module, x: Tensor, **tolerance: float) -> None:
@@ -96,20 +45,6 @@ def threads() -> Iterator[Any]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def uses(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Shapes of the inputs that the compiled code has pooled."""
-    shapes: list[torch.Size] = []
-    pool = CpuPasses.pool
-
-    def noted(self: CpuPasses, x: Tensor, indices: bool) -> Any:
-        shapes.append(x.shape)
-        return pool(self, x, indices)
-
-    monkeypatch.setattr(CpuPasses, "pool", noted)
-    return shapes
 
 
 # ----------------------------------------------------------------------------- values and gradients
@@ -222,11 +157,6 @@ def test_runs_are_equal_to_the_last_bit_in_deterministic_mode(threads):
 # -------------------------------------------------------------------------- what users do around it
 
 
-@pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PLUGIN_KERNELS", "fast")
-
-
 def test_frozen_input_trains_the_gates_alone(fast, uses):
     module, x = TripletAttention(kernel_size=3), torch.randn(2, 4, 5, 6)
     module(x).sum().backward()
@@ -312,223 +242,6 @@ def test_default_device_does_not_matter(fast, uses):
         y.sum().backward()
     assert len(uses) == 2
     torch.testing.assert_close(y, expected)
-
-
-# ------------------------------------------------------------- what PyTorch does with the operators
-
-
-def square(module: nn.Module, x: Tensor) -> Tensor:
-    return module(x).square().sum()
-
-
-def of_parameters(module: nn.Module, x: Tensor) -> Callable[[dict[str, Tensor]], Tensor]:
-    return lambda parameters: functional_call(module, parameters, (x,)).square().sum()
-
-
-def per_sample_gradients(module: nn.Module, x: Tensor) -> Any:
-    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
-        return of_parameters(module, sample[None])(parameters)
-
-    return vmap(torch.func.grad(loss), (None, 0))(dict(module.named_parameters()), x)
-
-
-def ensemble(module: nn.Module, x: Tensor) -> Any:
-    stacked = {name: torch.stack([p, 2 * p]) for name, p in module.named_parameters()}
-    return vmap(lambda parameters: functional_call(module, parameters, (x,)))(stacked)
-
-
-def mixed_derivative(module: nn.Module, x: Tensor) -> Tensor:
-    """Derivative by x, which only the outer transform follows, of one by parameters."""
-    parameters = {name: p.detach() for name, p in module.named_parameters()}
-
-    def size(x: Tensor) -> Tensor:
-        grads = torch.func.grad(of_parameters(module, x))(parameters)
-        return torch.stack([grad.square().sum() for grad in grads.values()]).sum()
-
-    return torch.func.grad(size)(x)
-
-
-TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
-    "vmap": lambda m, x: vmap(m)(torch.stack([x, 2 * x])),
-    "grad": lambda m, x: torch.func.grad(lambda x: square(m, x))(x),
-    "grad of parameters": lambda m, x: torch.func.grad(of_parameters(m, x))(
-        dict(m.named_parameters())
-    ),
-    "per-sample gradients": per_sample_gradients,
-    "ensemble": ensemble,
-    "jacrev": lambda m, x: torch.func.jacrev(m)(x[:1]),
-    "mixed derivative": mixed_derivative,
-    "batch of gradients": lambda m, x: jacobian(m, x[:1], vectorize=True),
-    "make_fx": lambda m, x: make_fx(m)(x)(x),
-    "export": lambda m, x: torch.export.export(m, (x,)).module()(x),
-}
-
-
-@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_transform_uses_the_kernels(name, memory_format, fast, uses):
-    module = attention(warm_start=True).eval()
-    x = torch.randn(2, 4, 5, 3).to(memory_format=memory_format)
-    found = TRANSFORMS[name](module, x)
-    assert uses
-    with pytest.MonkeyPatch.context() as patch:
-        take(FORMULA, patch)
-        expected = TRANSFORMS[name](module, x)
-    torch.testing.assert_close(found, expected, **TOLERANCE)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("transform", [torch.func.jacfwd, torch.func.hessian])
-def test_forward_derivatives_are_those_of_the_formula(transform, fast, uses):
-    module, x = TripletAttention(kernel_size=3).eval(), torch.randn(1, 2, 2, 3)
-    found = transform(lambda x: module(x).pow(3).sum())(x)
-    assert not uses
-    module.requires_grad_(False)
-    of_x = torch.autograd.functional.jacobian
-    if transform is torch.func.hessian:
-        of_x = torch.autograd.functional.hessian
-    torch.testing.assert_close(found, of_x(lambda x: module(x).pow(3).sum(), x), **TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    ("memory_format", "training"), [*zip(FORMATS, (True, False), strict=True)], ids=["nchw", "nhwc"]
-)
-def test_compiled_module_uses_the_kernels_without_a_graph_break(
-    memory_format, training, fast, uses
-):
-    module = attention(warm_start=True).train(training)
-    x = torch.randn(2, 4, 5, 6).to(memory_format=memory_format)
-    torch._dynamo.reset()
-    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
-    found, expected = results(compiled, x, "fast"), results(module, x, FORMULA)
-    assert uses
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name.removeprefix("_orig_mod.")], **TOLERANCE)
-
-
-def test_exported_program_takes_any_size(fast, uses):
-    module, x = TripletAttention(kernel_size=3).eval(), torch.randn(2, 4, 8, 9)
-    sizes = {axis: torch.export.Dim(name) for axis, name in {0: "b", 2: "h", 3: "w"}.items()}
-    exported = torch.export.export(module, (x,), dynamic_shapes=(sizes,), strict=True).module()
-    for shape in ((3, 4, 12, 7), (2, 4, 2, 5)):
-        x = torch.randn(shape)
-        torch.testing.assert_close(exported(x), module(x))
-
-
-@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
-def test_exported_program_can_be_trained(memory_format, fast, uses):
-    module = attention(warm_start=True).double()
-    x = torch.randn(2, 2, 3, 4, dtype=torch.double).to(memory_format=memory_format)
-    exported = torch.export.export(copy.deepcopy(module), (x,)).module()
-    found, expected = results(exported, x, "fast"), results(module, x, FORMULA)
-    assert uses
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], **TOLERANCE)
-    inputs = (x.requires_grad_(), *exported.parameters())
-    assert torch.autograd.gradgradcheck(lambda x, *_: exported(x), inputs, fast_mode=True)
-
-
-def test_flops_are_those_of_the_formula(fast, uses):
-    module, x = TripletAttention(kernel_size=3), torch.randn(2, 4, 5, 6, requires_grad=True)
-    found = []
-    for kernels in ("fast", FORMULA):
-        with pytest.MonkeyPatch.context() as patch, FlopCounterMode(display=False) as counter:
-            take(kernels, patch)
-            module(x).sum().backward()
-        found.append(counter.get_total_flops())
-    assert uses and found[0] == found[1] > 0
-
-
-@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("training", [True, False])
-def test_operators_obey_pytorchs_rules(memory_format, training, monkeypatch):
-    """Schema, autograd, and fake tensors of the same strides, for all operators of a step."""
-    calls: dict[str, tuple[Any, ...]] = {}
-
-    class Recorded(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "plugin_core":
-                calls[str(func)] = (func, args)
-            return func(*args, **(kwargs or {}))
-
-    module = TripletAttention(kernel_size=3)
-    x = torch.randn(2, 3, 4, 5).to(memory_format=memory_format).requires_grad_(training)
-    with Recorded():
-        y = module(x)
-        if training:
-            y.square().sum().backward()
-    assert len(calls) == (6 if training else 3)
-    for func, args in calls.values():
-        args = [a.detach() if isinstance(a, Tensor) else a for a in args]
-        torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_torchscript_holds_the_formula(fast, uses):
-    module, x = TripletAttention(kernel_size=3).eval(), torch.randn(2, 4, 5, 6)
-    traced = torch.jit.trace(module, x, check_trace=False)  # the check runs the module itself
-    assert "plugin_core::" not in str(traced.inlined_graph)
-    assert not uses
-
-
-def test_meta_tensors_have_their_strides():
-    module, x = TripletAttention(kernel_size=3).to("meta"), torch.empty(2, 4, 5, 6, device="meta")
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
-    y = module(x)
-    y.backward(torch.empty_like(y))
-    assert y.stride() == x.grad.stride() == x.stride()
-
-
-# ------------------------------------------------------------------------------------------- memory
-
-
-class FullSizeOperations(TorchDispatchMode):
-    """Notes the operators that make a tensor of ``numel`` elements in memory of its own."""
-
-    def __init__(self, numel: int) -> None:
-        super().__init__()
-        self.numel = numel
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        given = [*args, *(kwargs or {}).values()]
-        inputs = {a.untyped_storage().data_ptr() for a in given if isinstance(a, Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if (
-                isinstance(tensor, Tensor)
-                and tensor.numel() == self.numel
-                and tensor.untyped_storage().data_ptr() not in inputs
-            ):
-                self.names.append(func.overloadpacket.__name__)
-        return out
-
-
-@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
-def test_no_pass_has_more_than_one_tensor_of_the_inputs_size_beside_its_result(memory_format):
-    passes = TorchPasses()
-    x = torch.randn(2, 4, 5, 7).to(memory_format=memory_format)
-    pqr = x if x.is_contiguous() else x.permute(0, 2, 3, 1)
-    g, y = torch.randn_like(pqr), torch.empty_like(pqr)
-    gates = [torch.rand_like(pqr.sum(axis)) for axis in AXES]
-    with FullSizeOperations(x.numel()) as operations:
-        maps, at = passes.pool(pqr, indices=True)
-        passes.scale(pqr, gates, y)
-    assert operations.names == []  # the sum of the gates is never laid out
-    with FullSizeOperations(x.numel()) as operations:
-        passes.product(g, pqr)
-        passes.input_gradient(g, gates, maps, at)
-    assert operations.names == ["mul", "empty_like"]
-
-
-@pytest.mark.parametrize("memory_format", FORMATS, ids=["nchw", "nhwc"])
-def test_step_makes_no_copy_of_its_input(memory_format, fast):
-    module = TripletAttention(kernel_size=3)
-    x = torch.randn(2, 4, 5, 7).to(memory_format=memory_format).requires_grad_()
-    gradient = torch.randn(2, 4, 5, 7).to(memory_format=memory_format)
-    with FullSizeOperations(x.numel()) as operations:
-        module(x).backward(gradient)
-    assert set(operations.names) <= {"z_pool", "scale", "input_gradient", "detach"}
 
 
 # ------------------------------------------------------------------------------ which path is taken
