@@ -80,6 +80,14 @@ def tiny_coco(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(path), str(folder)
 
 
+@pytest.fixture(scope="module")
+def packed(drawn_coco: Path) -> list[dict[str, Any]]:
+    """Two images as MMDetection's pipeline gives them, resized to other shapes than they have."""
+    from bridged_detectors import pack
+
+    return pack(drawn_coco)
+
+
 @pytest.fixture(scope="session")
 def train_net() -> ModuleType:
     """The script tools/train_net.py, as a module."""
