@@ -8,6 +8,7 @@ from typing import Any
 
 import evaluate_context_bias
 import pytest
+from pycocotools import mask as coco_mask
 
 CUP, TABLE, LAMP = 1, 2, 7
 BOX = [10, 10, 20, 20]
@@ -36,6 +37,14 @@ def ground_truth(images: list[list[int]], names: dict[int, str]) -> dict[str, An
 
 def detection(image_id: int, category_id: int, score: float) -> dict[str, Any]:
     return {"image_id": image_id, "category_id": category_id, "bbox": BOX, "score": score}
+
+
+def rectangle(box: list[float], text: bool = True) -> dict[str, Any]:
+    """The mask of a box in an image of 64x64 pixels, compressed."""
+    x, y, w, h = box
+    corners = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    rle = coco_mask.merge(coco_mask.frPyObjects(corners, 64, 64))
+    return rle | {"counts": rle["counts"].decode()} if text else rle
 
 
 class Inputs:

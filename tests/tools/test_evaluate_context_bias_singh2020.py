@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import evaluate_context_bias
 import numpy as np
@@ -15,7 +14,6 @@ from context_bias_cases import (
     LAMP,
     TABLE,
     Inputs,
-    Run,
     detection,
     error_of,
     ground_truth,
@@ -25,16 +23,6 @@ from context_bias_cases import (
 from plugin_core.evaluation import biased_pairs
 
 SINGH = ("--protocol", "singh2020")
-
-
-@pytest.fixture
-def inputs(tmp_path: Path) -> Inputs:
-    return Inputs(tmp_path)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    return Run(capsys)
 
 
 @pytest.fixture
