@@ -1,59 +1,23 @@
-"""The drawn dataset: COCO's layout, true annotations, the knobs' statistics, safe writing."""
+"""The drawn dataset: COCO's layout, and annotations that are true."""
 
-import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
-import make_synthetic_coco
 import numpy as np
 import pytest
-import synthetic_coco.dataset
+import synthetic_coco.annotations
+import synthetic_coco.scene
 from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
-from synthetic_coco import (
-    THINGS,
-    ArgumentError,
-    Settings,
-    companions,
-    image_generator,
-    make_dataset,
-    render,
-    sample_scene,
-)
+from synthetic_coco import Settings, companions, image_generator, render, sample_scene
 from synthetic_coco.annotations import instance_records, keypoint_records
-from synthetic_coco.scene import MIN_VISIBLE, class_frequencies, sample_categories
-from synthetic_coco.shapes import bounds
-from synthetic_coco.vocabulary import OBJECT_COLORS, STUFF_COLORS
+from synthetic_coco.scene import MIN_VISIBLE
+from synthetic_coco_cases import annotations_of, make, tree_digest
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
 SIZE = 96
 COUNTS = {"train": 24, "val": 12}
-
-
-def tree_digest(root: Path) -> dict[str, str]:
-    """SHA-256 of every file under ``root``, by relative path."""
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(root.rglob("*"))
-        if path.is_file()
-    }
-
-
-def make(out: Path, **options: object) -> Path:
-    """A small dataset, quietly."""
-    make_dataset(out, **{"train": 2, "val": 1, "size": 64, "progress": False, **options})
-    return out
-
-
-def annotations_of(root: Path, name: str) -> dict:
-    return json.loads((root / f"annotations/{name}2017.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +112,16 @@ def test_captions_name_every_object(dataset: Path) -> None:
         for ann in coco.loadAnns(coco.getAnnIds(image_id)):
             name = coco.cats[ann["category_id"]]["name"]
             assert any(name in sentence for sentence in sentences)
+
+
+def test_context_bias_file_holds_the_pairs(tmp_path: Path, dataset: Path) -> None:
+    content = json.loads(
+        (make(tmp_path / "coco", context_bias=0.75) / "annotations/context_bias.json").read_text()
+    )
+    pairs = {p["category_id"]: p["companion_id"] for p in content["companions"]}
+    assert pairs == companions(7)
+    assert content["probability"] == {"train": 0.75, "val": 0.25}
+    assert not (dataset / "annotations/context_bias.json").exists()
 
 
 # What the annotations say against what is drawn
@@ -320,339 +294,3 @@ def test_global_generators_are_left_alone(tmp_path: Path) -> None:
     before = np.random.get_state()[1].tolist()
     make(tmp_path / "coco")
     assert np.random.get_state()[1].tolist() == before
-
-
-# The knobs
-
-
-def companion_rates(split: str, settings: Settings, count: int) -> list[float]:
-    """Share of the images with a class that also hold its companion, by class."""
-    having, both = Counter(), Counter()
-    pairs = companions(settings.classes)
-    for index in range(count):
-        present = set(sample_categories(image_generator(0, split, index), split, settings))
-        having.update(present)
-        both.update(c for c in present if pairs[c] in present)
-    return [both[category] / having[category] for category in pairs]
-
-
-@pytest.mark.parametrize("classes", [2, 3, 6, 7])
-def test_companions_appear_with_p_in_train_and_with_1_minus_p_in_val(classes: int) -> None:
-    settings = Settings(classes=classes, context_bias=0.9)
-    assert companion_rates("train", settings, 1200) == pytest.approx([0.9] * classes, abs=0.04)
-    assert companion_rates("val", settings, 1200) == pytest.approx([0.1] * classes, abs=0.05)
-
-
-@pytest.mark.parametrize("settings", [Settings(), Settings(context_bias=1.0)])
-def test_scenes_hold_all_the_categories_that_were_sampled(
-    monkeypatch: pytest.MonkeyPatch, settings: Settings
-) -> None:
-    wanted: list[int] = []
-
-    def remember(*arguments: object) -> list[int]:
-        wanted[:] = sample_categories(*arguments)
-        return list(wanted)
-
-    monkeypatch.setattr(synthetic_coco.scene, "sample_categories", remember)
-    for index in range(100):
-        scene = sample_scene(image_generator(0, "train", index), "train", settings)
-        assert [thing.category_id for thing in scene.things] == wanted
-
-
-@pytest.mark.parametrize("classes", range(2, 8))
-def test_companions_are_a_derangement(classes: int) -> None:
-    pairs = companions(classes)
-    assert sorted(pairs) == sorted(pairs.values()) == list(range(1, classes + 1))
-    assert all(category != other for category, other in pairs.items())
-
-
-def test_context_bias_file_holds_the_pairs(tmp_path: Path, dataset: Path) -> None:
-    content = json.loads(
-        (make(tmp_path / "coco", context_bias=0.75) / "annotations/context_bias.json").read_text()
-    )
-    pairs = {p["category_id"]: p["companion_id"] for p in content["companions"]}
-    assert pairs == companions(7)
-    assert content["probability"] == {"train": 0.75, "val": 0.25}
-    assert not (dataset / "annotations/context_bias.json").exists()
-
-
-def class_counts(split: str, settings: Settings) -> list[int]:
-    counts = Counter(
-        category
-        for index in range(2000)
-        for category in sample_categories(image_generator(0, split, index), split, settings)
-    )
-    return [counts[category] for category in range(1, settings.classes + 1)]
-
-
-def test_imbalance_falls_geometrically_in_train_and_val_is_balanced() -> None:
-    settings = Settings(imbalance=8.0)
-    ratios = class_frequencies(7, 8.0)[1:] / class_frequencies(7, 8.0)[:-1]
-    assert ratios == pytest.approx(np.full(6, 8 ** (-1 / 6)))
-    train = class_counts("train", settings)
-    assert np.array(train) / train[0] == pytest.approx(8 ** (-np.arange(7) / 6), rel=0.15)
-    val = class_counts("val", settings)
-    assert np.array(val) / np.mean(val) == pytest.approx(np.ones(7), abs=0.1)
-
-
-def test_classification_has_an_object_in_each_image_and_folders_of_classes(tmp_path: Path) -> None:
-    root = make(tmp_path / "a", train=12, val=4, classes=3, classification=True, imbalance=50)
-    for split, count in (("train", 12), ("val", 4)):
-        content = annotations_of(root, f"instances_{split}")
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        assert len(content["images"]) == len(content["annotations"]) == count
-        expected = {
-            f"{names[a['category_id']]}/{a['image_id']:012d}.jpg" for a in content["annotations"]
-        }
-        folder = root / "classification" / split
-        assert {path.name for path in folder.iterdir()} == {"person", "disk", "square"}
-        found = {path.relative_to(folder).as_posix(): path for path in folder.glob("*/*")}
-        assert set(found) == expected
-        for path in found.values():
-            assert path.read_bytes() == (root / f"{split}2017" / path.name).read_bytes()
-    make(root, classification=True, force=True)  # all of it is the tool's own
-
-
-def test_classes_limits_the_categories(tmp_path: Path) -> None:
-    content = annotations_of(make(tmp_path / "coco", train=12, classes=3), "instances_train")
-    assert [c["name"] for c in content["categories"]] == ["person", "disk", "square"]
-    assert {ann["category_id"] for ann in content["annotations"]} <= {1, 2, 3}
-
-
-def test_class_colors_change_the_colors_alone_and_each_stands_out_from_every_ground() -> None:
-    seen = defaultdict(set)
-    for index in range(40):
-        free, fixed = (
-            sample_scene(image_generator(3, "train", index), "train", Settings(class_colors=on))
-            for on in (False, True)
-        )
-        assert (free.stuff, free.horizon) == (fixed.stuff, fixed.horizon)
-        assert [t.center for t in free.things] == [t.center for t in fixed.things]
-        for thing in fixed.things:
-            seen[thing.category_id].add(thing.color)
-    assert sorted(seen) == [category.id for category in THINGS]
-    colors = [color for (color,) in seen.values()]
-    assert len(set(colors)) == len(THINGS)
-    for color in colors:
-        for ground in STUFF_COLORS.values():
-            assert np.linalg.norm(np.subtract(OBJECT_COLORS[color], ground)) > 95
-
-
-@pytest.mark.parametrize("class_colors", [False, True])
-def test_ambiguous_object_of_an_image_looks_alike_whatever_its_class(class_colors: bool) -> None:
-    settings = Settings(4, ambiguous=0.5, class_colors=class_colors)
-    looks, counts = defaultdict(list), []
-    for index in range(400):
-        counts.append(0)
-        for thing in sample_scene(image_generator(3, "train", index), "train", settings).things:
-            x0, y0, x1, y1 = bounds(thing.outline)
-            is_pebble = [len(part.contours[0]) for part in thing.outline] == [64]
-            is_pebble &= min(x1 - x0, y1 - y0) < 0.999 * max(x1 - x0, y1 - y0)  # no disk
-            counts[-1] += is_pebble
-            if is_pebble:
-                assert thing.pose is None and thing.color == "purple" or not class_colors
-                looks[thing.category_id].append((x1 - x0) * (y1 - y0))
-    assert sorted(looks) == [1, 2, 3, 4]
-    assert set(counts) == {0, 1} and 0.45 < np.mean(counts) < 0.55
-    areas = [np.mean(values) for values in looks.values()]
-    assert max(areas) < 1.3 * min(areas)  # a figure's would be twice as large
-
-
-def test_ambiguous_objects_keep_their_class_and_a_person_among_them_has_no_keypoints(
-    tmp_path: Path,
-) -> None:
-    root = make(tmp_path / "coco", train=9, classes=2, ambiguous=1.0, context_bias=0.9)
-    persons = annotations_of(root, "person_keypoints_train")["annotations"]
-    unseen = [person for person in persons if person["keypoints"] == [0] * 51]
-    assert 0 < len(unseen) < len(persons)
-    assert [p for p in persons if p["num_keypoints"] == 0] == unseen
-    instances = annotations_of(root, "instances_train")["annotations"]
-    assert {ann["category_id"] for ann in instances} == {1, 2}
-    options = json.loads((root / "annotations/synthetic_coco.json").read_text())["options"]
-    assert options["ambiguous"] == 1.0
-    assert tree_digest(root) == tree_digest(
-        make(tmp_path / "again", train=9, classes=2, ambiguous=1.0, context_bias=0.9)
-    )
-
-
-def test_scenes_without_the_option_are_what_they_were_before_it(tmp_path: Path) -> None:
-    scene = sample_scene(image_generator(0, "train", 0), "train", Settings(4, 0.9))
-    assert [t.category_id for t in scene.things] == [3, 4, 1, 2]
-    np.testing.assert_allclose(
-        [t.center for t in scene.things],
-        [
-            [0.8221735, 0.5624352],
-            [0.7897662, 0.3772331],
-            [0.2719718, 0.4829042],
-            [0.5908939, 0.7840301],
-        ],
-        atol=1e-6,
-    )
-    options = json.loads((make(tmp_path / "a") / "annotations/synthetic_coco.json").read_text())
-    assert "ambiguous" not in options["options"]
-
-
-# Safe writing
-
-
-def run_main(*arguments: object) -> int:
-    return make_synthetic_coco.main([str(argument) for argument in arguments])
-
-
-def test_an_existing_dataset_is_kept_without_force_and_replaced_with_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    out = make(tmp_path / "coco", seed=1)
-    before = tree_digest(out)
-    command = (out, "--train", 2, "--val", 1, "--size", 64, "--seed", 2)
-    assert run_main(*command) == 2
-    assert "already exists" in capsys.readouterr().err
-    assert tree_digest(out) == before
-    assert run_main(*command, "--force") == 0
-    printed = capsys.readouterr().out
-    assert printed.count("\n") == 1
-    assert "2 train and 1 val images" in printed
-    assert str(out) in printed
-    assert tree_digest(out) == tree_digest(make(tmp_path / "expected", seed=2))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["coco", "expected"]
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "train2017/photo.jpg", "annotations/stuff.json"])
-def test_force_refuses_a_directory_with_foreign_files(tmp_path: Path, name: str) -> None:
-    out = make(tmp_path / "coco")
-    (out / name).write_text("mine")
-    before = tree_digest(out)
-    with pytest.raises(ArgumentError, match=name):
-        make(out, force=True)
-    assert tree_digest(out) == before
-
-
-def test_force_refuses_a_dataset_of_the_same_layout_that_it_did_not_write(tmp_path: Path) -> None:
-    out = make(tmp_path / "coco")
-    (out / "annotations/synthetic_coco.json").unlink()
-    with pytest.raises(ArgumentError, match="lacks"):
-        make(out, force=True)
-    assert (out / "annotations/instances_train2017.json").exists()
-
-
-def test_force_refuses_links_files_and_the_current_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = make(tmp_path / "coco")
-    (tmp_path / "link").symlink_to(out)
-    (tmp_path / "file").write_text("mine")
-    for name in ("link", "file"):
-        with pytest.raises(ArgumentError, match="not a directory"):
-            make(tmp_path / name, force=True)
-    for place in (out, out / "annotations"):
-        monkeypatch.chdir(place)
-        with pytest.raises(ArgumentError, match="current directory"):
-            make(out, force=True)
-    assert (out / "annotations/instances_train2017.json").exists()
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_failed_run_leaves_everything_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], exists: bool
-) -> None:
-    out = tmp_path / "coco"
-    if exists:
-        make(out)
-    before = tree_digest(tmp_path)
-
-    def fail(*arguments: object) -> None:
-        raise error("third image")
-
-    monkeypatch.setattr(synthetic_coco.dataset, "render", fail)
-    with pytest.raises(error):
-        make(out, force=exists, seed=3)
-    assert tree_digest(tmp_path) == before
-    assert list(tmp_path.iterdir()) == ([out] if exists else [])
-
-
-def test_what_appears_during_the_run_is_not_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "coco"
-
-    def draw(*arguments: object) -> object:
-        out.mkdir(exist_ok=True)
-        (out / "mine.txt").write_text("mine")
-        return render(*arguments)
-
-    monkeypatch.setattr(synthetic_coco.dataset, "render", draw)
-    with pytest.raises(ArgumentError, match="already exists"):
-        make(out)
-    assert tree_digest(tmp_path).keys() == {"coco/mine.txt"}
-
-
-def test_a_terminated_run_cleans_up(tmp_path: Path) -> None:
-    script = str(TOOLS / "make_synthetic_coco.py")
-    command = [sys.executable, script, "coco", "--train", "100000", "--val", "0", "--size", "64"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 15
-        while not list(tmp_path.glob(".coco.partial-*/train2017/*.jpg")):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        error = process.communicate()[1]
-    assert process.returncode == 130
-    assert "interrupted; nothing was written" in error
-    assert "Traceback" not in error
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--train", -1), "--train: -1 images; give a number from 0"),
-        (("--val", -2), "--val: -2 images; give a number from 0"),
-        (("--train", 0, "--val", 0), "both are 0"),
-        (("--size", 63), "--size: 63 pixels; give a long side of 64"),
-        (("--seed", -1), "--seed: -1; give a number of at least 0"),
-        (("--classes", 1), "--classes: 1; give a number from 2 to 7"),
-        (("--classes", 8), "--classes: 8; give a number from 2 to 7"),
-        (("--context-bias", 0.4), "--context-bias: 0.4; give a probability from 0.5 to 1"),
-        (("--context-bias", "nan"), "--context-bias: nan; give a probability"),
-        (("--imbalance", 0.5), "--imbalance: 0.5; give a ratio of at least 1"),
-        (("--imbalance", 4, "--context-bias", 0.9), "give only one of them"),
-        (("--classification", "--context-bias", 0.9), "give only one of them"),
-        (("--ambiguous", 1.5), "--ambiguous: 1.5; give a share from 0 to 1"),
-        (("--ambiguous", "nan"), "--ambiguous: nan; give a share from 0 to 1"),
-    ],
-)
-def test_bad_arguments_are_one_sentence_and_exit_code_2(
-    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: tuple, message: str
-) -> None:
-    assert run_main(tmp_path / "coco", "--train", 1, "--val", 1, *arguments) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_parent_that_is_a_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    (tmp_path / "file").write_text("mine")
-    assert run_main(tmp_path / "file/coco", "--train", 1, "--val", 1) == 2
-    assert "cannot write in" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_parent_without_write_permission_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(ArgumentError, match="cannot write in"):
-        make(tmp_path / "coco")
-
-
-def test_a_full_disk_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    def fail(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(synthetic_coco.dataset, "render", fail)
-    assert run_main(tmp_path / "coco", "--train", 1, "--val", 1) == 1
-    assert "No space left on device; nothing was written" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
