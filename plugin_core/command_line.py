@@ -30,6 +30,7 @@ COMMANDS = {
     "context-bias": "evaluate_context_bias.py",
     "visualize": "visualize_attention.py",
     "draw-scenes": "make_synthetic_coco.py",
+    "tiny-text-model": "make_tiny_text_model.py",
 }
 
 

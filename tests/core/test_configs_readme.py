@@ -22,7 +22,7 @@ def test_every_config_has_a_row_with_its_command():
     assert len(commands) == len(paths)
     for tool, path in commands:
         assert (ROOT / tool).is_file()
-        frameworks = {"d2": "train_net", "mm": "train_mmdet", "mmpretrain": "_mmpretrain"}
+        frameworks = {"d2": "train_net", "mm": "_mmdet", "mmpretrain": "_mmpretrain"}
         is_lazy = path.startswith("configs/d2/") and path.endswith(".py")
         assert frameworks[path.split("/")[1]] in tool and ("lazyconfig" in tool) == is_lazy
 
