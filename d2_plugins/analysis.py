@@ -65,7 +65,7 @@ def analyze(
     """
     height, width = image_size or _test_size(cfg)
     if isinstance(cfg, CfgNode) and is_bridge(cfg):
-        return count_cost(cfg, (height, width))
+        return count_cost(cfg, (height, width), activations=activations)
     if isinstance(cfg, CfgNode):
         cfg = cfg.clone()
         cfg.defrost()

@@ -38,6 +38,7 @@ from detectron2.utils.events import get_event_storage
 from detectron2.utils.logger import log_first_n
 from torch import Tensor, nn
 
+from d2_plugins.backbones import last_stage
 from d2_plugins.config import naming
 from d2_plugins.differentiable_regions import TwiceDifferentiablePooler, is_row_wise, region_logits
 from plugin_core import AttentionMaskConsistency, GradientHeatmap
@@ -386,17 +387,12 @@ _DEFORMABLE = (DeformConv, ModulatedDeformConv)
 
 
 def _last_stage(backbone: nn.Module) -> str:
-    """Name the last stage of a detector's backbone; raises ValueError if it has no stages."""
-    name, stages_of = "backbone", backbone
-    if isinstance(getattr(backbone, "bottom_up", None), nn.Module):  # of an FPN
-        name, stages_of = "backbone.bottom_up", backbone.get_submodule("bottom_up")
-    stages = getattr(stages_of, "stage_names", None)
-    if not stages:
+    try:
+        return last_stage(backbone)
+    except ValueError as error:
         raise ValueError(
-            f"MODEL.AMC.ACTIVATION: names no module, and {name} is a {type(stages_of).__name__}, "
-            "which has no stages as a ResNet has; set the name of a module"
-        )
-    return f"{name}.{stages[-1]}"
+            f"MODEL.AMC.ACTIVATION: names no module, and {error}; set the name of a module"
+        ) from error
 
 
 def _require_gradients(_module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:

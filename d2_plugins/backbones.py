@@ -23,6 +23,7 @@ from detectron2.modeling.backbone.fpn import (
     build_retinanet_resnet_fpn_backbone,
 )
 from omegaconf import OmegaConf
+from torch import nn
 
 from d2_plugins.block_plugins import insert_plugins, plugins_of, read_plugins
 
@@ -90,3 +91,15 @@ def _build_with_plugins(
     for stage in resnet.stage_names:
         insert_plugins(getattr(resnet, stage), stage, plugins)
     return backbone
+
+
+def last_stage(backbone: nn.Module) -> str:
+    """Name the last stage of a detector's backbone; raises ValueError if it has no stages."""
+    name, stages_of = "backbone", backbone
+    if isinstance(getattr(backbone, "bottom_up", None), nn.Module):  # of an FPN
+        name, stages_of = "backbone.bottom_up", backbone.get_submodule("bottom_up")
+    stages = getattr(stages_of, "stage_names", None)
+    if not stages:
+        kind = type(stages_of).__name__
+        raise ValueError(f"{name} is a {kind}, which has no stages as a ResNet has")
+    return f"{name}.{stages[-1]}"

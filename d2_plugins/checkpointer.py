@@ -104,6 +104,9 @@ class PluginCheckpointer(DetectionCheckpointer):
         write_text(os.path.join(self.save_dir, "last_checkpoint"), last_filename_basename)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        if "://" in self.save_dir:  # which the framework lists
+            self.resumed = self.whole = resume and self.has_checkpoint()
+            return super().resume_or_load(path, resume=resume)
         found, damaged = _find(self.save_dir) if resume else (None, [])
         for one in damaged:
             logger.warning("--resume: passing over %r, which is damaged or missing", one)

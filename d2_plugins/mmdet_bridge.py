@@ -46,7 +46,7 @@ class MMDetDetector(nn.Module):
     """A detector of MMDetection with the inputs and outputs of Detectron2's models.
 
     State dicts have the detector's own names. MMDetection's checkpoints are read as they are
-    (:class:`d2_plugins.trainer.PluginCheckpointer`). Detectron2 writes the same tensors under
+    (:class:`d2_plugins.checkpointer.PluginCheckpointer`). Detectron2 writes the same tensors under
     "model"; MMDetection looks for them under "state_dict".
 
     Args:
@@ -369,12 +369,13 @@ def _check_training(detector: Any, cfg: CfgNode) -> None:
         )
 
 
-def count_cost(cfg: CfgNode, image_size: tuple[int, int]) -> Report:
+def count_cost(cfg: CfgNode, image_size: tuple[int, int], *, activations: bool) -> Report:
     """Count the cost of a config's detector by :func:`mm_plugins.analysis.analyze`."""
     from mm_plugins.analysis import analyze
 
     node: Any = cfg.MODEL.MMDET
-    return analyze(load_config(node.CONFIG, node.OVERRIDES), image_size)
+    config = load_config(node.CONFIG, node.OVERRIDES)
+    return analyze(config, image_size, activations=activations)
 
 
 def find_detector_mismatches(cfg: CfgNode) -> list[str]:

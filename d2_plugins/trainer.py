@@ -18,7 +18,7 @@ from detectron2.solver import LRMultiplier
 from torch import nn
 from torch.utils.data import DataLoader
 
-from d2_plugins.checkpointer import PluginCheckpointer, find_resumable
+from d2_plugins.checkpointer import PluginCheckpointer
 from d2_plugins.data import PluginDatasetMapper, ResumableTrainLoader
 from d2_plugins.evaluation import build_evaluator
 from d2_plugins.optimizer import build_optimizer
@@ -29,8 +29,6 @@ from d2_plugins.training_loop import (
     without_base_lrs,
 )
 from plugin_core.training.non_finite import NonFiniteGuard
-
-__all__ = ["PluginCheckpointer", "PluginTrainer", "find_resumable"]
 
 logger = logging.getLogger(__name__)
 

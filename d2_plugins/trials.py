@@ -19,6 +19,7 @@ from detectron2.utils.env import seed_all_rng
 
 from d2_plugins.analysis import analyze
 from d2_plugins.block_plugins import RESNET_STAGES
+from d2_plugins.checkpointer import PluginCheckpointer
 from d2_plugins.config import add_plugin_config, find_config_file, merge_config
 from d2_plugins.datasets import register_coco
 from d2_plugins.evaluation import check_evaluator
@@ -26,7 +27,6 @@ from d2_plugins.evaluation_runs import RESULTS
 from d2_plugins.mmdet_bridge import is_bridge
 from d2_plugins.preflight import WITH_PLUGINS, check_config
 from d2_plugins.registered_datasets import check_datasets
-from d2_plugins.trainer import PluginCheckpointer
 from plugin_core.files import replacing
 from plugin_core.inspection.building import silence
 from plugin_core.inspection.cost import Cost

@@ -17,7 +17,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from d2_plugins.analysis import load_config
+from d2_plugins.backbones import last_stage
 from d2_plugins.mmdet_bridge import is_bridge
+from d2_plugins.model_checks import number_of_classes
 from plugin_core.checkpoints.reading import class_names_of
 from plugin_core.inspection.attention_maps import Detections, Detector, Picture, load_weights
 from plugin_core.inspection.recorder import Call
@@ -62,7 +64,9 @@ class Detectron2Detector(Detector):
         self.augmentations = T.AugmentationList(augmentations or [])
         self.model: nn.Module = model.eval().requires_grad_(False)
         load_weights(self.model, weights, trust=trust)
-        number = getattr(model, "roi_heads", model).num_classes
+        number = number_of_classes(model)
+        if number is None:
+            raise ValueError(f"{config_file}: a {type(model).__name__} detects no objects")
         names = tuple(class_names_of(weights) or ()) or (
             _class_names(datasets[0]) if datasets else ()
         )
@@ -97,14 +101,7 @@ class Detectron2Detector(Detector):
         )
 
     def last_stage(self) -> str:
-        name = "backbone"
-        if hasattr(self.model.backbone, "bottom_up"):
-            name += ".bottom_up"
-        stages = getattr(self.model.get_submodule(name), "stage_names", None)
-        if not stages:
-            kind = type(self.model.get_submodule(name)).__name__
-            raise ValueError(f"{name} is a {kind}, which has no stages as a ResNet has")
-        return f"{name}.{stages[-1]}"
+        return last_stage(self.model.get_submodule("backbone"))
 
     def region_extractors(self) -> list[nn.Module]:
         return [module for module in self.model.modules() if isinstance(module, ROIPooler)]

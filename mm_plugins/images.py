@@ -51,6 +51,8 @@ class LoadReadableImage(LoadImageFromFile):
         except UnreadableImage as error:
             self._in_a_row += 1
             if self.left_out is None:
+                if self.ignore_empty:
+                    return None
                 raise
             if self._in_a_row == _MOST_IN_A_ROW:
                 raise UnreadableImage(

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.optim import AmpOptimWrapper
 from torch import Tensor, nn
 
-from mm_plugins.runner import UNREADABLE, SafeRunner
+from mm_plugins.runner import UNREADABLE, SafeRunner, names
 from mm_plugins.schedules import ResumeError
 from mm_plugins.weights import check_init_checkpoints, check_weights
 from plugin_core.errors import few
@@ -72,7 +73,7 @@ def arrange(
 
 
 def _check_precision(args: argparse.Namespace, cfg: Config) -> None:
-    in_config = str(cfg.get("optim_wrapper", {}).get("type", "")).endswith("AmpOptimWrapper")
+    in_config = names(cfg.get("optim_wrapper", {}).get("type"), AmpOptimWrapper)
     if (args.amp or in_config) and not torch.cuda.is_available():
         setting = "--amp" if args.amp else "optim_wrapper.type='AmpOptimWrapper'"
         raise ValueError(
@@ -94,6 +95,7 @@ def work_dir(args: argparse.Namespace, cfg: Config) -> str:
 
 
 def _arrange_resume(args: argparse.Namespace, cfg: Config) -> tuple[list[str], str | None]:
+    SafeRunner.begins_anew = False
     named = args.resume if args.resume not in (None, "auto") else None
     if args.resume is None:
         named = cfg.get("load_from")
@@ -118,6 +120,7 @@ def _arrange_resume(args: argparse.Namespace, cfg: Config) -> tuple[list[str], s
         told = f"--resume: there is no checkpoint in {folder!r}; training begins anew"
         if cfg.get("load_from"):  # which MMDetection's script leaves out then
             told += ", without load_from; leave out --resume to begin with it"
+        SafeRunner.begins_anew = True
         return [*warnings, told], None
     sys.argv += ["--resume", path]
     return [*warnings, f"--resume: going on from {path!r}"], path

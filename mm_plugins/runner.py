@@ -39,9 +39,11 @@ class SafeRunner(Runner):
 
     Attributes:
         copies: files to read in the place of the config's, by setting; the launcher sets them.
+        begins_anew: resume nothing; the launcher sets it where it has found nothing to go on from.
     """
 
     copies: ClassVar[Mapping[str, str]] = {}
+    begins_anew: ClassVar[bool] = False
 
     _train_dataloader: Any
     _val_dataloader: Any
@@ -79,7 +81,7 @@ class SafeRunner(Runner):
         checkpoint = {"type": "CheckpointHook", "interval": 1}  # mmengine's default
         default_hooks = {"checkpoint": checkpoint, **(default_hooks or {})}
         hook = default_hooks["checkpoint"]
-        if isinstance(hook, dict) and _names(hook.get("type"), CheckpointHook):
+        if isinstance(hook, dict) and names(hook.get("type"), CheckpointHook):
             default_hooks["checkpoint"] = {**hook, "type": SafeCheckpointHook}
         super().register_hooks(
             default_hooks, check_images_while_reading(custom_hooks, self._left_out)
@@ -90,7 +92,7 @@ class SafeRunner(Runner):
         if isinstance(optim_wrapper, dict) and "optimizer" in optim_wrapper:
             kind = optim_wrapper.get("type", OptimWrapper)
             for plain, guarded in _WRAPPERS.items():
-                if _names(kind, plain):
+                if names(kind, plain):
                     optim_wrapper = {**optim_wrapper, "type": guarded}
         return super().build_optim_wrapper(optim_wrapper)
 
@@ -110,8 +112,8 @@ class SafeRunner(Runner):
         )
 
     def load_or_resume(self) -> None:
-        if self._resume and self._load_from is None:
-            self._resume = False  # the command line has said that there is nothing to go on from
+        if self.begins_anew:
+            self._resume = False
         super().load_or_resume()
 
     def resume(self, filename: str, *arguments: Any, **keywords: Any) -> None:
@@ -140,7 +142,7 @@ class SafeRunner(Runner):
         return checkpoint
 
 
-def _names(kind: Any, plain: type) -> bool:
+def names(kind: Any, plain: type) -> bool:
     """Tell whether a config's type is a class of mmengine itself."""
     return kind in (plain, plain.__name__, f"mmengine.{plain.__name__}")
 

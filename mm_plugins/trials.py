@@ -44,6 +44,12 @@ from plugin_core.training.trials import Plugin, Run
 
 # A MobileNetV2's layers by the stage of a ResNet that has their stride
 _LAYERS = {2: (1, 2), 3: (3,), 4: (4, 5), 5: (6, 7)}
+# Plugin → its setting of a detector, and what adds it
+_MIXINS: Mapping[str, tuple[str, type]] = {
+    "amc": ("attention_mask_consistency", AMCMixin),
+    "functional_entropy": ("functional_entropy", FunctionalEntropyMixin),
+    "batchformer_v2": ("batchformer", BatchFormerMixin),
+}
 # Settings of schedulers that count iterations, or epochs
 _COUNTS = ("begin", "end", "T_max", "total_iters", "total_steps", "step_size")
 
@@ -104,27 +110,22 @@ class MMDetectionTrials:
         """Check that the user's own variant has the same steps, images a step and test images."""
         cfg = self._read(config)
         if cfg.train_dataloader.batch_size != self.batch_size:
-            raise ValueError(f"{config}: train_dataloader.batch_size must be {self.batch_size}")
+            raise ValueError(
+                f"{config}: train_dataloader.batch_size must be {self.batch_size}, "
+                f"got {cfg.train_dataloader.batch_size}"
+            )
         for key in ("train_cfg", "val_dataloader", "val_evaluator"):
             if cfg[key] != self.cfg[key]:
-                raise ValueError(f"{config}: {key} must be as in {self.config}")
+                raise ValueError(f"{config}: {key} must be as in {self.config}, got {cfg[key]}")
 
     def _lines(self, plugin: Plugin) -> dict[str, Any]:
         """Give what a plugin changes of the model."""
         model = self.cfg.model
-        if plugin.name == "amc":
-            if model.get("attention_mask_consistency") is not None:
-                raise ValueError("model.attention_mask_consistency: the config has it already")
-            margins = {"mean_margin": 0.1, "max_margin": 0.5}
-            return {**self._detector(AMCMixin), "attention_mask_consistency": margins}
-        if plugin.name == "functional_entropy":
-            if model.get("functional_entropy") is not None:
-                raise ValueError("model.functional_entropy: the config has it already")
-            return {**self._detector(FunctionalEntropyMixin), "functional_entropy": {}}
-        if plugin.name == "batchformer_v2":
-            if model.get("batchformer") is not None:
-                raise ValueError("model.batchformer: the config has it already")
-            return {**self._detector(BatchFormerMixin), "batchformer": {"insert_after": (0,)}}
+        if plugin.name in _MIXINS:
+            setting, mixin = _MIXINS[plugin.name]
+            if model.get(setting) is not None:
+                raise ValueError(f"model.{setting}: the config has it already")
+            return {**self._detector(mixin), setting: {}}
         if plugin.name == "batchformer_v1":
             heads = (model.get("roi_head") or {}).get("bbox_head")
             if heads is None:

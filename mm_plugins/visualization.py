@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from mm_plugins.activations import Activation, last_stage
 from mm_plugins.analysis import load_config
 from mm_plugins.command_line import has_cuda_operators
+from mm_plugins.datasets import number_of_classes
 from mm_plugins.grounding.text_models import text_model_is_there
 from mm_plugins.scores import Scores, phrase_score
 from plugin_core.inspection.attention_maps import (
@@ -66,13 +67,9 @@ class MMDetDetector(Detector):
         self.class_names = () if self.reads_text else self._names_of_classes(cfg, content)
 
     def _names_of_classes(self, cfg: Config, checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
-        head: Any = getattr(self.model, "roi_head", self.model).bbox_head
-        if isinstance(head, nn.ModuleList):  # of the stages of a cascade
-            head = head[-1]
-        names = _class_names(cfg, checkpoint)
+        names, number = _class_names(cfg, checkpoint), number_of_classes(self.model)
         # Of another dataset than the model's, they would be wrong.
-        fits = len(names) == head.num_classes
-        return names if fits else tuple(map(str, range(head.num_classes)))
+        return names if number in (None, len(names)) else tuple(map(str, range(number)))
 
     def read(self, path: str) -> Picture:
         try:

@@ -24,6 +24,7 @@ from detectron2.utils import comm
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from d2_plugins.checkpointer import PluginCheckpointer
 from d2_plugins.command_line import (
     apply_arguments,
     check_amp,
@@ -37,7 +38,6 @@ from d2_plugins.config import load_lazy_config
 from d2_plugins.data import NamingMapper, ReadableDataset, TrainLoader
 from d2_plugins.lazy_preflight import check_lazy_config
 from d2_plugins.pixels import find_lazy_mismatches
-from d2_plugins.trainer import PluginCheckpointer
 from d2_plugins.training_loop import GuardedAMPTrainer, GuardedTrainer, TellLeftOut
 from plugin_core.training.non_finite import MAX_NON_FINITE_STEPS, NonFiniteGuard
 

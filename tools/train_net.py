@@ -21,6 +21,7 @@ from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
 from d2_plugins import add_plugin_config, merge_config
+from d2_plugins.checkpointer import PluginCheckpointer
 from d2_plugins.command_line import (
     apply_arguments,
     check_amp,
@@ -32,7 +33,7 @@ from d2_plugins.command_line import (
 )
 from d2_plugins.pixels import find_mismatches
 from d2_plugins.preflight import check_config
-from d2_plugins.trainer import PluginCheckpointer, PluginTrainer
+from d2_plugins.trainer import PluginTrainer
 from plugin_core.training.non_finite import NonFiniteGuard
 
 

@@ -115,6 +115,8 @@ def prepare(args: argparse.Namespace) -> tuple[Framework, Plan]:
         value = getattr(args, option)
         if value is not None and value < 1:
             raise ValueError(f"--{option}: must be 1 or more, got {value}")
+    if "," in str(args.out):  # at which the comparison parts the files of a detector
+        raise ValueError(f"--out {args.out}: has a comma; name another folder")
     if args.budget:
         read_duration(args.budget)
     plugins = read_plugins(args.plugins)

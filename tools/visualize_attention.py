@@ -48,6 +48,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from plugin_core.files import make_folder
 from plugin_core.inspection.attention_maps import Caption
 from plugin_core.inspection.choices import choose_baseline_layer, choose_layers, find_class
 from plugin_core.inspection.config_kinds import FRAMEWORKS, add_register_coco, common_side
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         rows_of = prepare(args)
-        args.out.mkdir(parents=True, exist_ok=True)
+        make_folder("--out", args.out)
     except (OSError, ValueError) as error:
         lines = str(error).splitlines()  # a library's error can have several
         sys.exit(f"error: {' '.join(line.strip() for line in lines)}")
@@ -202,7 +203,7 @@ def check_images(paths: Sequence[str]) -> None:
                 image.load()
         except FileNotFoundError:
             raise ValueError(f"there is no image {path!r}") from None
-        except (OSError, SyntaxError) as error:  # of Pillow, for a broken image
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # of Pillow
             raise ValueError(f"image {path!r} cannot be read: {error}") from error
         other = stems.setdefault(Path(path).stem, path)
         if other != path:

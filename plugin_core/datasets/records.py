@@ -173,8 +173,9 @@ def check_annotations(
     image_index = look_up(images, [a.image_id for a in annotations])
     category_index = look_up(categories, [a.category_id for a in annotations])
     place = Places(content, image_index)
-    files = Counter(i.file_name for i in content.images if isinstance(i.file_name, str))
-    by_file = {i.file_name: i.id for i in content.images if files.get(i.file_name) == 1}
+    with_file = [i for i in content.images if isinstance(i.file_name, str)]
+    files = Counter(i.file_name for i in with_file)
+    by_file = {i.file_name: i.id for i in with_file if files[i.file_name] == 1}
     for i, annotation in enumerate(annotations):
         if image_index[i] < 0 and isinstance(annotation.image_id, str):
             named = by_file.get(annotation.image_id)

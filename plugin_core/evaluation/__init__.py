@@ -1,1 +1,1 @@
-"""Reading and checking a dataset's files, and measuring a detector's contextual bias."""
+"""Measuring detectors: comparison, contextual bias, panoptic quality, long tails."""

@@ -24,7 +24,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from plugin_core.evaluation.coco_files import Record, Source, read_annotations, read_results
-from plugin_core.evaluation.companions import classes_by_image, ids_by_name, read_pairs
+from plugin_core.evaluation.companions import (
+    classes_by_image,
+    ids_by_name,
+    read_pairs,
+    train_images,
+)
 from plugin_core.evaluation.context_bias import split_images
 
 Scores = Mapping[tuple[int, int], float]  # (image id, category id) → score, 0 where it is missing
@@ -190,10 +195,7 @@ def choose_pairs(
         where = "bias of the evaluated detections themselves, as no --pairs or --held-out is given"
     counted = list(images.values())
     if train:
-        source = Source("--train-annotations", train)
-        counted_in = read_annotations(source)
-        ids = ids_by_name(content, annotations, counted_in, source)
-        counted = [{ids[b] for b in bs} for bs in classes_by_image(counted_in).values()]
+        counted = train_images(content, annotations, Source("--train-annotations", train))
         where += f", co-occurrence of {train}"
     chosen = most_biased_pairs(counted, images, scores)
     if not chosen:

@@ -85,7 +85,7 @@ def choose_companions(
         return read_pairs(Source("--pairs", pairs), content), f"from {pairs}"
     if train:
         counted_in, why = train, ""
-        images = _train_images(content, annotations, Source("--train-annotations", train))
+        images = train_images(content, annotations, Source("--train-annotations", train))
     else:
         counted_in, why = annotations.path, ", as no --pairs or --train-annotations are given"
         images = list(classes_by_image(content).values())
@@ -94,7 +94,7 @@ def choose_companions(
     return companions, f"the class that is in most images of {counted_in} that hold the class{why}"
 
 
-def _train_images(content: Record, annotations: Source, source: Source) -> list[set[int]]:
+def train_images(content: Record, annotations: Source, source: Source) -> list[set[int]]:
     """List the classes of each training image, by the evaluated file's category ids."""
     train = read_annotations(source)
     ids = ids_by_name(content, annotations, train, source)

@@ -105,21 +105,13 @@ def panoptic_quality(
     if missing := [image for image in found if image not in known]:
         raise ValueError(f"no annotation of image {missing[0]!r}, which was predicted")
     with tempfile.TemporaryDirectory(prefix="panoptic_quality") as folder:
-        results = []
-        for image, prediction in found.items():
-            name = known[image]["file_name"]
-            path = Path(folder, name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(prediction.png)
-            results.append(
-                {"image_id": image, "file_name": name, "segments_info": prediction.segments}
-            )
-        files = [Path(folder, name) for name in ("annotations.json", "predictions.json")]
+        truth, predicted = Path(folder, "annotations.json"), Path(folder, "predictions.json")
         images = [image for image in annotations["images"] if image["id"] in found]
         whole = {**annotations, "images": images, "annotations": [*known.values()]}
-        for file, content in zip(files, (whole, {"annotations": results}), strict=True):
-            file.write_text(json.dumps(content))
-        evaluation = PanopticEval(*files, gt_folder=segments, pred_folder=folder)
+        truth.write_text(json.dumps(whole))
+        write_predictions(predicted, found.values())
+        pngs = predicted.with_suffix("")
+        evaluation = PanopticEval(truth, predicted, gt_folder=segments, pred_folder=pngs)
         evaluation.evaluate()
         return _in_percent(evaluation.results())
 

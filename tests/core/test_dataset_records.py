@@ -43,6 +43,7 @@ RLE = {"size": [30, 40], "counts": [600, 100, 500]}
         (with_image(id=2), {"image-id-twice": ERROR, "unknown-image": WARNING}),
         (with_image(id=None), {"image-id": ERROR, "unknown-image": WARNING}),
         (with_image(file_name=7), {"file-name": ERROR}),
+        (with_image(file_name=[]), {"file-name": ERROR}),
         (with_image(file_name="2.png"), {"file-twice": WARNING}),
         (with_image(file_name="./2.png"), {"file-twice": WARNING}),
         (with_image(file_name=None, coco_url="http://a/1.png"), {"lvis": ERROR}),

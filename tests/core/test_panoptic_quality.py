@@ -74,6 +74,17 @@ def rows(*lines: tuple[int, int]) -> np.ndarray:
     return np.concatenate([np.full((count, 10), i) for count, i in lines])
 
 
+def test_annotations_that_name_their_pngs_by_whole_paths_are_only_read(tmp_path):
+    images = Images(tmp_path)
+    image = (rows((5, 1), (5, 2)), {1: THING, 2: OTHER})
+    images.add(image, set(), (rows((10, 1)), {1: THING}))
+    (annotation,) = images.annotations["annotations"]
+    expected, file = images.quality(), tmp_path / annotation["file_name"]
+    content, annotation["file_name"] = file.read_bytes(), str(file)
+    assert images.quality().table() == expected.table()
+    assert file.read_bytes() == content
+
+
 def test_hand_worked_case_with_void_and_a_crowd(tmp_path):
     images = Images(tmp_path)
     # 10 rows: a thing of 4, a crowd of things of 3, stuff of 2, 1 without a label

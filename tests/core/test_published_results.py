@@ -46,6 +46,7 @@ def test_changed_or_derived_config_has_no_published_numbers(tmp_path):
     copy = tmp_path / CONFIG.name
     copy.write_bytes(text)
     assert published_of(str(copy)) is published_of(str(CONFIG)) is not None
+    assert published_of(f"d2_plugins://COCO-Detection/{CONFIG.name}") is published_of(str(CONFIG))
     copy.write_bytes(text + b"SOLVER: {MAX_ITER: 100}\n")
     renamed = tmp_path / "plain.yaml"
     renamed.write_bytes(text)

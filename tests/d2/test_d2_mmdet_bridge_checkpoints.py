@@ -24,8 +24,8 @@ from mmengine.model import PretrainedInit
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.swa_utils import AveragedModel
 
+from d2_plugins.checkpointer import PluginCheckpointer
 from d2_plugins.mmdet_bridge import MMDetDetector, build_detector, load_config
-from d2_plugins.trainer import PluginCheckpointer
 
 
 def test_checkpoint_of_mmdetection_loads_as_it_is(cfg, tmp_path):

@@ -18,6 +18,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 from detectron2.config import CfgNode
 from detectron2.engine import SimpleTrainer
 from detectron2.modeling import META_ARCH_REGISTRY
+from iopath.common.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
 from d2_plugins.checkpointer import PluginCheckpointer, check_weights, find_resumable
@@ -252,6 +253,40 @@ def test_a_folder_without_a_whole_checkpoint_is_one_clear_line(small):
     Path(small.OUTPUT_DIR, "model_0000001.pth").write_bytes(b"")
     with pytest.raises(ValueError, match="^--resume: no checkpoint in .* is whole: .*0000001.pth"):
         find_resumable(small.OUTPUT_DIR)
+
+
+class Remote(PathHandler):
+    """A folder under an address."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return ["remote://"]
+
+    def _get_local_path(self, path: str, force: bool = False, **_: Any) -> str:
+        return str(self.folder / path.removeprefix("remote://"))
+
+    def _open(self, path: str, mode: str = "r", buffering: int = -1, **_: Any) -> Any:
+        return open(self._get_local_path(path), mode)
+
+    def _exists(self, path: str, **_: Any) -> bool:
+        return Path(self._get_local_path(path)).exists()
+
+    def _isfile(self, path: str, **_: Any) -> bool:
+        return Path(self._get_local_path(path)).is_file()
+
+
+def test_a_remote_folder_is_resumed_as_detectron2_does(tmp_path):
+    saved, read = (PluginCheckpointer(nn.Linear(2, 2), "remote://") for _ in range(2))
+    for checkpointer in (saved, read):
+        checkpointer.path_manager = PathManager()
+        checkpointer.path_manager.register_handler(Remote(tmp_path))
+    saved.save("model_0000001", iteration=1)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
+    assert read.resume_or_load("", resume=True)["iteration"] == 1 and read.resumed
+    assert torch.equal(read.model.weight, saved.model.weight)
 
 
 def test_nothing_to_resume_is_told(small, logged):

@@ -13,7 +13,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from d2_plugins.attention_mask_consistency import AMCGeneralizedRCNN
-from d2_plugins.trainer import PluginCheckpointer
+from d2_plugins.checkpointer import PluginCheckpointer
 from d2_plugins.trials import Detectron2Trials
 from plugin_core import BatchFormer
 from plugin_core.training.trials import (

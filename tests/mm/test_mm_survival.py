@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,15 +18,17 @@ from torch import nn
 
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
+from mmengine.config import Config
 from mmengine.fileio import get_file_backend
 from mmengine.logging import MessageHub
-from mmengine.optim import MultiStepLR, OptimWrapper
+from mmengine.optim import AmpOptimWrapper, MultiStepLR, OptimWrapper
 
 from mm_plugins import images
 from mm_plugins.checkpoint_files import REPLACING, SafeCheckpointHook
 from mm_plugins.images import LoadReadableImage, UnreadableImage, count_left_out
-from mm_plugins.launch import explain_errors
+from mm_plugins.launch import arrange, explain_errors
 from mm_plugins.non_finite import GuardedOptimWrapper
+from mm_plugins.runner import SafeRunner
 from mm_plugins.schedules import Changes, replay
 from mm_plugins.weights import check_weights, fit_names
 from plugin_core import files
@@ -109,6 +112,10 @@ def bad_image(request, tmp_path) -> str:
 def test_unreadable_image_is_an_error_that_names_it(bad_image):
     with pytest.raises(UnreadableImage, match=r"image '.*bad\.jpg' cannot be read: "):
         LoadReadableImage()({"img_path": bad_image})
+
+
+def test_unreadable_image_is_passed_over_where_the_pipeline_says_so(bad_image):
+    assert LoadReadableImage(ignore_empty=True)({"img_path": bad_image}) is None
 
 
 def test_unreadable_image_is_left_out_and_counted_if_wanted(bad_image, tmp_path):
@@ -197,6 +204,26 @@ def test_folder_without_a_whole_checkpoint_is_an_error_and_an_empty_one_is_not(t
     (tmp_path / "iter_2.pth").write_bytes(b"")
     with pytest.raises(ValueError, match=r"no checkpoint in .* is whole: '.*iter_2.pth'"):
         find_resumable(str(tmp_path), "iter_{}.pth")
+
+
+@pytest.mark.parametrize(("out_dir", "begins_anew"), [("s3://runs", False), (None, True)])
+def test_a_remote_folder_is_left_to_mmengine(out_dir, begins_anew, tmp_path, monkeypatch):
+    monkeypatch.setattr(SafeRunner, "begins_anew", None)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--resume"])
+    args = SimpleNamespace(resume="auto", amp=False, config="a.py", work_dir=str(tmp_path))
+    hook = {"checkpoint": {"out_dir": out_dir}}
+    warnings, path = arrange(args, Config({"default_hooks": hook}), None)
+    assert path is None and len(warnings) == begins_anew
+    assert SafeRunner.begins_anew is begins_anew
+
+
+@pytest.mark.parametrize("kind", ["AmpOptimWrapper", AmpOptimWrapper])
+def test_mixed_precision_without_a_gpu_is_one_line(kind, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = SimpleNamespace(resume=None, amp=False)
+    with pytest.raises(ValueError, match="^optim_wrapper.type='AmpOptimWrapper': .* on a GPU only"):
+        arrange(args, Config({"optim_wrapper": {"type": kind}}), None)
 
 
 def test_more_queries_than_positions_are_one_line():

@@ -127,7 +127,7 @@ def test_batchformer_v2_goes_into_a_detr_and_v1_does_not(make, tmp_path):
     trial = make(DEEP.format(name="detr/detr_r50_8xb2-150e_coco.py"))
     first, second, amc = read_plugins(["batchformer_v1", "batchformer_v2", "amc"])
     lines = trial._lines(second)
-    assert lines == {"type": "PluginDETR", "batchformer": {"insert_after": (0,)}}
+    assert lines == {"type": "PluginDETR", "batchformer": {}}
     assert issubclass(MODELS.get(lines["type"]), BatchFormerMixin)
     assert trial._lines(amc)["type"] == "PluginDETR"
     with pytest.raises(ValueError, match="'DETR' has no bbox_head"):

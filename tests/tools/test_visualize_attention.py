@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -330,6 +331,20 @@ def test_mmdetection_without_regions_has_grad_cams(config, tmp_path, images):
     assert len(os.listdir(tmp_path / "out")) == 2
     message = error_of(*argv, "--methods", "ida-regions")
     assert "has no IDAClassifier for it; there are gradcam, gradcam++" in message
+
+
+def test_names_of_classes_are_the_files_where_their_number_is_the_models():
+    pytest.importorskip("mmdet", reason="MMDetection is not installed")
+    from mmengine.config import Config
+
+    from mm_plugins import visualization
+
+    panoptic = SimpleNamespace(model=SimpleNamespace(num_things_classes=2))
+    for names, expected in ((("a", "b"), ("a", "b")), (("a", "b", "c"), ("0", "1"))):
+        content = {"meta": {"dataset_meta": {"classes": names}}}
+        cfg = Config({"test_dataloader": {"dataset": {"type": "CocoPanopticDataset"}}})
+        found = visualization.MMDetDetector._names_of_classes(panoptic, cfg, content)
+        assert found == expected
 
 
 # ------------------------------------------------------------------------------------------- errors

@@ -272,4 +272,5 @@ def pick_images(content: Mapping[str, Any], folder: Path | None) -> list[Path]:
         return []
     names = [image.get("file_name") for image in content["images"]]
     found = [folder / name for name in names if isinstance(name, str) and (folder / name).is_file()]
-    return found[:: max(1, len(found) // IMAGES)][:IMAGES]
+    number = min(IMAGES, len(found))
+    return [found[i * len(found) // number] for i in range(number)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from plugin_core.evaluation.comparison.sections import Section, Table
+from plugin_core.shipped import shipped_config
 
 _FILE = Path(__file__).with_name("published_results.json")
 
@@ -51,6 +52,7 @@ def published_of(config: str) -> Published | None:
     A config that was changed, or derived from one with published numbers, is another training: its
     name and its content must be those of the project's file.
     """
+    config = shipped_config(config)
     if not os.path.isfile(config):
         return None
     digest = hashlib.sha256(Path(config).read_bytes()).hexdigest()
