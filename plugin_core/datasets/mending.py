@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 from plugin_core.datasets.coco_file import encode, read_records
@@ -33,10 +32,6 @@ class Mends:
     def set(self, records: str, place: int, key: str, value: Any) -> None:
         """Say a value in the way that both frameworks read."""
         self.read[records, key][place] = value
-
-    def set_all(self, records: str, places: Iterable[int], key: str, value: Any) -> None:
-        """Give several records the same value."""
-        self.read[records, key].update(dict.fromkeys(places, value))
 
     def fix(self, records: str, place: int, key: str, value: Any) -> None:
         """Change a value, in a fix only."""

@@ -319,7 +319,8 @@ def _check_crowds(annotations: Sequence[Any], place: Places, report: Report, men
         left=both("trains, and stops with a KeyError at the evaluation"),
         mended="read",
     )
-    mends.set_all("annotations", missing, "iscrowd", 0)
+    for i in missing:
+        mends.set("annotations", i, "iscrowd", 0)
     wrong = []
     for i, value in enumerate(values):
         if value is UNSET or value is None or (type(value) is int and value in (0, 1)):

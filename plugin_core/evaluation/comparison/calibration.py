@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from plugin_core.evaluation.comparison.confusion import check_score_threshold
 from plugin_core.evaluation.comparison.detections import Detections
 from plugin_core.evaluation.comparison.drawing import (
     grid_and_legend,
@@ -59,11 +58,7 @@ def calibration(detectors: Mapping[str, Detections], score_threshold: float = 0.
         detectors: by name.
         score_threshold: 0…1; a second error leaves out the detections below, which are the many
             that nobody shows.
-
-    Raises:
-        ArgumentError: if the threshold is out of range.
     """
-    check_score_threshold(score_threshold)
     overlap = next(iter(detectors.values())).truth.overlap
     notes, found = [], {}
     for name, detections in detectors.items():

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from plugin_core.errors import ArgumentError
 from plugin_core.evaluation.comparison.detections import Detections
 from plugin_core.evaluation.comparison.drawing import new_figure, no_formula, to_png
 from plugin_core.evaluation.comparison.sections import Cell, Figure, Section, Table
@@ -23,11 +22,7 @@ def confusion(detectors: Mapping[str, Detections], score_threshold: float = 0.3)
     Args:
         detectors: by name.
         score_threshold: 0…1; detections below are left out.
-
-    Raises:
-        ArgumentError: if the threshold is out of range.
     """
-    check_score_threshold(score_threshold)
     matrices = {
         name: confusion_matrix(detections, score_threshold)
         for name, detections in detectors.items()
@@ -100,12 +95,6 @@ def confusion_matrix(detections: Detections, score_threshold: float) -> np.ndarr
     np.add.at(matrix, (rows[kept], detections.category[kept]), 1)
     np.add.at(matrix, (truth.category[match.counted & ~found], background), 1)
     return matrix
-
-
-def check_score_threshold(value: float) -> None:
-    """Raise an ArgumentError unless a score threshold is from 0 to 1."""
-    if not 0 <= value <= 1:
-        raise ArgumentError("score_threshold", f"must be from 0 to 1, got {value!r}")
 
 
 def _shown(classes: int) -> str:

@@ -11,8 +11,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from pycocotools import mask as masks
 
-from plugin_core.errors import ArgumentError
-from plugin_core.evaluation.comparison.confusion import check_score_threshold
 from plugin_core.evaluation.comparison.detections import Detections, Match
 from plugin_core.evaluation.comparison.drawing import LARGEST, palette_png
 from plugin_core.evaluation.comparison.sections import Cell, Figure, Section, Table
@@ -40,16 +38,7 @@ def pictures(
         folder: of the images; None to draw nothing.
         score_threshold: 0…1; detections below are left out.
         number: of images, half of them where the one is better, and half where the other is.
-
-    Raises:
-        ArgumentError: if there are fewer than two detectors, the threshold is out of range, or the
-            folder does not exist.
     """
-    check_score_threshold(score_threshold)
-    if len(detectors) < 2:
-        raise ArgumentError("detectors", f"must be at least two, got {len(detectors)}")
-    if folder is not None and not folder.is_dir():
-        raise ArgumentError("folder", f"must be a folder of images, {folder} is none")
     pair = dict([*detectors.items()][:2])
     truth = next(iter(pair.values())).truth
     found = {n: d.match(IOU, score_threshold=score_threshold) for n, d in pair.items()}
