@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd.profiler import profile
 
 
 def device_name(device: torch.device) -> str:
@@ -57,9 +57,10 @@ def peak_extra_bytes(
         torch.cuda.synchronize(device)
         return max(0, torch.cuda.max_memory_allocated(device) - before - nbytes(*results))
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it calls a missing GPU an error
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
+    with profile(use_kineto=True, profile_memory=True) as trace:
         results = step()
-    events = trace.profiler.kineto_results.events()  # exporting them would take five times as long
+    # PyTorch's table of events, and exporting them, would take five times as long.
+    events = trace.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     live = peak = 0
     for _, change in changes:
