@@ -74,6 +74,8 @@ def lazy_arguments(sample, output, *flags: str, **options: object) -> list[str]:
         "model.proposal_generator.pre_nms_topk": "[200,200]",
         "model.proposal_generator.post_nms_topk": "[100,50]",
         "model.roi_heads.batch_size_per_image": 16,
+        "model.roi_heads.box_head.fc_dims": "[32,1024]",
+        "model.roi_heads.mask_head.conv_dims": "[32,32]",
         "model.roi_heads.box_predictor.test_score_thresh": 0.0,
         "model.roi_heads.box_predictor.test_topk_per_image": 10,
         "optimizer.lr": 0.0005,
