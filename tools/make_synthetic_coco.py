@@ -32,9 +32,10 @@ that hold a class, a share P also holds its companion; of the val images, 1 - P.
 of ids, to 1/R in train. Val stays balanced, so that the rare classes' AP can be measured.
 
 ``--ambiguous P``: in a share P of the images one object, of whatever class, is drawn as a pebble, a
-flat ellipse that tells no class. Its annotation keeps the class. With --context-bias the company
-tells it, which is always clear. A person drawn so has no keypoints. With --class-colors pebbles are
-purple.
+flat ellipse that tells no class. Its annotation keeps the class. With --context-bias the image has
+one object beside it: of the pebbles of a class, a share P are beside its companion in train, 1 - P
+in val, the others beside another class, if there is one. A person drawn as a pebble has no
+keypoints. With --class-colors pebbles are purple.
 
 ``--classification``: each image has one object, and the images are also in
 OUT/classification/{train,val}/CLASS, as classifiers are trained from. With --imbalance these have a

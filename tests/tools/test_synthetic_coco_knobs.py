@@ -137,6 +137,20 @@ def test_ambiguous_object_of_an_image_looks_alike_whatever_its_class(class_color
     assert max(areas) < 1.3 * min(areas)  # a figure's would be twice as large
 
 
+@pytest.mark.parametrize(("split", "share"), [("train", 0.9), ("val", 0.1)])
+@pytest.mark.parametrize("classes", [4, 7])
+def test_of_the_pebbles_of_a_class_a_share_is_beside_the_companion(classes, split, share) -> None:
+    settings = Settings(classes, context_bias=0.9, ambiguous=1.0)
+    in_company = defaultdict(list)
+    for index in range(300 * classes):
+        categories = sample_categories(image_generator(0, split, index), split, settings, True)
+        assert len(set(categories)) == 2
+        in_company[categories[0]].append(categories[1] == companions(classes)[categories[0]])
+    assert len(in_company) == classes
+    for found in in_company.values():
+        assert abs(np.mean(found) - share) < 0.07
+
+
 def test_ambiguous_objects_keep_their_class_and_a_person_among_them_has_no_keypoints(
     tmp_path: Path,
 ) -> None:

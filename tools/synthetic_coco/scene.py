@@ -23,6 +23,7 @@ from .vocabulary import (
     TEXTURES,
     THINGS,
     companion_groups,
+    companions,
 )
 
 SPLITS = ("train", "val")
@@ -126,14 +127,15 @@ def sample_scene(rng: np.random.Generator, split: str, settings: Settings) -> Sc
     short = float(rng.uniform(0.75, 1))
     aspect = (1.0, short) if rng.random() < 0.5 else (short, 1.0)
     stuff, horizon = _sample_background(rng, aspect)
-    categories = sample_categories(rng, split, settings)
+    # Without the option no number is drawn, so that scenes stay what they were.
+    is_ambiguous = settings.ambiguous > 0 and rng.random() < settings.ambiguous
+    categories = sample_categories(rng, split, settings, is_ambiguous)
+    pebble = None
+    if is_ambiguous:
+        pebble = 0 if settings.context_bias is not None else int(rng.integers(len(categories)))
     colors = _sample_colors(rng, stuff, len(categories))
     if settings.class_colors:
         colors = [CLASS_COLORS[category_id] for category_id in categories]
-    pebble = None
-    # Without the option no number is drawn, so that scenes stay what they were.
-    if settings.ambiguous > 0 and rng.random() < settings.ambiguous:
-        pebble = int(rng.integers(len(categories)))
     things: list[Thing] = []
     visible = np.zeros((round(aspect[1] * GRID), round(aspect[0] * GRID)), np.uint8)
     full: list[int] = []
@@ -150,11 +152,14 @@ def sample_scene(rng: np.random.Generator, split: str, settings: Settings) -> Sc
     return Scene(aspect, stuff, horizon, tuple(things))
 
 
-def sample_categories(rng: np.random.Generator, split: str, settings: Settings) -> list[int]:
+def sample_categories(
+    rng: np.random.Generator, split: str, settings: Settings, is_ambiguous: bool = False
+) -> list[int]:
     """Draw the category ids of an image's objects, in drawing order."""
     if settings.context_bias is not None:
         probability = settings.context_bias if split == "train" else 1 - settings.context_bias
-        return _biased_categories(rng, settings.classes, probability)
+        draw = _two_categories if is_ambiguous else _biased_categories
+        return draw(rng, settings.classes, probability)
     ratio = settings.imbalance if split == "train" else 1.0
     frequencies = class_frequencies(settings.classes, ratio)
     count = 1 if settings.classification else int(rng.integers(1, MAX_OBJECTS + 1))
@@ -188,6 +193,20 @@ def _biased_categories(rng: np.random.Generator, classes: int, probability: floa
     extra = int(rng.integers(0, 2)) if len(present) < MAX_OBJECTS else 0
     present += [int(rng.choice(present)) for _ in range(extra)]
     return [present[position] for position in rng.permutation(len(present))]
+
+
+def _two_categories(rng: np.random.Generator, classes: int, probability: float) -> list[int]:
+    """Draw a pebble's class and, with ``probability``, its companion; else a third class, if any.
+
+    So the other object's class tells the pebble's. Among three or four objects the companion that
+    is missing would tell it, which detectors are slow to learn.
+    """
+    pairs = companions(classes)
+    category_id = int(rng.integers(1, classes + 1))
+    others = [c for c in pairs if c not in (category_id, pairs[category_id])]
+    if others and rng.random() >= probability:
+        return [category_id, int(rng.choice(others))]
+    return [category_id, pairs[category_id]]
 
 
 def _sample_background(
