@@ -439,23 +439,18 @@ def _build(model_config: Any, scope: str) -> Any:
 
 def _leave_random(node: Any) -> None:
     """Take pretrained weights out of a model's config, as a checkpoint will overwrite them."""
+    from mm_plugins.init_cfgs import pretrained
+
     if isinstance(node, (list, tuple)):
         for part in node:
             _leave_random(part)
     if isinstance(node, dict):
         init_cfg = node.get("init_cfg")
-        if _is_pretrained(init_cfg):
-            node["init_cfg"] = None
-        elif isinstance(init_cfg, (list, tuple)):
-            node["init_cfg"] = [one for one in init_cfg if not _is_pretrained(one)] or None
+        if loading := pretrained(init_cfg):
+            parts = init_cfg if isinstance(init_cfg, (list, tuple)) else [init_cfg]
+            node["init_cfg"] = [part for part in parts if part not in loading] or None
         for part in node.values():
             _leave_random(part)
-
-
-def _is_pretrained(init_cfg: Any) -> bool:
-    from mmengine.model import PretrainedInit
-
-    return isinstance(init_cfg, dict) and init_cfg.get("type") in ("Pretrained", PretrainedInit)
 
 
 @contextlib.contextmanager

@@ -12,11 +12,11 @@ from mmdet.models.backbones import MobileNetV2
 from mmdet.models.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from mmdet.models.layers import InvertedResidual
 from mmdet.registry import MODELS
-from mmengine.model import PretrainedInit
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm_plugins.block_plugins import BlockPlugin, is_for_last_block
+from mm_plugins.init_cfgs import pretrained
 from plugin_core.block_plugins import ApplyChildren
 from plugin_core.errors import ArgumentError
 from plugin_core.published_names import read_published_children
@@ -140,8 +140,7 @@ class PluginMobileNetV2(MobileNetV2):
     def init_weights(self) -> None:
         is_first = not self.is_init
         super().init_weights()
-        cfgs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
-        if is_first and all(cfg["type"] not in ("Pretrained", PretrainedInit) for cfg in cfgs):
+        if is_first and not pretrained(self.init_cfg):
             # These drew the plugins' weights, too. mmengine does not ask modules below a plain
             # nn.Sequential for theirs, which MobileNetV2's layers are.
             for module in self.modules():

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from mm_plugins.mixins import DetectorMixin, not_for
 from mm_plugins.settings import build_from
 from plugin_core import BatchFormer
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import ArgumentError, check_bool
 from plugin_core.stand_ins import view
 
 # Inputs of encoders and decoders whose first dimension is not the batch
@@ -207,9 +207,7 @@ class BatchFormers(nn.ModuleDict):
         eval: bool = False,
     ) -> None:
         indices = _check_insertions(insert_after, depth)
-        for name, value in (("share", share), ("mask_padding", mask_padding), ("eval", eval)):
-            if not isinstance(value, bool):
-                raise ArgumentError(name, f"must be True or False, got {value!r}")
+        check_bool(share=share, mask_padding=mask_padding, eval=eval)
         super().__init__(
             {
                 str(index): BatchFormer(

@@ -33,7 +33,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 from torchvision.ops import masks_to_boxes
 
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import ArgumentError, check_one_of
 from plugin_core.methods.detr_masks import DETRMasks, panoptic_segments
 
 _TRAINABLE = ("all", "boxes", "masks")
@@ -62,8 +62,7 @@ class PanopticDETR(DETR):
         self, *args: Any, panoptic_head: dict[str, Any], trains: str = "all", **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        if trains not in _TRAINABLE:
-            raise ArgumentError("trains", f"must be one of {_TRAINABLE}, got {trains!r}")
+        check_one_of("trains", trains, _TRAINABLE)
         self.trains = trains
         if "test_cfg" in panoptic_head:
             raise ArgumentError("panoptic_head.test_cfg", "leave it out; model.test_cfg is read")

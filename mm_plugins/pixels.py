@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
+from mm_plugins.init_cfgs import pretrained
 from plugin_core.checkpoints.pixel_format import PixelFormat, explain_mismatch, find_pixel_format
 
 
@@ -51,10 +52,11 @@ def find_mismatches(cfg: Config) -> list[str]:
     is_classifier = cfg.get("default_scope") == "mmpretrain"
     pixels = model.get("data_preprocessor") or cfg.get("data_preprocessor")
     used = _format_of(pixels, backbone) if isinstance(backbone, dict) else None
-    weights = cfg.get("load_from") or _pretrained(backbone)
-    if not weights or used is None:
+    if used is None:
         return []
-    wanted = find_pixel_format(weights)
+    begins = [init.get("checkpoint") for init in pretrained(backbone.get("init_cfg"))]
+    weights = next(filter(None, [cfg.get("load_from"), *begins]), "")
+    wanted = find_pixel_format(weights) if weights else None
     settings = _classifier_settings if is_classifier else pixel_settings
     return [] if wanted is None else explain_mismatch(weights, wanted, used, settings)
 
@@ -67,10 +69,3 @@ def _classifier_settings(pixels: PixelFormat) -> dict[str, tuple[str, Any]]:
         field: (name.replace("model.data_", "data_"), value)
         for field, (name, value) in settings.items()
     }
-
-
-def _pretrained(backbone: Any) -> str | None:
-    init_cfg = backbone.get("init_cfg") if isinstance(backbone, dict) else None
-    if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained":
-        return init_cfg.get("checkpoint")
-    return None

@@ -29,6 +29,7 @@ from mm_plugins.backbones import PluginMobileNetV2, PluginResNet
 from mm_plugins.block_plugins import BlockPlugin, is_for_last_block
 from mm_plugins.datasets import reads
 from mm_plugins.grounding.text_models import check_pretrained, describe_missing
+from mm_plugins.init_cfgs import pretrained
 from mm_plugins.training_settings import told_no_counts
 from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint, check_resnet_names
@@ -72,8 +73,7 @@ def _check_config(cfg: Config, train: bool, resumes: bool) -> nn.Module | None:
     model = cfg.get("model", {})
     for setting, backbone, kind in _modules(model, ResNet, MobileNetV2):
         _check_plugins(backbone, kind, setting)
-        init_cfg = backbone.get("init_cfg")
-        if isinstance(init_cfg, dict) and init_cfg.get("type") == "Pretrained" and not load_from:
+        for init_cfg in [] if load_from else pretrained(backbone.get("init_cfg")):
             checkpoint, where = init_cfg.get("checkpoint"), f"{setting}.init_cfg.checkpoint"
             if not isinstance(checkpoint, str):
                 raise ValueError(f"{where}: must be the path of a checkpoint, got {checkpoint!r}")

@@ -13,6 +13,7 @@ from mmengine.model import is_model_wrapper
 from torch import Tensor, nn
 
 from mm_plugins.block_plugins import BlockPlugin
+from mm_plugins.init_cfgs import pretrained
 from plugin_core.checkpoints.reading import read_checkpoint
 from plugin_core.errors import few
 from plugin_core.published_names import find_unread, rename_all_published
@@ -41,7 +42,7 @@ def check_init_checkpoints(model: nn.Module, config: Any) -> list[str]:
     found = []
     for setting, init in _init_cfgs(config, "model"):
         path, prefix = init.get("checkpoint"), init.get("prefix") or ""
-        if init.get("type") == "Pretrained" and isinstance(path, str) and "://" not in path:
+        if isinstance(path, str) and "://" not in path:
             where = setting.removeprefix("model").lstrip(".")
             part: Any = model
             for name in where.split(".") if where else []:
@@ -55,10 +56,8 @@ def check_init_checkpoints(model: nn.Module, config: Any) -> list[str]:
 
 def _init_cfgs(node: Any, setting: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(node, dict):
-        init = node.get("init_cfg")
-        for one in init if isinstance(init, (list, tuple)) else [init]:
-            if isinstance(one, dict):
-                yield setting, one
+        for init in pretrained(node.get("init_cfg")):
+            yield setting, init
         for key, value in node.items():
             if key != "init_cfg":
                 yield from _init_cfgs(value, f"{setting}.{key}")

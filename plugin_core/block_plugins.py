@@ -30,7 +30,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from plugin_core.errors import ArgumentError, did_you_mean, origin, unknown_argument
+from plugin_core.errors import (
+    ArgumentError,
+    check_bool,
+    check_one_of,
+    did_you_mean,
+    origin,
+    unknown_argument,
+)
 from plugin_core.kernels import is_compiling
 
 _REGISTRY: dict[str, type[nn.Module]] = {}
@@ -165,8 +172,7 @@ def blocks_of(name: str, blocks: Any = None) -> str:
     """
     if blocks is None:
         blocks = getattr(find_block_plugin(name), "default_blocks", "all")
-    if blocks not in BLOCKS:
-        raise ArgumentError("blocks", f"must be 'all' or 'last', got {blocks!r}")
+    check_one_of("blocks", blocks, BLOCKS)
     return blocks
 
 
@@ -201,8 +207,7 @@ class BlockPlugin(nn.Module):
 
     def __init__(self, module: nn.Module, name: str, warm_start: bool = False) -> None:
         super().__init__()
-        if not isinstance(warm_start, bool):
-            raise ArgumentError("warm_start", f"must be True or False, got {warm_start!r}")
+        check_bool(warm_start=warm_start)
         self.plugin_name = name
         self.alpha = nn.Parameter(torch.zeros(())) if warm_start else None
         self.module = module

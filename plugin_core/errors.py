@@ -73,6 +73,27 @@ def check_arguments(
             raise unknown_argument(argument, names)
 
 
+def check_bool(**arguments: Any) -> None:
+    """Raise ArgumentError for the first value that is neither True nor False."""
+    for argument, value in arguments.items():
+        if not isinstance(value, bool):
+            raise ArgumentError(argument, f"must be True or False, got {value!r}")
+
+
+def check_positive_int(**arguments: Any) -> None:
+    """Raise ArgumentError for the first value that is no integer of at least 1."""
+    for argument, value in arguments.items():
+        if type(value) is not int or value < 1:
+            raise ArgumentError(argument, f"must be a positive integer, got {value!r}")
+
+
+def check_one_of(argument: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ArgumentError if a value is none of two or more choices."""
+    if value not in choices:
+        names = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
+        raise ArgumentError(argument, f"must be {names}, got {value!r}")
+
+
 def unknown_argument(argument: str, names: Sequence[str]) -> ArgumentError:
     """Make the error of an argument that is none of ``names``."""
     there_are = f"there are {', '.join(names)}" if names else "it takes none"

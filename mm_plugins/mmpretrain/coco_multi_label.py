@@ -12,7 +12,7 @@ from mmpretrain.registry import DATASETS
 
 from plugin_core.datasets.coco_file import CocoFile, read_coco, sort_categories
 from plugin_core.datasets.records import is_crowd, is_id
-from plugin_core.errors import ArgumentError, did_you_mean, few
+from plugin_core.errors import ArgumentError, check_bool, did_you_mean, few
 
 
 @DATASETS.register_module()
@@ -40,8 +40,7 @@ class CocoMultiLabel(MultiLabelDataset):
     """
 
     def __init__(self, ann_file: str, *, crowds: bool = True, **kwargs: Any) -> None:
-        if not isinstance(crowds, bool):
-            raise ArgumentError("crowds", f"must be True or False, got {crowds!r}")
+        check_bool(crowds=crowds)
         _check_filter(kwargs.get("filter_cfg"))
         self.crowds = crowds
         super().__init__(ann_file, **kwargs)
@@ -132,5 +131,4 @@ def _check_filter(filter_cfg: Any) -> None:
         if key != "filter_empty_gt":
             hint = did_you_mean(key, ["filter_empty_gt"])
             raise ArgumentError(f"filter_cfg.{key}", f"is no key; there is filter_empty_gt{hint}")
-        if not isinstance(value, bool):
-            raise ArgumentError(f"filter_cfg.{key}", f"must be True or False, got {value!r}")
+        check_bool(**{f"filter_cfg.{key}": value})

@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 
 from mm_plugins.mmpretrain.training_batchformers import TrainingBatchFormer
 from mm_plugins.settings import build_from
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import check_bool
 from plugin_core.stand_ins import view
 
 
@@ -52,10 +52,7 @@ class _BatchFormerMixin:
         train_batchformer: bool = True,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(train_batchformer, bool):
-            raise ArgumentError(
-                "train_batchformer", f"must be True or False, got {train_batchformer!r}"
-            )
+        check_bool(train_batchformer=train_batchformer)
         super().__init__(*args, **kwargs)
         first = next(part for part in self.neck.modules() if isinstance(part, nn.Linear))
         self.batchformer = build_from(

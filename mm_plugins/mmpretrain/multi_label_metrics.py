@@ -11,7 +11,7 @@ from mmpretrain.evaluation.metrics.voc_multi_label import VOCMetricMixin
 from mmpretrain.registry import METRICS
 from torch import Tensor
 
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import ArgumentError, check_positive_int
 
 
 @METRICS.register_module()
@@ -47,8 +47,7 @@ class MultiLabelBenchmark(AveragePrecision):
     def __init__(self, thr: float = 0.5, topk: int = 3, **kwargs: Any) -> None:
         if type(thr) not in (int, float) or not 0 <= thr <= 1:
             raise ArgumentError("thr", f"must be from 0 to 1, got {thr!r}")
-        if type(topk) is not int or topk < 1:
-            raise ArgumentError("topk", f"must be a positive integer, got {topk!r}")
+        check_positive_int(topk=topk)
         super().__init__(**kwargs)
         self.thr = thr
         self.topk = topk

@@ -37,7 +37,7 @@ from mm_plugins.mmpretrain.learned_mixin import LearnedMixin
 from mm_plugins.mmpretrain.vqa_cp import frequent_answers, read_records, score_of, shares_of
 from mm_plugins.settings import build_from
 from plugin_core import FunctionalEntropyRegularizer
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import ArgumentError, check_positive_int
 
 
 @MODELS.register_module()
@@ -85,15 +85,13 @@ class UpDnVQA(BaseModel):
         data_preprocessor: dict[str, Any] | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        for name, number in (
-            ("min_count", min_count),
-            ("in_channels", in_channels),
-            ("word_channels", word_channels),
-            ("channels", channels),
-            ("max_words", max_words),
-        ):
-            if type(number) is not int or number < 1:
-                raise ArgumentError(name, f"must be a positive integer, got {number!r}")
+        check_positive_int(
+            min_count=min_count,
+            in_channels=in_channels,
+            word_channels=word_channels,
+            channels=channels,
+            max_words=max_words,
+        )
         kind = {"type": "MultiModalDataPreprocessor"}
         super().__init__(MODELS.build(kind | (data_preprocessor or {})), init_cfg)
         with tokenizer_is_there(tokenizer):

@@ -18,7 +18,7 @@ import os
 import torch
 from torch import nn
 
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import check_one_of
 
 CHOICES = ("auto", "plain", "fast")
 VARIABLE = "PLUGIN_KERNELS"
@@ -33,8 +33,7 @@ def set_kernels(kernels: str) -> None:
     Raises:
         ArgumentError: if it is none of them.
     """
-    if kernels not in CHOICES:
-        raise ArgumentError("kernels", f"must be one of {', '.join(CHOICES)}, got {kernels!r}")
+    check_one_of("kernels", kernels, CHOICES)
     os.environ[VARIABLE] = kernels
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import ArgumentError, check_one_of
 from plugin_core.kernels.precision import in_float32
 
 _T = TypeVar("_T")
@@ -278,8 +278,8 @@ class AttentionMaskConsistency:
         check_every(every)
         if phrases is not None and (type(phrases) is not int or phrases < 1):
             raise ArgumentError("phrases", f"must be at least 1, or None for all, got {phrases!r}")
-        _check_choice("boxes", boxes, ("all", "random"))
-        _check_choice("resolution", resolution, ("auto", "image", "activation"))
+        check_one_of("boxes", boxes, ("all", "random"))
+        check_one_of("resolution", resolution, ("auto", "image", "activation"))
         self.mean_weight, self.max_weight = mean_weight, max_weight
         self.mean_margin, self.max_margin = mean_margin, max_margin
         self.every, self.phrases = every, phrases
@@ -342,12 +342,6 @@ class AttentionMaskConsistency:
             return boxes
         drawn = int(torch.randint(len(boxes), ()))
         return boxes[drawn : drawn + 1]
-
-
-def _check_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        names = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
-        raise ArgumentError(argument, f"must be {names}, got {value!r}")
 
 
 def check_every(every: int) -> None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import ArgumentError, check_bool, check_positive_int
 
 
 class BatchFormer(nn.Module):
@@ -60,14 +60,12 @@ class BatchFormer(nn.Module):
         super().__init__()
         if feedforward_channels is None:
             feedforward_channels = embed_dims
-        for name, value in (
-            ("embed_dims", embed_dims),
-            ("num_heads", num_heads),
-            ("feedforward_channels", feedforward_channels),
-            ("num_layers", num_layers),
-        ):
-            if type(value) is not int or value < 1:
-                raise ArgumentError(name, f"must be a positive integer, got {value!r}")
+        check_positive_int(
+            embed_dims=embed_dims,
+            num_heads=num_heads,
+            feedforward_channels=feedforward_channels,
+            num_layers=num_layers,
+        )
         if embed_dims % num_heads:
             raise ArgumentError(
                 "num_heads",
@@ -75,8 +73,7 @@ class BatchFormer(nn.Module):
             )
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
             raise ArgumentError("dropout", f"must be in [0, 1), got {dropout!r}")
-        if not isinstance(gather, bool):
-            raise ArgumentError("gather", f"must be True or False, got {gather!r}")
+        check_bool(gather=gather)
         self.embed_dims = embed_dims
         self.gather = gather
         self.layers = nn.ModuleList(

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import ArgumentError, check_bool, check_one_of, check_positive_int
 from plugin_core.kernels.precision import in_float32
 
 # One tensor, or several such as the levels of a feature pyramid
@@ -85,17 +85,16 @@ class FunctionalEntropyRegularizer(nn.Module):
         as_published: bool = False,
     ) -> None:
         super().__init__()
-        _check_samples(samples)
-        _check_one_of("bound", bound, BOUNDS)
+        check_positive_int(samples=samples)
+        check_one_of("bound", bound, BOUNDS)
         _check_norm(norm)
-        _check_one_of("method", method, METHODS)
-        _check_one_of("target", target, TARGETS)
+        check_one_of("method", method, METHODS)
+        check_one_of("target", target, TARGETS)
         if not 0 <= weight < float("inf"):
             raise ArgumentError("weight", f"must be a finite number ≥ 0, got {weight!r}")
         if loss is not None and not callable(loss):
             raise ArgumentError("loss", f"must be a function of logits and targets, got {loss!r}")
-        if not isinstance(as_published, bool):
-            raise ArgumentError("as_published", f"must be True or False, got {as_published!r}")
+        check_bool(as_published=as_published)
         self.samples = samples
         self.bound = bound
         self.norm = norm
@@ -261,7 +260,7 @@ def functional_information(
         ArgumentError: if ``bound`` is unknown.
         ValueError: if the tensors have different numbers of rows.
     """
-    _check_one_of("bound", bound, BOUNDS)
+    check_one_of("bound", bound, BOUNDS)
     gradients = _as_tuple(gradient)
     rows = {len(g) for g in gradients}
     if len(rows) != 1:
@@ -292,7 +291,7 @@ def functional_entropy_penalty(
         ValueError: if ``scores`` has another shape.
     """
     _check_norm(norm)
-    _check_one_of("method", method, METHODS)
+    check_one_of("method", method, METHODS)
     if scores.dim() != 1 or not len(scores):
         raise ValueError(f"scores must have shape (M,) with M ≥ 1, got {tuple(scores.shape)}")
     if method == "max_ent":
@@ -313,7 +312,7 @@ def repeat_samples(x: Tensor, samples: int) -> Tensor:
     Raises:
         ArgumentError: if ``samples``, n, is not a positive integer.
     """
-    _check_samples(samples)
+    check_positive_int(samples=samples)
     return x.repeat_interleave(samples, dim=0)
 
 
@@ -334,7 +333,7 @@ def expand_target(
     Raises:
         ArgumentError: if ``samples`` or ``target`` is out of its range.
     """
-    _check_one_of("target", target, TARGETS)
+    check_one_of("target", target, TARGETS)
     logits = logits.detach() if detach else logits
     clean = logits.softmax(dim=-1) if target == "softmax" else logits.sigmoid()
     return repeat_samples(clean, samples)
@@ -520,17 +519,6 @@ def _check_two_dimensions(samples: Tensor) -> None:
         raise ValueError(f"samples must have shape (R, N), got {tuple(samples.shape)}")
 
 
-def _check_samples(samples: int) -> None:
-    if type(samples) is not int or samples < 1:
-        raise ArgumentError("samples", f"must be a positive integer, got {samples!r}")
-
-
 def _check_norm(norm: float) -> None:
     if type(norm) not in (int, float) or not norm >= 1:
         raise ArgumentError("norm", f"must be a number p ≥ 1, got {norm!r}")
-
-
-def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        choices = ", ".join(map(repr, known))
-        raise ArgumentError(name, f"must be one of {choices}, got {value!r}")

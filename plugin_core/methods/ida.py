@@ -42,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugin_core.block_plugins import register_block_plugin
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import ArgumentError, check_bool, check_one_of, check_positive_int
 from plugin_core.kernels import has_hooks
 from plugin_core.kernels.precision import in_float32
 
@@ -62,11 +62,10 @@ class _DualAttention(nn.Module):
         self, in_channels: int, num_classes: int, num_heads: int, beta: float, heavy: bool
     ) -> None:
         super().__init__()
-        for name, value in (("in_channels", in_channels), ("num_heads", num_heads)):
-            _check_positive(name, value)
+        check_positive_int(in_channels=in_channels, num_heads=num_heads)
         if not isinstance(beta, (int, float)) or not beta > 0:
             raise ArgumentError("beta", f"must be positive, got {beta!r}")
-        _check_bool("heavy", heavy)
+        check_bool(heavy=heavy)
         if in_channels % num_heads:
             raise ArgumentError(
                 "num_heads", f"must divide the {in_channels} channels, got {num_heads}"
@@ -159,13 +158,11 @@ class IDAClassifier(_DualAttention):
         last_head_norm: bool = False,
         num_fcs: int = 0,
     ) -> None:
-        _check_positive("num_classes", num_classes)
+        check_positive_int(num_classes=num_classes)
         if type(num_fcs) is not int or num_fcs < 0:
             raise ArgumentError("num_fcs", f"must be 0 or a positive integer, got {num_fcs!r}")
-        if sample_order not in SAMPLE_ORDERS:
-            names = " or ".join(map(repr, SAMPLE_ORDERS))
-            raise ArgumentError("sample_order", f"must be {names}, got {sample_order!r}")
-        _check_bool("last_head_norm", last_head_norm)
+        check_one_of("sample_order", sample_order, SAMPLE_ORDERS)
+        check_bool(last_head_norm=last_head_norm)
         super().__init__(in_channels, num_classes, num_heads, beta, heavy)
         self.sample_order = sample_order
         self.last_head_norm = last_head_norm
@@ -242,10 +239,8 @@ class IDABlock(_DualAttention):
         heavy: bool = False,
         projection: str = "scale",
     ) -> None:
-        _check_positive("num_queries", num_queries)
-        if projection not in PROJECTIONS:
-            names = ", ".join(map(repr, PROJECTIONS))
-            raise ArgumentError("projection", f"must be one of {names}, got {projection!r}")
+        check_positive_int(num_queries=num_queries)
+        check_one_of("projection", projection, PROJECTIONS)
         super().__init__(channels, num_queries, num_heads, beta, heavy)
         groups = {"scale": channels, "grouped": num_heads, "full": 1}[projection]
         self.proj = nn.Conv2d(channels, channels, 1, groups=groups)
@@ -388,13 +383,3 @@ def _softmax(scores: Tensor, dim: int) -> Tensor:
     scores = in_float32(scores)
     least = scores.detach().amax(dim, keepdim=True) - 60  # e^-60 of the largest adds nothing
     return scores.maximum(least).softmax(dim)
-
-
-def _check_positive(name: str, value: int) -> None:
-    if type(value) is not int or value < 1:
-        raise ArgumentError(name, f"must be a positive integer, got {value!r}")
-
-
-def _check_bool(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
-        raise ArgumentError(name, f"must be True or False, got {value!r}")

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from plugin_core.block_plugins import register_block_plugin, rename_published
-from plugin_core.errors import ArgumentError
+from plugin_core.errors import ArgumentError, check_bool, check_one_of
 from plugin_core.kernels import has_hooks, triplet, triplet_operators
 
 _NORMS = ("BN", "SyncBN", "FrozenBN")
@@ -96,12 +96,9 @@ class TripletAttention(nn.Module):
                 "kernel_size",
                 f"must be a positive odd number (3 or 7 in the paper), got {kernel_size!r}",
             )
-        if not isinstance(no_spatial, bool):
-            raise ArgumentError("no_spatial", f"must be True or False, got {no_spatial!r}")
-        if norm not in _NORMS:
-            raise ArgumentError("norm", f"must be one of {', '.join(_NORMS)}, got {norm!r}")
-        if init not in _INITS:
-            raise ArgumentError("init", f"must be one of {', '.join(_INITS)}, got {init!r}")
+        check_bool(no_spatial=no_spatial)
+        check_one_of("norm", norm, _NORMS)
+        check_one_of("init", init, _INITS)
         self.kernel_size = kernel_size
         self.norm = norm
         self.cw = _Gate(kernel_size, norm)

@@ -502,13 +502,13 @@ def test_without_samples_or_valid_logits_nothing_is_measured(batch):
     [
         ({"samples": 0}, "samples must be a positive integer, got 0"),
         ({"samples": 2.0}, "samples must be a positive integer, got 2.0"),
-        ({"bound": "poincare"}, "bound must be one of 'entropy', 'variance', got 'poincare'"),
+        ({"bound": "poincare"}, "bound must be 'entropy' or 'variance', got 'poincare'"),
         ({"norm": 0.5}, "norm must be a number p ≥ 1, got 0.5"),
         ({"norm": "fro"}, "norm must be a number p ≥ 1, got 'fro'"),
-        ({"method": "max"}, "method must be one of 'max_ent', .*, got 'max'"),
+        ({"method": "max"}, "method must be 'max_ent', .*, got 'max'"),
         ({"weight": -1.0}, "weight must be a finite number ≥ 0, got -1.0"),
         ({"loss": "bce"}, "loss must be a function of logits and targets, got 'bce'"),
-        ({"target": "hard"}, "target must be one of 'softmax', 'sigmoid', got 'hard'"),
+        ({"target": "hard"}, "target must be 'softmax' or 'sigmoid', got 'hard'"),
         ({"as_published": 1}, "as_published must be True or False, got 1"),
     ],
 )

@@ -20,7 +20,7 @@ def gate_norms(attention: TripletAttention) -> list[nn.Module]:
 
 @pytest.mark.parametrize("norm", ["GN", "bn", "", None])
 def test_unknown_norm_is_named_with_those_that_exist(norm):
-    with pytest.raises(ValueError, match="norm must be one of BN, SyncBN, FrozenBN") as error:
+    with pytest.raises(ValueError, match="norm must be 'BN', 'SyncBN' or 'FrozenBN'") as error:
         TripletAttention(norm=norm)
     assert repr(norm) in str(error.value)
 

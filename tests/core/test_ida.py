@@ -315,7 +315,7 @@ def test_wrong_choice_of_the_classifier_is_named(argument, message):
 
 
 def test_wrong_projection_is_named():
-    with pytest.raises(ValueError, match="projection must be one of 'scale', 'grouped', 'full', g"):
+    with pytest.raises(ValueError, match="projection must be 'scale', 'grouped' or 'full', g"):
         IDABlock(16, projection="none")
 
 

@@ -274,7 +274,7 @@ def test_set_kernels_chooses_as_the_variable_does(monkeypatch, uses):
     set_kernels("auto")
     module(x)
     assert uses
-    with pytest.raises(ArgumentError, match="kernels must be one of auto, plain, fast, got 'C'"):
+    with pytest.raises(ArgumentError, match="kernels must be 'auto', 'plain' or 'fast', got 'C'"):
         set_kernels("C")
 
 

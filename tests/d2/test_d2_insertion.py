@@ -187,7 +187,7 @@ def test_resnet_of_a_lazy_config_without_stages_is_plain(plugins):
         ({"blocks": 2}, "blocks: must be 'all' or 'last', got 2"),
         ({"kernal_size": 3}, "kernal_size: is no argument; there are kernel_size"),
         ({"kernel_size": 4}, "kernel_size: must be a positive odd number (3 or 7 in"),
-        ({"norm": "GN"}, "norm: must be one of BN, SyncBN, FrozenBN, got 'GN'"),
+        ({"norm": "GN"}, "norm: must be 'BN', 'SyncBN' or 'FrozenBN', got 'GN'"),
     ],
 )
 def test_wrong_setting_in_a_lazy_config_is_named_as_it_is_spelled_there(plugin, said):

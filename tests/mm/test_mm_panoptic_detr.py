@@ -330,7 +330,7 @@ def test_masks_train_without_stuff():
 @pytest.mark.parametrize(
     ("settings", "argument", "reason"),
     [
-        ({"trains": "heads"}, "trains", "must be one of .*'boxes', 'masks'.*, got 'heads'"),
+        ({"trains": "heads"}, "trains", "must be 'all', 'boxes' or 'masks', got 'heads'"),
         (
             {"bbox_head": {"num_classes": 80}},
             "bbox_head.num_classes",

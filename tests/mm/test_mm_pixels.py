@@ -20,9 +20,12 @@ def test_shipped_grounding_configs_agree_with_their_weights(path):
     assert find_mismatches(Config.fromfile(path)) == []
 
 
-def test_each_wrong_setting_is_a_sentence_with_both_values():
+@pytest.mark.parametrize("listed", [False, True], ids=["alone", "listed"])
+def test_each_wrong_setting_is_a_sentence_with_both_values(listed):
     cfg = Config.fromfile(FASTER)
     cfg.model.backbone.init_cfg.checkpoint = "open-mmlab://detectron2/resnet50_caffe"
+    if listed:
+        cfg.model.backbone.init_cfg = [{"type": "Kaiming"}, cfg.model.backbone.init_cfg]
     order, mean, std, style = find_mismatches(cfg)
     assert order.startswith("model.data_preprocessor.bgr_to_rgb is True, but the weights 'open-mm")
     assert mean.startswith("model.data_preprocessor.mean is [123.675, 116.28, 103.53]")

@@ -16,6 +16,7 @@ from mmdet.models.layers import DinoTransformerDecoder
 from mmdet.models.layers.transformer.grounding_dino_layers import GroundingDinoTransformerDecoder
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 
 from mm_plugins.preflight import check_config, check_decoder
 
@@ -149,6 +150,7 @@ def test_config_without_a_model_passes():
     check(Config({"train_dataloader": None}))
 
 
+KAIMING = {"type": "Kaiming", "layer": "Conv2d"}
 IN_BACKBONE = "model.backbone.plugins[0]"
 
 
@@ -175,7 +177,7 @@ IN_BACKBONE = "model.backbone.plugins[0]"
         ),
         (
             {"cfg": {"type": "TripletAttention", "norm": "GN"}},
-            ".cfg.norm: must be one of BN, SyncBN, FrozenBN, got 'GN'",
+            ".cfg.norm: must be 'BN', 'SyncBN' or 'FrozenBN', got 'GN'",
         ),
         (
             {"cfg": {"type": "TripletAttention", "kernel": 3}},
@@ -467,9 +469,12 @@ def test_weights_to_download_are_left_to_mmdetection(weights):
     check(config(resnet(), load_from=weights))
 
 
-def test_pretrained_backbone_of_another_depth_is_refused(tmp_path):
+@pytest.mark.parametrize("listed", [False, True], ids=["alone", "listed"])
+@pytest.mark.parametrize("kind", ["Pretrained", PretrainedInit], ids=["named", "class"])
+def test_pretrained_backbone_of_another_depth_is_refused(tmp_path, kind, listed):
     path = resnet_checkpoint(tmp_path / "r101.pth", (3, 4, 23, 3))
-    cfg = config(resnet(init_cfg={"type": "Pretrained", "checkpoint": path}))
+    init = {"type": kind, "checkpoint": path}
+    cfg = config(resnet(init_cfg=[KAIMING, init] if listed else init))
     message = error_of(cfg)
     assert message.startswith(f"model.backbone.init_cfg.checkpoint: {path!r} holds a ResNet-101")
     assert "set model.backbone.depth to 101" in message
@@ -491,7 +496,7 @@ def test_weights_of_a_backbone_without_a_depth_must_be_there_and_no_more(tmp_pat
 
 
 def test_other_initializations_have_no_weights():
-    check(config(resnet(init_cfg={"type": "Kaiming", "layer": "Conv2d"})))
+    check(config(resnet(init_cfg=KAIMING)))
     check(config(resnet(init_cfg=None)))
 
 

@@ -464,7 +464,7 @@ def test_module_that_changes_the_shape_is_named_with_both_shapes(build):
         ({"name": "ida", "num_heads": 3}, r"num_heads.* must divide the \d+ channels, got 3"),
         (
             {"name": "triplet_attention", "init": "zero"},
-            r"init.* must be one of kaiming_zero_spatial, kaiming, pytorch, got 'zero'",
+            r"init.* must be 'kaiming_zero_spatial', 'kaiming' or 'pytorch', got 'zero'",
         ),
         ({"name": "simam", "e_lambda": -1}, r"e_lambda.* must be positive, got -1"),
         ({"name": "ida", "warm_start": "yes"}, r"warm_start.* must be True or False, got 'yes'"),
