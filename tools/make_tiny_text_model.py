@@ -26,31 +26,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import string
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from whole_folder import unwritable_parent, whole_folder
+from whole_folder import ArgumentError, check_target, whole_folder
 
 MARKER = "tiny_text_model.json"
-_OWN_FILES = {
-    MARKER,
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-}
+_OWN_FILES = re.compile(
+    r"(tiny_text_model|config|special_tokens_map|tokenizer|tokenizer_config)\.json"
+    r"|model\.safetensors|vocab\.txt"
+)
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _POSITIONS = 512  # BERT's own; MMDetection reads 256 tokens
-
-
-class ArgumentError(ValueError):
-    """An argument that cannot be used; the text says which and why."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +92,8 @@ def make_text_model(
     """
     _check_numbers(hidden_size, layers, heads, seed)
     target = Path(os.path.abspath(out))
-    _check_target(target, force)
+    check = partial(check_target, target, force, _OWN_FILES, MARKER)
+    check()
     try:
         tokens = vocabulary({word for path in texts for word in words_of(Path(path))})
         # Imported after the check of the arguments, as it takes seconds.
@@ -119,7 +113,7 @@ def make_text_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertModel(config)
-    with whole_folder(target, lambda: _check_target(target, force)) as folder:
+    with whole_folder(target, check) as folder:
         vocab = folder / "vocab.txt"
         vocab.write_text("".join(f"{token}\n" for token in tokens), encoding="utf-8")
         tokenizer = BertTokenizerFast(str(vocab), do_lower_case=True, model_max_length=_POSITIONS)
@@ -220,28 +214,6 @@ def _check_numbers(hidden_size: int, layers: int, heads: int, seed: int) -> None
         )
     if not 0 <= seed < 2**63:
         raise ArgumentError(f"--seed: {seed}; give a number from 0 to {2**63 - 1}")
-
-
-def _check_target(target: Path, force: bool) -> None:
-    """Refuse a folder that may not be made or replaced."""
-    if (parent := unwritable_parent(target)) is not None:
-        raise ArgumentError(f"OUT: cannot write in '{parent}'; give a place that can be written")
-    if not os.path.lexists(target):
-        return
-    if not force:
-        raise ArgumentError(f"OUT: '{target}' already exists; give another name, or --force")
-    if target.is_symlink() or not target.is_dir():
-        raise ArgumentError(f"OUT: '{target}' is not a folder; --force replaces only folders")
-    names = {path.name for path in target.iterdir()}
-    foreign = names - _OWN_FILES
-    if foreign or MARKER not in names:
-        reason = f"holds '{min(foreign)}'" if foreign else f"lacks '{MARKER}'"
-        raise ArgumentError(
-            f"OUT: '{target}' {reason}, so this tool did not write all of it; "
-            "--force replaces only this tool's folders: give another name"
-        )
-    if target.samefile(Path.cwd()):
-        raise ArgumentError(f"OUT: '{target}' is the current directory; give another name")
 
 
 def _parser() -> argparse.ArgumentParser:

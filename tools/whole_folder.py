@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+class ArgumentError(ValueError):
+    """An argument that cannot be used; the text says which and why."""
 
 
 @contextmanager
@@ -35,7 +40,38 @@ def whole_folder(target: Path, check: Callable[[], None]) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def unwritable_parent(target: Path) -> Path | None:
-    """Find the nearest existing ancestor, if it is no folder that can be written."""
+def check_target(target: Path, force: bool, own: re.Pattern[str], marker: str) -> None:
+    """Refuse a folder that may not be made or replaced.
+
+    Args:
+        target: path of the folder, the tool's argument OUT.
+        force: whether a folder that the tool has written may be replaced.
+        own: matches the paths, relative to the folder, of the files that the tool writes.
+        marker: the file that tells that it did.
+
+    Raises:
+        ArgumentError: says what is in the way.
+    """
     parent = next(place for place in target.parents if os.path.lexists(place))
-    return None if parent.is_dir() and os.access(parent, os.W_OK | os.X_OK) else parent
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        raise ArgumentError(f"OUT: cannot write in '{parent}'; give a place that can be written")
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise ArgumentError(f"OUT: '{target}' already exists; give another name, or --force")
+    if target.is_symlink() or not target.is_dir():
+        raise ArgumentError(f"OUT: '{target}' is not a folder; --force replaces only folders")
+    homes = (Path.home(), Path.cwd())
+    if any(target.samefile(place) for home in homes for place in (home, *home.parents)):
+        raise ArgumentError(
+            f"OUT: '{target}' is or holds the home or the current directory; give another name"
+        )
+    found = (path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
+    files = [path.relative_to(target).as_posix() for path in found]
+    foreign = [name for name in files if not own.fullmatch(name)]
+    if foreign or (files and marker not in files):
+        reason = f"holds '{min(foreign)}'" if foreign else f"lacks '{marker}'"
+        raise ArgumentError(
+            f"OUT: '{target}' {reason}, so this tool did not write all of it; "
+            "--force replaces only this tool's folders: give another name"
+        )

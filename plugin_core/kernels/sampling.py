@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from plugin_core.kernels.precision import in_float32
+
 
 def weighted_rows(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Sum weighted rows of a table; all derivatives by the table and the weights exist.
@@ -136,17 +138,13 @@ def bilinear_sample(maps: Tensor, points: Tensor) -> Tensor:
         (N, C, P).
     """
     count, _, height, width = maps.shape
-    cells, weights = _corners(_exact(points), width, height)
+    # Half precision cannot tell the cells of a large map apart.
+    cells, weights = _corners(in_float32(points), width, height)
     of_map = torch.arange(count, device=maps.device)[:, None, None] * (height * width)
     index = (cells + of_map).transpose(1, 2).flatten(0, 1)
     table = maps.permute(0, 2, 3, 1).flatten(0, 2)
     sampled = _summed(table, index, weights.transpose(1, 2).flatten(0, 1))
     return sampled.unflatten(0, points.shape[:2]).transpose(1, 2)
-
-
-def _exact(points: Tensor) -> Tensor:
-    # Half precision cannot tell the cells of a large map apart.
-    return points if points.dtype == torch.float64 else points.float()
 
 
 def _summed(table: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -174,7 +172,7 @@ def deformable_attention(
     areas = sizes.prod(1)
     starts = (areas.cumsum(0) - areas).repeat_interleave(points)
     height, width = sizes.repeat_interleave(points, dim=0).unbind(1)  # of each level's points
-    places = _exact(locations).flatten(3, 4) * torch.stack((width, height), dim=1) - 0.5
+    places = in_float32(locations).flatten(3, 4) * torch.stack((width, height), dim=1) - 0.5
     cells, shares = _corners(places, width, height)
     of_image = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1) * positions
     of_head = torch.arange(heads, device=device).view(-1, 1, 1)

@@ -63,7 +63,7 @@ def test_force_refuses_links_files_and_the_current_directory(
     (tmp_path / "link").symlink_to(out)
     (tmp_path / "file").write_text("mine")
     for name in ("link", "file"):
-        with pytest.raises(ArgumentError, match="not a directory"):
+        with pytest.raises(ArgumentError, match="not a folder"):
             make(tmp_path / name, force=True)
     for place in (out, out / "annotations"):
         monkeypatch.chdir(place)

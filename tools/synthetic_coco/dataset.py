@@ -10,12 +10,13 @@ import re
 import shutil
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
-from whole_folder import unwritable_parent, whole_folder
+from whole_folder import ArgumentError, check_target, whole_folder
 
 from . import annotations
 from .captions import captions
@@ -35,10 +36,6 @@ _OWN_FILES = re.compile(
     r"|annotations/(synthetic_coco|context_bias)\.json"
     rf"|classification/(train|val)/({'|'.join(thing.name for thing in THINGS)})/\d{{12}}\.jpg"
 )
-
-
-class ArgumentError(ValueError):
-    """An argument of :func:`make_dataset` that cannot be used; the text says which and why."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +94,10 @@ def make_dataset(
     settings = Settings(classes, context_bias, imbalance, class_colors, ambiguous, classification)
     _check_arguments(train, val, size, seed, settings)
     target = Path(os.path.abspath(out))
-    _check_target(target, force)
+    check = partial(check_target, target, force, _OWN_FILES, MARKER)
+    check()
     counts = {"train": train, "val": val}
-    with whole_folder(target, lambda: _check_target(target, force)) as root:
+    with whole_folder(target, check) as root:
         with tqdm(total=train + val, unit="image", disable=not progress) as bar:
             objects = sum(
                 _write_split(root, split, counts[split], size, seed, settings, bar)
@@ -146,40 +144,6 @@ def _check_arguments(train: int, val: int, size: int, seed: int, settings: Setti
         )
     if not 0 <= settings.ambiguous <= 1:
         raise ArgumentError(f"--ambiguous: {settings.ambiguous}; give a share from 0 to 1")
-
-
-def _check_target(target: Path, force: bool) -> None:
-    """Refuse a target that may not be created or replaced."""
-    if not os.path.lexists(target):
-        return _check_parent(target)
-    if not force:
-        raise ArgumentError(f"OUT: '{target}' already exists; give another name, or --force")
-    if target.is_symlink() or not target.is_dir():
-        raise ArgumentError(f"OUT: '{target}' is not a directory; --force replaces only datasets")
-    homes = (Path.home(), Path.cwd())
-    if any(target.samefile(place) for home in homes for place in (home, *home.parents)):
-        raise ArgumentError(
-            f"OUT: '{target}' is or holds the home or the current directory; give another name"
-        )
-    files = [path.relative_to(target).as_posix() for path in target.rglob("*") if _is_leaf(path)]
-    foreign = [name for name in files if not _OWN_FILES.fullmatch(name)]
-    if foreign or (files and MARKER not in files):
-        reason = f"holds '{min(foreign)}'" if foreign else f"lacks '{MARKER}'"
-        raise ArgumentError(
-            f"OUT: '{target}' {reason}, so this tool did not write all of it; "
-            "--force replaces only this tool's datasets: give another name"
-        )
-    _check_parent(target)
-
-
-def _is_leaf(path: Path) -> bool:
-    return path.is_symlink() or not path.is_dir()
-
-
-def _check_parent(target: Path) -> None:
-    """Refuse a target if its nearest existing ancestor is no writable directory."""
-    if (parent := unwritable_parent(target)) is not None:
-        raise ArgumentError(f"OUT: cannot write in '{parent}'; give a place that can be written")
 
 
 def _write_split(
