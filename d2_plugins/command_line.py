@@ -15,12 +15,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, launch
 from torch.multiprocessing import ProcessExitedException
 
-from d2_plugins.checkpointer import find_resumable
 from d2_plugins.config import find_config_file
 from d2_plugins.datasets import register_coco
 from plugin_core.inspection.config_kinds import add_register_coco
 from plugin_core.training import RunError
-from plugin_core.training.checkpoint_files import check_readable
 from plugin_core.training.run_folder import occupy
 
 logger = logging.getLogger("detectron2.plugins")
@@ -63,24 +61,6 @@ def check_batch_size(args: argparse.Namespace, setting: str, batch_size: Any) ->
             f"{setting}: {batch_size} images cannot be shared by {processes} processes; "
             f"set a multiple of {processes}"
         )
-
-
-def check_files(args: argparse.Namespace, folder: str, weights: str, setting: str) -> None:
-    """Check the checkpoint that a run begins with, or goes on with where ``--resume`` is given.
-
-    Args:
-        args: of :func:`parse_args`.
-        folder: of the run's checkpoints.
-        weights: path or address of the weights; empty for none.
-        setting: that names the weights.
-
-    Raises:
-        RunError: names the setting, the file and what is wrong.
-    """
-    resumed = args.resume and find_resumable(folder)
-    path = weights.partition("?")[0]  # the loader's options follow
-    if path and "://" not in path and not resumed:
-        check_readable(path, setting)
 
 
 def check_amp(args: argparse.Namespace, setting: str, enabled: bool, device: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -42,6 +41,7 @@ from d2_plugins.training_settings import (
 from plugin_core.checkpoints.resnet_names import check_resnet_checkpoint
 from plugin_core.datasets.check import Reads, Use
 from plugin_core.inspection.building import build_once
+from plugin_core.training.checkpoint_files import check_readable
 
 # Modules whose classes may be tried: they read nothing but their arguments.
 _KNOWN = ("detectron2.", "d2_plugins.", "fvcore.", "torch.")
@@ -93,13 +93,12 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
     _try_lazy_builders(cfg, model, eval_only=eval_only)
     if not weights or resumed or "://" in weights:
         return
+    check_readable(weights, "train.init_checkpoint")
     depth_key = "model.backbone.bottom_up.stages.depth"
     depth = _lazy_depth(cfg)
     if depth is not None:
         check_resnet_checkpoint(weights, depth, "train.init_checkpoint", depth_key)
         check_spelling(weights, "train.init_checkpoint", model)
-    elif not os.path.isfile(weights):
-        raise ValueError(f"train.init_checkpoint: there is no checkpoint {weights!r}")
     check_weights(model, weights, "train.init_checkpoint", whole=eval_only)
 
 

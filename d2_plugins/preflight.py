@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -41,6 +40,7 @@ from plugin_core.checkpoints.resnet_names import (
 from plugin_core.datasets.check import Reads, Use
 from plugin_core.errors import did_you_mean
 from plugin_core.inspection.building import build_once
+from plugin_core.training.checkpoint_files import check_readable
 
 # Detectron2's builders of ResNets, and the same with plugins
 WITH_PLUGINS = {
@@ -267,12 +267,10 @@ def _check_weights(cfg: CfgNode, eval_only: bool, model: nn.Module) -> None:
         raise ValueError("MODEL.WEIGHTS: --eval-only needs the checkpoint that is to be evaluated")
     if not weights or "://" in weights:
         return  # random weights, or a download: Detectron2 reports its errors
+    check_readable(weights, "MODEL.WEIGHTS")
     if _has_resnet(cfg):
         check_resnet_checkpoint(
             weights, cfg.MODEL.RESNETS.DEPTH, "MODEL.WEIGHTS", "MODEL.RESNETS.DEPTH"
         )
-    elif not os.path.isfile(weights):
-        raise ValueError(f"MODEL.WEIGHTS: there is no checkpoint {weights!r}")
-    if _has_resnet(cfg):
         check_spelling(weights, "MODEL.WEIGHTS", model)
     check_weights(model, weights, "MODEL.WEIGHTS", whole=eval_only)

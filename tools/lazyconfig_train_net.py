@@ -29,7 +29,6 @@ from d2_plugins.command_line import (
     apply_arguments,
     check_amp,
     check_batch_size,
-    check_files,
     parse_args,
     run,
     warn,
@@ -58,7 +57,6 @@ def setup(args: argparse.Namespace) -> DictConfig:
         cfg.train.device = "cpu"
     check_amp(args, "train.amp.enabled", cfg.train.amp.enabled, cfg.train.device)
     make_guard(cfg)
-    check_files(args, cfg.train.output_dir, cfg.train.init_checkpoint, "train.init_checkpoint")
     check_lazy_config(cfg, eval_only=args.eval_only, resume=args.resume)
     return cfg
 

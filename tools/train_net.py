@@ -26,7 +26,6 @@ from d2_plugins.command_line import (
     apply_arguments,
     check_amp,
     check_batch_size,
-    check_files,
     parse_args,
     run,
     warn,
@@ -48,7 +47,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_batch_size(args, "SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH)
     check_amp(args, "SOLVER.AMP.ENABLED", cfg.SOLVER.AMP.ENABLED, cfg.MODEL.DEVICE)
     NonFiniteGuard(cfg.SOLVER.MAX_NON_FINITE_STEPS, "SOLVER.MAX_NON_FINITE_STEPS")
-    check_files(args, cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS")
     check_config(cfg, eval_only=args.eval_only, resume=args.resume)
     cfg.freeze()
     return cfg
