@@ -75,7 +75,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ida_grouped": _in_stages(GROUPED),
     "ida_full": _in_stages(NINE_BLOCKS),
     "ida_head": _as_head(),
-    "ida_fc_head": _as_head(NUM_FC=2),
+    "ida_bare_head": _as_head(NUM_MIXERS=0),
     "bias_70": {"DATASETS": {"TRAIN": ["train_70"]}},
     "bias_50": {"DATASETS": {"TRAIN": ["train_50"]}},
 }
@@ -83,6 +83,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 IDA = {
     "IDA in stages": "ida",
     "IDA in the RoI head": "ida_head",
+    "IDA in the RoI head, without mixers": "ida_bare_head",
     "IDA in stages, grouped": "ida_grouped",
     "IDA in stages, full in all blocks": "ida_full",
 }
@@ -94,7 +95,7 @@ TRIALS = {
         **IDA,
         "plain, bias 0.7": "bias_70",
     },
-    "clear": {"plain": "plain", **IDA, "IDA in the RoI head, two layers before": "ida_fc_head"},
+    "clear": {"plain": "plain", **IDA},
 }
 
 TEMPLATE = """# Contextual bias of detectors with and without IDA

@@ -53,8 +53,8 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS = 4
     # Added to the norm of a class's weights, > 0
     cfg.MODEL.ROI_BOX_HEAD.IDA.BETA = 1 / 32
-    # Number of linear layers with ReLU that are applied to each position before
-    cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_FC = 0
+    # Number of layers before that mix positions and channels, so that attention sees the place
+    cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_MIXERS = 2
     # Whether to attend over the heads with two transformer layers and a projection
     cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = False
     # What the second attention takes as a sample: "heads" as in the paper, or "interleaved" as in

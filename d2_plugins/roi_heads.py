@@ -100,7 +100,7 @@ class IDAOutputLayers(FastRCNNOutputLayers):
         heavy: as there.
         sample_order: as there.
         last_head_norm: as there.
-        num_fc: number of linear layers before, ``num_fcs`` there.
+        num_mixers: as there.
         output_layers: arguments of ``FastRCNNOutputLayers``.
 
     Raises:
@@ -121,13 +121,20 @@ class IDAOutputLayers(FastRCNNOutputLayers):
         heavy: bool = False,
         sample_order: str = "heads",
         last_head_norm: bool = False,
-        num_fc: int = 0,
+        num_mixers: int = 2,
         **output_layers: Any,
     ) -> None:
         super().__init__(input_shape, **output_layers)
         num_scores = self.num_classes + 1
         self.cls_score = IDAClassifier(
-            map_channels, num_scores, num_heads, beta, heavy, sample_order, last_head_norm, num_fc
+            map_channels,
+            num_scores,
+            num_heads,
+            beta,
+            heavy,
+            sample_order,
+            last_head_norm,
+            num_mixers,
         )
 
     @classmethod

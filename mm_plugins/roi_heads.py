@@ -24,6 +24,7 @@ _FIXED = MappingProxyType(
         "with_avg_pool": False,
         "with_cls": True,
         "with_reg": True,
+        "num_cls_fcs": 0,
         "cls_predictor_cfg": {"type": "Linear"},
     }
 )
@@ -38,7 +39,7 @@ class IDABBoxHead(ConvFCBBoxHead):
     Boxes are regressed as in MMDetection, under the same names. Fully connected layers serve
     regression alone:
 
-        shared convs -> cls convs -> cls fcs, :class:`plugin_core.IDAClassifier`
+        shared convs -> cls convs -> :class:`plugin_core.IDAClassifier`
                      -> reg convs or shared fcs -> reg fcs -> reg
 
     The classifier keeps its own initial weights. MMDetection would draw them with a deviation of
@@ -49,14 +50,13 @@ class IDABBoxHead(ConvFCBBoxHead):
     Args:
         num_shared_fcs: as in ``ConvFCBBoxHead``, where the default is 0.
         num_cls_convs: as in ``ConvFCBBoxHead``, but also allowed with shared fcs.
-        num_cls_fcs: number of linear layers before the attention, applied to each position,
-            ``num_fcs`` of the classifier.
         num_heads: as :class:`plugin_core.IDAClassifier` takes it; it divides the channels of the
             map.
         beta: as there.
         heavy: as there.
         sample_order: as there.
         last_head_norm: as there.
+        num_mixers: as there.
         **kwargs: of ``ConvFCBBoxHead``.
 
     Raises:
@@ -69,12 +69,12 @@ class IDABBoxHead(ConvFCBBoxHead):
         *,
         num_shared_fcs: int = 2,
         num_cls_convs: int = 0,
-        num_cls_fcs: int = 0,
         num_heads: int = 4,
         beta: float = 1 / 32,
         heavy: bool = False,
         sample_order: str = "heads",
         last_head_norm: bool = False,
+        num_mixers: int = 2,
         **kwargs: Any,
     ) -> None:
         for name, value in _FIXED.items():
@@ -108,7 +108,7 @@ class IDABBoxHead(ConvFCBBoxHead):
             heavy,
             sample_order,
             last_head_norm,
-            num_cls_fcs,
+            num_mixers,
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -120,6 +120,20 @@ class _DualAttention(nn.Module):
         )
 
 
+class _Mixer(nn.Module):
+    """Mixes first the positions of each channel, then the channels of each position."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.positions = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.channels = nn.Conv2d(channels, channels, 1)
+        nn.init.kaiming_normal_(self.channels.weight, nonlinearity="relu")
+        nn.init.zeros_(self.channels.get_parameter("bias"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.channels(x + self.positions(x)))
+
+
 class IDAClassifier(_DualAttention):
     """Classifies a feature map by what each class attends to in it.
 
@@ -133,8 +147,10 @@ class IDAClassifier(_DualAttention):
             as (N, D), as the public reproduction does.
         last_head_norm: divide all heads' parts of a logit by the last head's norm, as an earlier
             version of the reproduction does.
-        num_fcs: number of linear layers with ReLU, from C to C channels, that are applied to each
-            position before; a classifier of the hidden layers' worth of a usual RoI head has 2.
+        num_mixers: number of layers before that mix first the positions of each channel, by a 7×7
+            kernel, then the channels of each position: ConvMixer's (Trockman and Kolter,
+            arXiv:2201.09792, section 2) with a ReLU and without norms. Attention alone does not see
+            where in the map something lies, which tells how well a region's box fits.
 
     Checkpoints of the reproduction load either way, but have their own logits only with its order.
 
@@ -156,28 +172,25 @@ class IDAClassifier(_DualAttention):
         heavy: bool = False,
         sample_order: str = "heads",
         last_head_norm: bool = False,
-        num_fcs: int = 0,
+        num_mixers: int = 0,
     ) -> None:
         check_positive_int(num_classes=num_classes)
-        if type(num_fcs) is not int or num_fcs < 0:
-            raise ArgumentError("num_fcs", f"must be 0 or a positive integer, got {num_fcs!r}")
+        if type(num_mixers) is not int or num_mixers < 0:
+            raise ArgumentError(
+                "num_mixers", f"must be 0 or a positive integer, got {num_mixers!r}"
+            )
         check_one_of("sample_order", sample_order, SAMPLE_ORDERS)
         check_bool(last_head_norm=last_head_norm)
         super().__init__(in_channels, num_classes, num_heads, beta, heavy)
         self.sample_order = sample_order
         self.last_head_norm = last_head_norm
-        self.fcs = nn.Sequential()
-        for _ in range(num_fcs):
-            conv = nn.Conv2d(in_channels, in_channels, 1)
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            nn.init.zeros_(conv.get_parameter("bias"))
-            self.fcs.extend([conv, nn.ReLU(inplace=True)])
+        self.mixers = nn.Sequential(*(_Mixer(in_channels) for _ in range(num_mixers)))
 
     def forward(self, x: Tensor, return_attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Logits, and where it is asked for the spatial attention (B, N, K, H, W)."""
         self._check_input(x)
         weights = self._class_weights()
-        _, attention, attended = self._attend(self.fcs(x), weights)
+        _, attention, attended = self._attend(self.mixers(x), weights)
         if self.last_head_norm:
             weights = self._class_weights(last_head_norm=True)
         logits = torch.einsum("bnkd,nkd->bk", attended, weights.to(attended.dtype))
@@ -190,12 +203,12 @@ class IDAClassifier(_DualAttention):
     ) -> None:
         given = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
         # Frameworks load what fits and log the rest: other layers would give other logits.
-        num_fcs = sum(re.fullmatch(r"fcs\.\d+\.weight", name) is not None for name in given)
-        if "head.0.weight" in given and num_fcs != len(self.fcs) // 2:
+        mixers = sum(re.fullmatch(r"mixers\.\d+\.channels\.weight", n) is not None for n in given)
+        if "head.0.weight" in given and mixers != len(self.mixers):
             raise RuntimeError(
-                f"{prefix}fcs: this state dict was trained with {num_fcs} linear layers before the "
-                f"attention, and the module was built with {len(self.fcs) // 2}; build it with "
-                f"{num_fcs} (num_fcs)"
+                f"{prefix}mixers: this state dict was trained with {mixers} mixers before the "
+                f"attention, and the module was built with {len(self.mixers)}; build it with "
+                f"{mixers} (num_mixers)"
             )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

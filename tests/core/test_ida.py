@@ -170,21 +170,34 @@ def test_default_block_has_less_than_a_hundredth_of_a_ResNet_50s_parameters():
     assert counts == [100_608, 233_984]
 
 
-def test_linear_layers_before_the_classifier_are_applied_to_each_position():
-    model, x = IDAClassifier(8, 3, num_fcs=2), torch.randn(2, 8, 4, 5)
+def test_mixers_before_the_classifier_mix_positions_then_channels():
+    model, x = IDAClassifier(8, 3, num_mixers=2), torch.randn(2, 8, 4, 5)
     plain = IDAClassifier(8, 3)
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k[:4] != "fcs."})
-    hidden = x.flatten(2)
-    for linear in (model.fcs[0], model.fcs[2]):
-        hidden = (linear.weight.flatten(1) @ hidden + linear.bias[:, None]).relu()
-    torch.testing.assert_close(model(x), plain(hidden.view_as(x)))
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "mixers" not in k})
+    hidden = x
+    for mixer in model.mixers:
+        kernel, bias = mixer.positions.weight, mixer.positions.bias
+        wide = torch.nn.functional.pad(hidden, (3, 3, 3, 3))
+        windows = wide.unfold(2, 7, 1).unfold(3, 7, 1)  # (B, C, H, W, 7, 7)
+        hidden = hidden + (windows * kernel[:, 0, None, None]).sum((4, 5)) + bias[:, None, None]
+        hidden = torch.einsum("oc,bchw->bohw", mixer.channels.weight[:, :, 0, 0], hidden)
+        hidden = (hidden + mixer.channels.bias[:, None, None]).relu()
+    torch.testing.assert_close(model(x), plain(hidden))
+
+
+def test_only_mixers_let_a_classifier_see_where_something_lies():
+    x = torch.randn(2, 8, 4, 5)
+    moved = x.roll(1, dims=3)
+    plain, mixed = IDAClassifier(8, 3), IDAClassifier(8, 3, num_mixers=1)
+    torch.testing.assert_close(plain(moved), plain(x))
+    assert (mixed(moved) - mixed(x)).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(("saved", "built"), [(0, 2), (2, 0)])
-def test_classifier_of_other_linear_layers_is_not_loaded(saved, built):
-    state = IDAClassifier(8, 3, num_fcs=saved).state_dict()
-    with pytest.raises(RuntimeError, match=f"trained with {saved} linear layers .* with {built};"):
-        IDAClassifier(8, 3, num_fcs=built).load_state_dict(state, strict=False)
+def test_classifier_of_other_mixers_is_not_loaded(saved, built):
+    state = IDAClassifier(8, 3, num_mixers=saved).state_dict()
+    with pytest.raises(RuntimeError, match=f"trained with {saved} mixers .* with {built};"):
+        IDAClassifier(8, 3, num_mixers=built).load_state_dict(state, strict=False)
 
 
 @HEAVY
@@ -306,7 +319,7 @@ def test_wrong_argument_is_named(kind, arguments, message):
     [
         ({"sample_order": "head"}, "sample_order must be 'heads' or 'interleaved', got 'head'"),
         ({"last_head_norm": 1}, "last_head_norm must be True or False, got 1"),
-        ({"num_fcs": -1}, "num_fcs must be 0 or a positive integer, got -1"),
+        ({"num_mixers": -1}, "num_mixers must be 0 or a positive integer, got -1"),
     ],
 )
 def test_wrong_choice_of_the_classifier_is_named(argument, message):

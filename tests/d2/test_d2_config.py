@@ -42,7 +42,7 @@ def test_plugins_are_off_by_default():
     assert dict(cfg.MODEL.ROI_BOX_HEAD.IDA) == {
         "NUM_HEADS": 4,
         "BETA": 1 / 32,
-        "NUM_FC": 0,
+        "NUM_MIXERS": 2,
         "HEAVY": False,
         "SAMPLE_ORDER": "heads",
         "LAST_HEAD_NORM": False,

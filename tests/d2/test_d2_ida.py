@@ -103,13 +103,13 @@ def test_settings_reach_the_classifiers(head_cfg):
     head_cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS = 2
     head_cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = True
     head_cfg.MODEL.ROI_BOX_HEAD.IDA.BETA = 0.5
-    head_cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_FC = 1
+    head_cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_MIXERS = 1
     head_cfg.MODEL.ROI_BOX_HEAD.IDA.SAMPLE_ORDER = "interleaved"
     head_cfg.MODEL.ROI_BOX_HEAD.IDA.LAST_HEAD_NORM = True
     for predictor in predictors(build_model(head_cfg)):
         classifier = predictor.cls_score
         assert classifier.num_heads == 2 and classifier.out_proj is not None
-        assert classifier.beta == 0.5 and len(classifier.fcs) == 2  # a layer and its ReLU
+        assert classifier.beta == 0.5 and len(classifier.mixers) == 1
         assert classifier.sample_order == "interleaved" and classifier.last_head_norm
 
 

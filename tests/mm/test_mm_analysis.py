@@ -86,8 +86,10 @@ def test_head_of_ida_is_counted_for_every_proposal():
     cfg.model.roi_head.bbox_head.type = "IDABBoxHead"
     report, plain = analyze(cfg, (64, 64)), baseline(64, 64)
     assert report.attention_modules == 1
-    assert report.attention.parameters == 256 * 81 + 4 * (64 * 64 + 64)
+    mixers = 2 * (256 * 7 * 7 + 256 + 256 * 256 + 256)
+    assert report.attention.parameters == mixers + 256 * 81 + 4 * (64 * 64 + 64)
     expected = ida_flops(256, 81, 49, 4) + 81 * 256  # these are the logits
+    expected += 2 * 49 * (256 * 7 * 7 + 256 * 256)  # of the mixers
     assert report.attention.flops == pytest.approx(37 * expected, rel=1e-3)
     linear = Cost(parameters=(16 + 1) * 81, flops=37 * 16 * 81, activations=37 * 81)
     assert report.total - plain.total == report.attention - linear

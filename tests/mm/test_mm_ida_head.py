@@ -114,9 +114,9 @@ def test_settings_reach_the_classifier():
 
 def test_defaults_of_the_settings_are_the_classifiers_own():
     own, of_head = (inspect.signature(k).parameters for k in (IDAClassifier, IDABBoxHead))
-    assert [*own][-1] == "num_fcs"  # MMDetection has a name for it
-    for name, ours in {**{name: name for name in [*own][2:-1]}, "num_cls_fcs": "num_fcs"}.items():
-        assert of_head[name].default == own[ours].default
+    assert [*own][-1] == "num_mixers"  # which a region's classifier has and an image's has not
+    for name in [*own][2:-1]:
+        assert of_head[name].default == own[name].default
 
 
 @HEAVY
@@ -169,7 +169,7 @@ def test_loss_with_channels_of_its_own_gets_them():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"num_cls_fcs": -1}, "num_fcs must be 0 or a positive integer, got -1"),
+        ({"num_mixers": -1}, "num_mixers must be 0 or a positive integer, got -1"),
         ({"with_avg_pool": True}, "with_avg_pool must be False, .* got True"),
         ({"with_cls": False}, "with_cls must be True, .* got False"),
         ({"with_reg": False}, "with_reg must be True, .* got False"),
