@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))  # the tools import one another as a script does
 
 torch.set_num_threads(1)  # tests run side by side
+gc.disable()  # until all is imported, which leaves little behind
 quick_frameworks.read_once()
 # Nothing is downloaded; without it, a text model that is missing is looked for on a network first.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,6 +23,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # what is imported lives to the end: collections need not look at it each time
+    gc.set_threshold(10_000, 10, 10)
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -149,6 +149,7 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
+    gc.disable()  # until all is imported, which leaves little behind
     for name in MODULES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -158,6 +159,7 @@ if __name__ == "__main__":
         paths = importlib.import_module("mmengine.config.utils")
         paths._get_cfg_metainfo(str(Path(importlib.import_module("mmdet").__file__).parent), "")
     gc.freeze()  # a fork's collections leave alone, and so share, what is imported
+    gc.enable()
     wanted = serve()
     if wanted is not None:
         become(wanted)
