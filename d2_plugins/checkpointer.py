@@ -15,7 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
 from plugin_core.checkpoints.reading import find_state_dict, read_checkpoint
-from plugin_core.errors import few
+from plugin_core.errors import StateDictError, few
 from plugin_core.files import replacing, write_text
 from plugin_core.published_names import find_cold, find_unread, rename_all_published
 from plugin_core.training import RunError
@@ -143,7 +143,10 @@ class PluginCheckpointer(DetectionCheckpointer):
             fit_names(state, self.model.state_dict().keys(), self.setting)
         rename_all_published(state, self.model)
         given, example = dict(state), next(iter(state), "nothing")
-        result = super()._load_model(checkpoint)
+        try:
+            result = super()._load_model(checkpoint)
+        except StateDictError as error:
+            raise CheckpointError(f"{self.setting}: {error}") from error
         shapes = [
             f"{name} ({tuple(old)} in the file, {tuple(new)} in the model)"
             for name, old, new in result.incorrect_shapes

@@ -53,8 +53,11 @@ def add_plugin_config(cfg: CN) -> None:
     cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_HEADS = 4
     # Added to the norm of a class's weights, > 0
     cfg.MODEL.ROI_BOX_HEAD.IDA.BETA = 1 / 32
-    # Number of layers before that mix positions and channels, so that attention sees the place
+    # Number of layers before the attention, which mix positions and channels: without them it does
+    # not see where in a region something lies
     cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_MIXERS = 2
+    # Of version 0.2.0, whose runs have written it into their config.yaml
+    cfg.register_deprecated_key("MODEL.ROI_BOX_HEAD.IDA.NUM_FC")
     # Whether to attend over the heads with two transformer layers and a projection
     cfg.MODEL.ROI_BOX_HEAD.IDA.HEAVY = False
     # What the second attention takes as a sample: "heads" as in the paper, or "interleaved" as in

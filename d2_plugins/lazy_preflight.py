@@ -89,11 +89,13 @@ def check_lazy_config(cfg: DictConfig, *, eval_only: bool, resume: bool) -> None
     model = build_lazily(cfg)
     key = "model.backbone.bottom_up.plugins"
     check_plugins_are_read(model, OmegaConf.select(cfg, key) or (), key, "name")
+    reads_weights = bool(weights) and not resumed and "://" not in weights
+    if reads_weights:
+        check_readable(weights, "train.init_checkpoint")
     _check_lazy_data(cfg, model, eval_only=eval_only, resumed=resumed)
     _try_lazy_builders(cfg, model, eval_only=eval_only)
-    if not weights or resumed or "://" in weights:
+    if not reads_weights:
         return
-    check_readable(weights, "train.init_checkpoint")
     depth_key = "model.backbone.bottom_up.stages.depth"
     depth = _lazy_depth(cfg)
     if depth is not None:

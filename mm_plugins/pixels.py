@@ -55,7 +55,8 @@ def find_mismatches(cfg: Config) -> list[str]:
     if used is None:
         return []
     begins = [init.get("checkpoint") for init in pretrained(backbone.get("init_cfg"))]
-    weights = next(filter(None, [cfg.get("load_from"), *begins]), "")
+    # Of several mmengine loads the last one last.
+    weights = next(filter(None, [cfg.get("load_from"), *reversed(begins)]), "")
     wanted = find_pixel_format(weights) if weights else None
     settings = _classifier_settings if is_classifier else pixel_settings
     return [] if wanted is None else explain_mismatch(weights, wanted, used, settings)

@@ -24,7 +24,7 @@ _FIXED = MappingProxyType(
         "with_avg_pool": False,
         "with_cls": True,
         "with_reg": True,
-        "num_cls_fcs": 0,
+        "num_cls_fcs": 0,  # num_mixers are the classifier's layers
         "cls_predictor_cfg": {"type": "Linear"},
     }
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mm_plugins.block_plugins import BlockPlugin
 from mm_plugins.init_cfgs import pretrained
 from plugin_core.checkpoints.reading import read_checkpoint
-from plugin_core.errors import few
+from plugin_core.errors import StateDictError, few
 from plugin_core.published_names import find_unread, rename_all_published
 from plugin_core.training.checkpoint_files import check_readable
 from plugin_core.training.names import fit_names as fit
@@ -94,6 +94,8 @@ def check_weights(
     }
     try:
         missing, unexpected, mismatched = _load(model, tensors)
+    except StateDictError as error:
+        raise ValueError(f"{setting}: {path!r}: {error}") from error
     except Exception:  # of a module that computes with its weights while they are loaded
         return []
     own, inner = model.state_dict().keys(), {n.removeprefix("backbone.") for n in unexpected}

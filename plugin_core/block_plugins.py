@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from plugin_core.errors import (
     ArgumentError,
+    StateDictError,
     check_bool,
     check_one_of,
     did_you_mean,
@@ -202,7 +203,7 @@ class BlockPlugin(nn.Module):
 
     Raises:
         ValueError: if the module changes the shape, or with ``warm_start`` its input.
-        RuntimeError: if a state dict with ``alpha`` is loaded without ``warm_start``.
+        StateDictError: if a state dict with ``alpha`` is loaded without ``warm_start``.
     """
 
     def __init__(self, module: nn.Module, name: str, warm_start: bool = False) -> None:
@@ -263,8 +264,7 @@ class BlockPlugin(nn.Module):
         # A module may have an `alpha` of its own. Here that is written as "module.alpha".
         is_modules = "alpha" in module and "module.alpha" not in given
         if self.alpha is None and "alpha" in given and not is_modules:
-            # Frameworks load what fits and log the rest: without alpha the result would be wrong.
-            raise RuntimeError(
+            raise StateDictError(
                 f"{prefix}alpha: this state dict was trained with warm_start=True, and the module "
                 "was built with warm_start=False; build it with warm_start=True"
             )

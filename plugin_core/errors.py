@@ -28,6 +28,14 @@ class ArgumentError(ValueError):
         return f"{self.argument} {self.reason}".rstrip()
 
 
+class StateDictError(RuntimeError):
+    """A state dict is of a module that was built otherwise.
+
+    Frameworks load what fits and log the rest, so that the result would be wrong. PyTorch's own
+    error for a state dict is a RuntimeError.
+    """
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint such as "; did you mean 'eca'?" for a name with a typo; empty if none is similar."""
     likely = difflib.get_close_matches(str(name), [*known])
@@ -88,7 +96,7 @@ def check_positive_int(**arguments: Any) -> None:
 
 
 def check_one_of(argument: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ArgumentError if a value is none of two or more choices."""
+    """Raise ArgumentError if a value is not among the choices, of which there are at least two."""
     if value not in choices:
         names = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}"
         raise ArgumentError(argument, f"must be {names}, got {value!r}")

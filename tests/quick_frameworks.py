@@ -18,7 +18,7 @@ BLOCK = 16381
 
 
 def read_once() -> None:
-    """Read the list of MMDetection's configs once, and leave the text of configs as it is.
+    """Read each framework's files and configs once, and leave the text of configs as it is.
 
     For each ``_base_ = "mmdet::…"`` mmengine reads about 100 YAML files and looks through all
     installed packages. A Runner lays out its config about five times, 0.6 s each. A training loop

@@ -52,7 +52,7 @@ def check_target(target: Path, force: bool, own: re.Pattern[str], marker: str) -
     Raises:
         ArgumentError: says what is in the way.
     """
-    parent = next(place for place in target.parents if os.path.lexists(place))
+    parent = next((place for place in target.parents if os.path.lexists(place)), target)
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         raise ArgumentError(f"OUT: cannot write in '{parent}'; give a place that can be written")
     if not os.path.lexists(target):
@@ -61,8 +61,8 @@ def check_target(target: Path, force: bool, own: re.Pattern[str], marker: str) -
         raise ArgumentError(f"OUT: '{target}' already exists; give another name, or --force")
     if target.is_symlink() or not target.is_dir():
         raise ArgumentError(f"OUT: '{target}' is not a folder; --force replaces only folders")
-    homes = (Path.home(), Path.cwd())
-    if any(target.samefile(place) for home in homes for place in (home, *home.parents)):
+    homes = [home.resolve() for home in (Path.home(), Path.cwd())]
+    if any(target.resolve() in (home, *home.parents) for home in homes):
         raise ArgumentError(
             f"OUT: '{target}' is or holds the home or the current directory; give another name"
         )

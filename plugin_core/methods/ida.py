@@ -42,7 +42,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from plugin_core.block_plugins import register_block_plugin
-from plugin_core.errors import ArgumentError, check_bool, check_one_of, check_positive_int
+from plugin_core.errors import (
+    ArgumentError,
+    StateDictError,
+    check_bool,
+    check_one_of,
+    check_positive_int,
+)
 from plugin_core.kernels import has_hooks
 from plugin_core.kernels.precision import in_float32
 
@@ -147,10 +153,11 @@ class IDAClassifier(_DualAttention):
             as (N, D), as the public reproduction does.
         last_head_norm: divide all heads' parts of a logit by the last head's norm, as an earlier
             version of the reproduction does.
-        num_mixers: number of layers before that mix first the positions of each channel, by a 7×7
-            kernel, then the channels of each position: ConvMixer's (Trockman and Kolter,
-            arXiv:2201.09792, section 2) with a ReLU and without norms. Attention alone does not see
-            where in the map something lies, which tells how well a region's box fits.
+        num_mixers: number of layers before the attention, which mix the positions of each channel,
+            by a 7×7 kernel with a shortcut, then the channels of each position: ConvMixer's
+            (Trockman and Kolter, arXiv:2201.09792, section 2) without norms, with one ReLU in the
+            place of two GELUs. Attention alone does not see where in the map something lies, which
+            tells how well a region's box fits.
 
     Checkpoints of the reproduction load either way, but have their own logits only with its order.
 
@@ -202,10 +209,14 @@ class IDAClassifier(_DualAttention):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         given = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
-        # Frameworks load what fits and log the rest: other layers would give other logits.
+        if any(name.startswith("fcs.") for name in given):
+            raise StateDictError(
+                f"{prefix}fcs: this state dict was trained with linear layers before the attention "
+                "(NUM_FC, num_cls_fcs), which version 0.2.0 has and later ones have not"
+            )
         mixers = sum(re.fullmatch(r"mixers\.\d+\.channels\.weight", n) is not None for n in given)
         if "head.0.weight" in given and mixers != len(self.mixers):
-            raise RuntimeError(
+            raise StateDictError(
                 f"{prefix}mixers: this state dict was trained with {mixers} mixers before the "
                 f"attention, and the module was built with {len(self.mixers)}; build it with "
                 f"{mixers} (num_mixers)"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plugin_core import IDABlock, IDAClassifier, build_block_plugin
+from plugin_core.errors import StateDictError
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 HEAVY = pytest.mark.parametrize("heavy", [False, True], ids=["light", "heavy"])
@@ -196,7 +197,14 @@ def test_only_mixers_let_a_classifier_see_where_something_lies():
 @pytest.mark.parametrize(("saved", "built"), [(0, 2), (2, 0)])
 def test_classifier_of_other_mixers_is_not_loaded(saved, built):
     state = IDAClassifier(8, 3, num_mixers=saved).state_dict()
-    with pytest.raises(RuntimeError, match=f"trained with {saved} mixers .* with {built};"):
+    with pytest.raises(StateDictError, match=f"trained with {saved} mixers .* with {built};"):
+        IDAClassifier(8, 3, num_mixers=built).load_state_dict(state, strict=False)
+
+
+@pytest.mark.parametrize("built", [0, 2])
+def test_classifier_of_version_0_2_with_linear_layers_is_not_loaded(built):
+    state = IDAClassifier(8, 3).state_dict() | {"fcs.0.weight": torch.zeros(8, 8, 1, 1)}
+    with pytest.raises(StateDictError, match=r"^fcs: .* which version 0\.2\.0 has"):
         IDAClassifier(8, 3, num_mixers=built).load_state_dict(state, strict=False)
 
 

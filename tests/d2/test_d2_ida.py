@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
-from detectron2.config import CfgNode, LazyCall, instantiate
+from detectron2.config import CfgNode, LazyCall, get_cfg, instantiate
 from detectron2.export import TracingAdapter
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
@@ -19,9 +20,13 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from small_rcnn import example, predictors, shrink
 
+from d2_plugins import add_plugin_config
+from d2_plugins.checkpointer import check_weights
+from d2_plugins.config import merge_config
 from d2_plugins.preflight import check_config
 from d2_plugins.roi_heads import IDABoxHead, IDAOutputLayers
 from plugin_core import IDAClassifier
+from plugin_core.training import RunError
 
 
 @pytest.fixture(params=["Standard", "Cascade"])
@@ -55,6 +60,34 @@ def test_a_plain_detectors_weights_load_but_for_the_classifier(head_cfg):
     keys = model.load_state_dict(build_model(without).state_dict(), strict=False)
     assert all(".cls_score." in n for n in keys.missing_keys + keys.unexpected_keys)
     assert {n.rpartition("cls_score.")[2] for n in keys.unexpected_keys} == {"weight", "bias"}
+
+
+def test_checkpoint_of_other_mixers_is_one_line(head_cfg, tmp_path):
+    earlier = head_cfg.clone()
+    earlier.MODEL.ROI_BOX_HEAD.IDA.NUM_MIXERS = 0
+    path = str(tmp_path / "model.pth")
+    torch.save({"model": build_model(earlier).state_dict()}, path)
+    with pytest.raises(RunError, match=r"^MODEL\.WEIGHTS: .* 0 mixers .*; build it with 0"):
+        check_weights(build_model(head_cfg), path, "MODEL.WEIGHTS", whole=True)
+    check_weights(build_model(earlier), path, "MODEL.WEIGHTS", whole=True)
+
+
+def test_a_config_that_version_0_2_wrote_is_read(tmp_path):
+    written = get_cfg()
+    add_plugin_config(written)
+    del written.MODEL.ROI_BOX_HEAD.IDA["NUM_MIXERS"]
+    written.MODEL.ROI_BOX_HEAD.IDA.NUM_FC = 0
+    (tmp_path / "config.yaml").write_text(written.dump())
+    cfg = get_cfg()
+    add_plugin_config(cfg)
+    merge_config(cfg, str(tmp_path / "config.yaml"))
+    assert cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_MIXERS == 2
+    assert "NUM_FC" not in cfg.MODEL.ROI_BOX_HEAD.IDA
+
+
+def test_a_lazy_config_has_the_same_mixers(head_cfg):
+    own = inspect.signature(IDAOutputLayers.__init__).parameters["num_mixers"]
+    assert own.default == head_cfg.MODEL.ROI_BOX_HEAD.IDA.NUM_MIXERS == 2
 
 
 def test_boxes_are_regressed_as_without_ida_and_classes_by_the_pooled_map(head_cfg):

@@ -19,6 +19,7 @@ from mmengine.structures import InstanceData
 
 from mm_plugins import IDABBoxHead
 from mm_plugins.analysis import load_config
+from mm_plugins.weights import check_weights
 from plugin_core import IDAClassifier
 
 HEAVY = pytest.mark.parametrize("heavy", [False, True], ids=["light", "heavy"])
@@ -117,6 +118,15 @@ def test_defaults_of_the_settings_are_the_classifiers_own():
     assert [*own][-1] == "num_mixers"  # which a region's classifier has and an image's has not
     for name in [*own][2:-1]:
         assert of_head[name].default == own[name].default
+    assert of_head["num_mixers"].default == 2  # as in Detectron2
+
+
+def test_checkpoint_of_other_mixers_is_one_line(tmp_path):
+    path = str(tmp_path / "model.pth")
+    torch.save({"state_dict": head(num_mixers=0).state_dict()}, path)
+    with pytest.raises(ValueError, match=r"^load_from: .* 0 mixers .*; build it with 0"):
+        check_weights(head(), path, "load_from", whole=False)
+    assert check_weights(head(num_mixers=0), path, "load_from", whole=True) == []
 
 
 @HEAVY
@@ -170,6 +180,7 @@ def test_loss_with_channels_of_its_own_gets_them():
     ("argument", "message"),
     [
         ({"num_mixers": -1}, "num_mixers must be 0 or a positive integer, got -1"),
+        ({"num_cls_fcs": 2}, "num_cls_fcs must be 0, .* got 2"),
         ({"with_avg_pool": True}, "with_avg_pool must be False, .* got True"),
         ({"with_cls": False}, "with_cls must be True, .* got False"),
         ({"with_reg": False}, "with_reg must be True, .* got False"),

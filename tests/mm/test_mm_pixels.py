@@ -25,7 +25,8 @@ def test_each_wrong_setting_is_a_sentence_with_both_values(listed):
     cfg = Config.fromfile(FASTER)
     cfg.model.backbone.init_cfg.checkpoint = "open-mmlab://detectron2/resnet50_caffe"
     if listed:
-        cfg.model.backbone.init_cfg = [{"type": "Kaiming"}, cfg.model.backbone.init_cfg]
+        overwritten = {"type": "Pretrained", "checkpoint": "torchvision://resnet50"}
+        cfg.model.backbone.init_cfg = [overwritten, cfg.model.backbone.init_cfg]
     order, mean, std, style = find_mismatches(cfg)
     assert order.startswith("model.data_preprocessor.bgr_to_rgb is True, but the weights 'open-mm")
     assert mean.startswith("model.data_preprocessor.mean is [123.675, 116.28, 103.53]")

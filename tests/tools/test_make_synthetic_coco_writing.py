@@ -72,6 +72,12 @@ def test_force_refuses_links_files_and_the_current_directory(
     assert (out / "annotations/instances_train2017.json").exists()
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_the_root_of_all_folders_is_refused(force: bool) -> None:
+    with pytest.raises(ArgumentError, match="home" if force else "already exists"):
+        make(Path("/"), force=force)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_failed_run_leaves_everything_as_it_was(
