@@ -6,8 +6,7 @@ import itertools
 import logging
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,32 +32,8 @@ logger = logging.getLogger("detectron2.plugins")
 _MOST_IN_A_ROW = 1000
 
 
-@contextmanager
-def naming_image(dataset_dict: Mapping[str, Any]) -> Iterator[None]:
-    """Name the image that cannot be read; raises UnreadableImage."""
-    name = dataset_dict.get("file_name")
-    try:
-        yield
-    except SizeMismatchError as error:
-        raise UnreadableImage(f"image {name!r} does not fit its annotations: {error}") from error
-    except (OSError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        # of Pillow, for a broken image
-        raise UnreadableImage(
-            f"image {name!r} cannot be read ({error}); restore the file, or take the image out of "
-            "the dataset's annotations"
-        ) from error
-
-
-class PluginDatasetMapper(DatasetMapper):
-    """Detectron2's mapper, naming the image that does not decode."""
-
-    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        with naming_image(dataset_dict):
-            return super().__call__(dataset_dict)
-
-
 class NamingMapper:
-    """Any mapper, naming the image that does not decode.
+    """Any mapper, naming the image that cannot be read; raises UnreadableImage.
 
     Args:
         mapper: of a sample.
@@ -68,8 +43,24 @@ class NamingMapper:
         self.mapper = mapper
 
     def __call__(self, dataset_dict: dict[str, Any]) -> Any:
-        with naming_image(dataset_dict):
+        name = dataset_dict.get("file_name")
+        try:
             return self.mapper(dataset_dict)
+        except SizeMismatchError as error:
+            message = f"image {name!r} does not fit its annotations: {error}"
+            raise UnreadableImage(message) from error
+        except (
+            OSError,
+            SyntaxError,
+            EOFError,
+            struct.error,
+            Image.DecompressionBombError,
+        ) as error:
+            # of Pillow, for a broken image
+            raise UnreadableImage(
+                f"image {name!r} cannot be read ({error}); restore the file, or take the image "
+                "out of the dataset's annotations"
+            ) from error
 
 
 class TrainLoader:
@@ -160,7 +151,7 @@ class ResumableTrainLoader(TrainLoader):
         self.start_iter = 0
         self._seed = cfg.SEED
         self._stream: _SampleStream | None = None
-        mapper: Any = PluginDatasetMapper(cfg, is_train=True)
+        mapper: Any = NamingMapper(DatasetMapper(cfg, is_train=True))
         if self._seed < 0:
             parts = build_detection_train_loader.from_config(cfg, mapper=mapper)
             if cfg.INPUT.SKIP_BAD_IMAGES and parts["dataset"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import DatasetMapper, MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from d2_plugins.checkpointer import PluginCheckpointer
-from d2_plugins.data import PluginDatasetMapper, ResumableTrainLoader
+from d2_plugins.data import NamingMapper, ResumableTrainLoader
 from d2_plugins.evaluation import build_evaluator
 from d2_plugins.optimizer import build_optimizer
 from d2_plugins.training_loop import (
@@ -120,7 +120,7 @@ class PluginTrainer(DefaultTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
         return build_detection_test_loader(
-            cfg, dataset_name, mapper=PluginDatasetMapper(cfg, is_train=False)
+            cfg, dataset_name, mapper=NamingMapper(DatasetMapper(cfg, is_train=False))
         )
 
     @classmethod

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import convert_PIL_to_numpy
 from detectron2.data.transforms import AugInput, Transform
 from detectron2.modeling import GeneralizedRCNNWithTTA
@@ -23,7 +24,6 @@ from detectron2.solver import build_lr_scheduler
 from PIL import Image
 from torch import nn
 
-from d2_plugins.data import PluginDatasetMapper
 from d2_plugins.model_checks import explain
 from d2_plugins.optimizer import build_optimizer, check_solver
 from plugin_core.errors import did_you_mean
@@ -179,7 +179,7 @@ def try_builders(cfg: CfgNode, model: nn.Module, *, eval_only: bool) -> None:
 
 
 def _try_images(cfg: CfgNode, is_train: bool, channels: int | None) -> None:
-    mapper: Any = try_to(lambda: PluginDatasetMapper(cfg, is_train=is_train), "INPUT")
+    mapper: Any = try_to(lambda: DatasetMapper(cfg, is_train=is_train), "INPUT")
     image = blank_image(mapper.image_format, "INPUT.FORMAT", channels)
     try_to(lambda: mapper.augmentations(image), "INPUT")
 

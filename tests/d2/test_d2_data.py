@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.datasets.builtin_meta import (
     COCO_PERSON_KEYPOINT_FLIP_MAP,
@@ -26,7 +26,7 @@ from detectron2.utils.env import seed_all_rng
 from torch.utils.data import Sampler
 
 from d2_plugins.data import (
-    PluginDatasetMapper,
+    NamingMapper,
     ResumableTrainLoader,
     _SampleStream,
     derive_seed,
@@ -272,9 +272,9 @@ def test_batches_hold_one_aspect_ratio_group_where_asked(loader_cfg):
 
 def test_samples_that_are_left_out_are_not_loaded(loader_cfg, monkeypatch):
     loaded = []
-    load = PluginDatasetMapper.__call__
+    load = NamingMapper.__call__
     monkeypatch.setattr(
-        PluginDatasetMapper,
+        NamingMapper,
         "__call__",
         lambda self, sample: loaded.append(sample["image_id"]) or load(self, sample),
     )
@@ -307,7 +307,7 @@ def test_broken_image_is_named(cfg, tiny_coco, tmp_path, content, is_train):
     path = tmp_path / "broken.png"
     if content != "missing":
         path.write_bytes({"truncated": whole[:-40], "empty": b"", "text": b"<html>"}[content])
-    mapper = PluginDatasetMapper(cfg, is_train)
+    mapper = NamingMapper(DatasetMapper(cfg, is_train))
     sample = {"file_name": str(path), "width": 24, "height": 16, "annotations": []}
     with pytest.raises(ValueError) as error:
         mapper(sample)

@@ -11,11 +11,10 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 
 import hard_inputs
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, Instances
 
-from d2_plugins.data import PluginDatasetMapper
 from d2_plugins.datasets import prepare, register_coco
 from plugin_core.datasets.check import Reads, Use
 
@@ -60,7 +59,7 @@ def test_what_can_be_read_in_one_way_is_read_so(damaged, case):
     folder = damaged / case
     register(folder)
     assert set(MetadataCatalog.get("hard_train").thing_classes) == set(hard_inputs.NAMES)
-    mapper = PluginDatasetMapper(get_cfg(), is_train=True)
+    mapper = DatasetMapper(get_cfg(), is_train=True)
     for image in DatasetCatalog.get("hard_train")[:3]:
         mapper(image)
     assert average_precision(folder) == pytest.approx(100)
