@@ -31,8 +31,8 @@ from mm_plugins.mixins import not_for
 from mm_plugins.second_derivatives import second_derivatives
 from mm_plugins.settings import build_from
 from plugin_core import FunctionalEntropyRegularizer
+from plugin_core.errors import check_positive_int
 from plugin_core.inspection.recorder import record_calls
-from plugin_core.methods.attention_mask_consistency import check_every
 
 # What a module was called with, by name, and what it gave
 Recording = tuple[dict[str, Any], Any]
@@ -132,7 +132,7 @@ def functional_entropy_loss(
     Raises:
         ValueError: if an argument is out of range.
     """
-    check_every(every)
+    check_positive_int(every=every)
     regularizer = FunctionalEntropyRegularizer(
         samples,
         bound,

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from plugin_core.errors import ArgumentError, check_one_of
+from plugin_core.errors import ArgumentError, check_one_of, check_positive_int
 from plugin_core.kernels.precision import in_float32
 
 _T = TypeVar("_T")
@@ -275,7 +275,7 @@ class AttentionMaskConsistency:
         for name, weight in (("mean_weight", mean_weight), ("max_weight", max_weight)):
             if not 0 <= weight < float("inf"):
                 raise ArgumentError(name, f"must be at least 0 and finite, got {weight!r}")
-        check_every(every)
+        check_positive_int(every=every)
         if phrases is not None and (type(phrases) is not int or phrases < 1):
             raise ArgumentError("phrases", f"must be at least 1, or None for all, got {phrases!r}")
         check_one_of("boxes", boxes, ("all", "random"))
@@ -342,12 +342,6 @@ class AttentionMaskConsistency:
             return boxes
         drawn = int(torch.randint(len(boxes), ()))
         return boxes[drawn : drawn + 1]
-
-
-def check_every(every: int) -> None:
-    """Raise ArgumentError if ``every`` is no number of steps."""
-    if type(every) is not int or every < 1:
-        raise ArgumentError("every", f"must be a number of steps of at least 1, got {every!r}")
 
 
 def region_mask(

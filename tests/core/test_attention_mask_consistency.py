@@ -338,7 +338,7 @@ def test_images_without_phrases_only_have_losses_of_zero():
         ({"max_margin": 1.5}, "max_margin must be from 0 to 1, .* got 1.5"),
         ({"mean_weight": -1}, "mean_weight must be at least 0 and finite, got -1"),
         ({"max_weight": float("nan")}, "max_weight must be at least 0 and finite, got nan"),
-        ({"every": 0}, "every must be a number of steps of at least 1, got 0"),
+        ({"every": 0}, "every must be a positive integer, got 0"),
         ({"phrases": 0}, "phrases must be at least 1, or None for all, got 0"),
         ({"boxes": "one"}, "boxes must be 'all' or 'random', got 'one'"),
         ({"resolution": 16}, "resolution must be 'auto', 'image' or 'activation', got 16"),

@@ -121,7 +121,7 @@ class OwnAMCDetector(AMCGeneralizedRCNN):
         ({"MODEL.AMC.MAX_MARGIN": -0.1}, "MODEL.AMC.MAX_MARGIN: must be from 0 to 1"),
         ({"MODEL.AMC.MEAN_WEIGHT": -1.0}, "MODEL.AMC.MEAN_WEIGHT: must be at least 0"),
         ({"MODEL.AMC.MAX_WEIGHT": -1.0}, "MODEL.AMC.MAX_WEIGHT: must be at least 0"),
-        ({"MODEL.AMC.EVERY": 0}, "MODEL.AMC.EVERY: must be a number of steps of at least 1"),
+        ({"MODEL.AMC.EVERY": 0}, "MODEL.AMC.EVERY: must be a positive integer"),
         ({"MODEL.AMC.CLASSES": -1}, "MODEL.AMC.CLASSES: must be how many classes of an image"),
         ({"MODEL.AMC.BOXES": "one"}, "MODEL.AMC.BOXES: must be 'all' or 'random', got 'one'"),
         ({"MODEL.AMC.RESOLUTION": "mask"}, "MODEL.AMC.RESOLUTION: must be 'auto', 'image'"),

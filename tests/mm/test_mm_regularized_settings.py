@@ -62,7 +62,10 @@ def test_a_text_in_chunks_is_refused_by_name(config):
             {"functional_entropy": {"as_published": 1}},
             "functional_entropy.as_published must be True or False, got 1",
         ),
-        ({"functional_entropy": {"every": 0}}, "functional_entropy.every must be a number"),
+        (
+            {"functional_entropy": {"every": 0}},
+            "functional_entropy.every must be a positive integer",
+        ),
         ({"attention_mask_consistency": 1}, r"attention_mask_consistency must be dict\(…\)"),
         (
             {**AMC, "heatmap": {"activation": "encoder.fusion_layer.1"}},
