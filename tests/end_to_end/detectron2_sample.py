@@ -13,12 +13,14 @@ IDA_HEAD = {
     "MODEL.ROI_HEADS.NAME": "StandardPluginROIHeads",
     "MODEL.ROI_BOX_HEAD.NAME": "IDABoxHead",
 }
-# A ResNet-18, narrow heads, small images and random weights, as nothing can be downloaded; ten
-# steps with a checkpoint after five. Without weight decay, which moves what has no gradient.
+# A narrow ResNet-50, narrow heads, small images and random weights, as nothing can be downloaded;
+# ten steps with a checkpoint after five. Without weight decay, which moves what has no gradient.
 SMALL = {
     "MODEL.WEIGHTS": "",
-    "MODEL.RESNETS.DEPTH": "18",
-    "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
+    "MODEL.RESNETS.DEPTH": "50",
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": "8",
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": "32",
+    "MODEL.RESNETS.WIDTH_PER_GROUP": "8",
     "MODEL.RESNETS.NORM": "BN",
     "MODEL.BACKBONE.FREEZE_AT": "0",
     "MODEL.FPN.OUT_CHANNELS": "64",

@@ -38,6 +38,8 @@ SMALL = {
 }
 # Narrow, few proposals, and detections even from weights that have learned nothing
 TWO_STAGES = {
+    "model.backbone.base_channels": 8,
+    "model.neck.in_channels": "[8,16,32,64]",
     "model.neck.out_channels": 64,
     "model.rpn_head.in_channels": 64,
     "model.rpn_head.feat_channels": 64,
@@ -56,12 +58,6 @@ FEW_BOXES = {
     "model.test_cfg.nms_pre": 100,
     "model.test_cfg.score_thr": 0.0,
     "model.test_cfg.max_per_img": 10,
-}
-ONE_STAGE = {
-    "model.neck.out_channels": 64,
-    "model.bbox_head.in_channels": 64,
-    "model.bbox_head.feat_channels": 64,
-    **FEW_BOXES,
 }
 
 

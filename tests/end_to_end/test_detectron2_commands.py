@@ -64,7 +64,7 @@ def test_training_moves_every_part_of_the_plugins(trained):
     output, _ = trained
     first, last = weights(output, "model_0000004.pth"), weights(output)
     alphas = [name for name in last if name.endswith(".alpha")]
-    assert sum(name.endswith(".triplet_attention.alpha") for name in alphas) == 8
+    assert sum(name.endswith(".triplet_attention.alpha") for name in alphas) == 16
     assert sum(name.endswith(".ida.alpha") for name in alphas) == 2
     assert all(first[name] != 0 for name in alphas)
     # Not IDA's queries: their gradient has alpha as a factor, which is near 0 yet.
@@ -120,7 +120,7 @@ PLUGINS = "MODEL.RESNETS.PLUGINS"
         ),
         (
             {PLUGINS: "[{'NAME': 'ida', 'STAGES': ['res5'], 'NUM_HEADS': 5}]"},
-            [f"{PLUGINS}[0].NUM_HEADS", "5", "512"],
+            [f"{PLUGINS}[0].NUM_HEADS", "5", "256"],
         ),
         ({"MODEL.RESNETS.DEPTH": "42"}, ["MODEL.RESNETS.DEPTH", "42", "50"]),
         ({PLUGINS[:-1]: "[]"}, [PLUGINS[:-1], f"did you mean {PLUGINS}"]),
@@ -152,10 +152,10 @@ def test_a_checkpoint_of_another_depth_is_refused(
     trained, photographs, run_tool, earlier_run, assert_refused
 ):
     path = str(trained[0] / "model_final.pth")
-    depth = {"MODEL.RESNETS.DEPTH": "101", "MODEL.RESNETS.RES2_OUT_CHANNELS": "256"}
-    line = arguments(photographs, earlier_run, **depth, **{"MODEL.WEIGHTS": path})
+    options = {"MODEL.RESNETS.DEPTH": "101", "MODEL.WEIGHTS": path}
+    line = arguments(photographs, earlier_run, **options)
     result = run_tool("train_net.py", *line, check=False)
-    assert_refused(result, [path, "ResNet-18", "MODEL.RESNETS.DEPTH", "101"])
+    assert_refused(result, [path, "ResNet-50", "MODEL.RESNETS.DEPTH", "101"])
 
 
 def test_an_image_that_does_not_decode_is_named(broken_photographs, run_tool, tmp_path):

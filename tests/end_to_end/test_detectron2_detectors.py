@@ -29,10 +29,9 @@ FEW = {
             "instances",
             {"bbox": BOXES, "segm": BOXES},
         ),
-        ("COCO-Detection/retinanet_R_50_triplet_FPN_1x", "instances", {"bbox": BOXES}),
         ("COCO-Detection/retinanet_R_50_FPN_AMC_1x", "instances", {"bbox": BOXES}),
     ],
-    ids=["keypoint", "mask", "retinanet", "retinanet-amc"],
+    ids=["keypoint", "mask", "retinanet-amc"],
 )
 def test_detector_trains_and_reports_all_metrics(
     config, labels, expected, photographs, run_tool, tmp_path

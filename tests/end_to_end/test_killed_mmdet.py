@@ -16,6 +16,8 @@ import mm_plugins  # noqa: F401  # lets torch.load read mmengine's checkpoints
 CONFIG = "configs/mm/synthetic/faster-rcnn_r18-triplet_fpn_synthetic.py"
 STEPS = 8
 SMALL = {
+    "model.backbone.base_channels": 8,
+    "model.neck.in_channels": "[8,16,32,64]",
     "train_dataloader.batch_size": 1,
     "train_dataloader.dataset.pipeline.2.scale": "(64,64)",
     "train_cfg.max_iters": STEPS,

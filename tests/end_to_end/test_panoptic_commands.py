@@ -32,15 +32,15 @@ attention = dict(embed_dims=128)
 layer = dict(self_attn_cfg=attention, ffn_cfg=dict(embed_dims=128, feedforward_channels=64))
 model = dict(
     num_queries=8,
-    backbone=dict(depth=18, init_cfg=None),
-    neck=dict(in_channels=[512], out_channels=128),
+    backbone=dict(depth=18, base_channels=8, init_cfg=None),
+    neck=dict(in_channels=[64], out_channels=128),
     encoder=dict(num_layers=1, layer_cfg=layer),
     batchformer=dict(insert_after=(0,)),
     decoder=dict(num_layers=1, layer_cfg=dict(cross_attn_cfg=attention, **layer)),
     positional_encoding=dict(num_feats=64),
     bbox_head=dict(embed_dims=128, num_classes=13),
     panoptic_head=dict(
-        embed_dims=128, in_channels=(64, 128, 256), num_things_classes=7, num_stuff_classes=6
+        embed_dims=128, in_channels=(8, 16, 32), num_things_classes=7, num_stuff_classes=6
     ),
     test_cfg=dict(score_thr=0.0, max_per_img=8),
 )

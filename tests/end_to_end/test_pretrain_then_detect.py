@@ -125,9 +125,11 @@ def test_its_backbone_trains_in_mmdetection(trained, pieces, chess, run_tool, tm
     classes = [c["name"] for c in json.loads(pieces.read_text())["categories"]]
     settings = {**SMALL_MMDETECTION, **TWO_STAGES, "model.roi_head.bbox_head.num_classes": 12}
     settings |= {
+        "model.backbone.base_channels": 64,
         "model.backbone.frozen_stages": 0,
         "model.backbone.init_cfg.checkpoint": trained[0],
         "model.backbone.init_cfg.prefix": "backbone.",
+        "model.neck.in_channels": "[64,128,256,512]",
         "train_cfg.max_iters": 2,
         "default_hooks.checkpoint.interval": 2,
         "val_cfg": None,
@@ -161,6 +163,9 @@ def test_its_backbone_trains_in_detectron2(trained, pieces, chess, run_tool, tmp
     settings = {**SMALL_DETECTRON2, "MODEL.RESNETS.PLUGINS": layer}
     settings |= {
         "MODEL.WEIGHTS": converted,
+        "MODEL.RESNETS.DEPTH": "18",
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": "64",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": "64",
         "MODEL.BACKBONE.FREEZE_AT": "1",
         "MODEL.ROI_HEADS.NUM_CLASSES": "12",
         "SOLVER.MAX_ITER": "2",
