@@ -224,25 +224,42 @@ void NAME(grad)(const STORED *g, STORED *gx, Shape s, const REAL *const gates[3]
 /* ---------------------------------------------------------------------------- a gate's convolution */
 #ifdef CONVOLVE
 
-/* A vector's worth of columns, worked on together. */
+/* A vector's worth of columns, and how many vectors and weights of a window's row are worked on side
+   by side: a sum would wait for the addition before it. */
 #define LANES 16
+#define VECTORS 4
+#define TAPS 7
+
+/* Sums of `vectors` vectors of columns. */
+INLINE void NAME(correlate_columns)(const REAL *restrict x, const REAL *restrict w, int64_t inputs,
+                                    int64_t plane, int64_t stride, int64_t k, int64_t vectors,
+                                    REAL *restrict sums) {
+    REAL part[VECTORS * LANES] = {0};
+    for (int64_t channel = 0; channel < inputs; channel++)
+        for (int64_t i = 0; i < k; i++) {
+            const REAL *row = x + channel * plane + i * stride;
+            const REAL *weights = w + (channel * k + i) * k;
+            for (int64_t j = 0; j < k; j++)
+#pragma omp simd
+                for (int64_t lane = 0; lane < vectors * LANES; lane++)
+                    part[lane] += weights[j] * row[j + lane];
+        }
+    memcpy(sums, part, (size_t)(vectors * LANES) * sizeof(REAL));
+}
 
 CLONES static void NAME(correlate_row)(const REAL *restrict x, const REAL *restrict w, int64_t inputs,
                                        int64_t plane, int64_t stride, int64_t k, REAL *restrict out,
                                        int64_t columns) {
-    for (int64_t c0 = 0; c0 < columns; c0 += LANES) {
-        REAL sums[LANES] = {0};
-        for (int64_t channel = 0; channel < inputs; channel++)
-            for (int64_t i = 0; i < k; i++) {
-                const REAL *row = x + channel * plane + i * stride + c0;
-                const REAL *weights = w + (channel * k + i) * k;
-                for (int64_t j = 0; j < k; j++)
-#pragma omp simd
-                    for (int64_t lane = 0; lane < LANES; lane++)
-                        sums[lane] += weights[j] * row[j + lane];
-            }
-        int64_t n = columns - c0 < LANES ? columns - c0 : LANES;
+    REAL sums[VECTORS * LANES];
+    for (int64_t c0 = 0; c0 < columns;) {
+        int64_t left = columns - c0, vectors = left > (VECTORS - 1) * LANES ? VECTORS : 1;
+        if (vectors == VECTORS)
+            NAME(correlate_columns)(x + c0, w, inputs, plane, stride, k, VECTORS, sums);
+        else
+            NAME(correlate_columns)(x + c0, w, inputs, plane, stride, k, 1, sums);
+        int64_t n = left < vectors * LANES ? left : vectors * LANES;
         memcpy(out + c0, sums, (size_t)n * sizeof(REAL));
+        c0 += n;
     }
 }
 
@@ -261,23 +278,36 @@ void NAME(correlate)(const REAL *x, const REAL *w, REAL *out, int64_t batch, int
     }
 }
 
+/* Gradients of `taps` weights of a window's row. */
+INLINE void NAME(correlate_taps)(const REAL *restrict x, const REAL *restrict g, int64_t columns,
+                                 int64_t taps, REAL *restrict sums) {
+    REAL part[TAPS * LANES];
+    memcpy(part, sums, (size_t)(taps * LANES) * sizeof(REAL));
+    for (int64_t c0 = 0; c0 < columns; c0 += LANES)
+        for (int64_t j = 0; j < taps; j++)
+#pragma omp simd
+            for (int64_t lane = 0; lane < LANES; lane++)
+                part[j * LANES + lane] += g[c0 + lane] * x[c0 + j + lane];
+    memcpy(sums, part, (size_t)(taps * LANES) * sizeof(REAL));
+}
+
 CLONES static void NAME(correlate_weights_of_rows)(const REAL *restrict x, const REAL *restrict g,
                                                    int64_t inputs, int64_t plane, int64_t stride,
                                                    int64_t k, int64_t rows, int64_t columns,
                                                    REAL *restrict sums) {
     for (int64_t row = 0; row < rows; row++)
         for (int64_t channel = 0; channel < inputs; channel++)
-            for (int64_t i = 0; i < k; i++)
-                for (int64_t j = 0; j < k; j++) {
-                    const REAL *from = x + channel * plane + (row + i) * stride + j;
-                    REAL *to = sums + ((channel * k + i) * k + j) * LANES, part[LANES];
-                    memcpy(part, to, sizeof part);
-                    for (int64_t c0 = 0; c0 < columns; c0 += LANES)
-#pragma omp simd
-                        for (int64_t lane = 0; lane < LANES; lane++)
-                            part[lane] += g[row * columns + c0 + lane] * from[c0 + lane];
-                    memcpy(to, part, sizeof part);
-                }
+            for (int64_t i = 0; i < k; i++) {
+                const REAL *from = x + channel * plane + (row + i) * stride, *of = g + row * columns;
+                REAL *to = sums + (channel * k + i) * k * LANES;
+                if (k == TAPS)
+                    NAME(correlate_taps)(from, of, columns, TAPS, to);
+                else if (k == 3)
+                    NAME(correlate_taps)(from, of, columns, 3, to);
+                else
+                    for (int64_t j = 0; j < k; j++)
+                        NAME(correlate_taps)(from + j, of, columns, 1, to + j * LANES);
+            }
 }
 
 /* Gradient of the weights: g (batch, rows, columns), its rows filled with zeros up to a multiple of
@@ -299,6 +329,8 @@ void NAME(correlate_weights)(const REAL *x, const REAL *g, REAL *sums, int64_t b
 }
 
 #undef LANES
+#undef VECTORS
+#undef TAPS
 #undef CONVOLVE
 #endif
 

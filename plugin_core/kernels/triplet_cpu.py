@@ -69,6 +69,8 @@ class CpuPasses:
 
     def correlate(self, x: Tensor, weight: Tensor) -> Tensor:
         """Convolve x (B, I, H, W) with weight (O, I, k, k), k odd, to (B, O, H, W)."""
+        if x.shape[2] > x.shape[3]:  # Long rows fill whole vectors.
+            return self.correlate(x.mT, weight.mT).mT.contiguous()
         (b, inputs, rows, columns), outputs, k = x.shape, weight.shape[0], weight.shape[2]
         padded, weight = _pad(x, k), weight.contiguous()
         out = x.new_empty((b, outputs, rows, columns))
@@ -78,6 +80,8 @@ class CpuPasses:
 
     def correlate_weight_gradient(self, g: Tensor, x: Tensor, k: int) -> Tensor:
         """Give the gradient of the weight (1, I, k, k) for the gradient g (B, 1, H, W)."""
+        if x.shape[2] > x.shape[3]:
+            return self.correlate_weight_gradient(g.mT, x.mT, k).mT.contiguous()
         padded = _pad(x, k)
         g = F.pad(g, (0, -g.shape[3] % _LANES)).contiguous()
         tasks = torch.get_num_threads()
