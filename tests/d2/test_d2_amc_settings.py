@@ -78,6 +78,7 @@ class Deformable(DeformConv):
         return x
 
 
+@pytest.mark.usefixtures("_deformable_convolution")
 def test_deformable_convolution_after_the_activation_is_named(cfg):
     model = build(small(cfg, "Standard", ACTIVATION="backbone.bottom_up.res4"))
     model.backbone.bottom_up.res5.insert(0, Deformable())

@@ -122,6 +122,7 @@ def torchvision_modulated_deform_conv(
     return deform_conv2d(x, offset, weight, bias, stride, padding, dilation, mask)
 
 
+@pytest.mark.usefixtures("_deformable_convolution")
 @pytest.mark.parametrize("modulated", [False, True], ids=["deform", "modulated"])
 def test_plugin_is_in_deformable_blocks_too(resnet_cfg, modulated, monkeypatch):
     # Detectron2 without its compiled operators has no deformable convolution.
