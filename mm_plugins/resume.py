@@ -17,7 +17,7 @@ from mmengine.optim.scheduler.param_scheduler import OneCycleParamScheduler
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.torch_version import TorchVersion
 
-from plugin_core.checkpoints.reading import numpy_globals
+from plugin_core.checkpoints.reading import ALLOWED
 
 
 def allow_mmengine_checkpoints() -> None:
@@ -27,11 +27,12 @@ def allow_mmengine_checkpoints() -> None:
     mmengine 0.10 also saves its history of scalars, a class of its own around numpy arrays, and of
     a OneCycleLR the function between its ends. The functions allowed here make numbers and run
     nothing else. A checkpoint with anything more is still refused.
+
+    Importing :mod:`mm_plugins` calls this. OneDL's mmengine takes it back when it loads a file.
     """
     if TorchVersion(torch.__version__) < "2.6":
         return  # an older PyTorch refuses nothing
-    attribute = (_known_attribute, "builtins.getattr")
-    torch.serialization.add_safe_globals([*_ATTRIBUTES, attribute, *numpy_globals()])
+    torch.serialization.add_safe_globals(ALLOWED)
 
 
 # A saved object holds references to these functions of its class.
@@ -48,6 +49,7 @@ def _known_attribute(owner: Any, name: str) -> Any:
     return getattr(owner, name)
 
 
+ALLOWED.extend([*_ATTRIBUTES, (_known_attribute, "builtins.getattr")])
 allow_mmengine_checkpoints()
 
 
@@ -59,9 +61,9 @@ class ExactResumeHook(Hook):
     they are seeded anew for each iteration. Where the main process loads the data, they are seeded
     for each epoch, too. The hook needs ``randomness = dict(seed=…)``.
 
-    With an iteration-based loop the hook is exact, as mmengine goes on at the same place in the
-    data. With an epoch-based loop it is exact unless ``persistent_workers`` carry their random
-    numbers from epoch to epoch.
+    With an iteration-based loop the hook is exact, as mmengine loads again what was seen. OneDL's
+    does not, and the hook warns. With an epoch-based loop it is exact unless ``persistent_workers``
+    carry their random numbers from epoch to epoch.
     """
 
     priority = "VERY_HIGH"
@@ -74,6 +76,11 @@ class ExactResumeHook(Hook):
             runner.logger.warning(
                 "Images will be augmented with other random numbers after resuming; for an exact "
                 "resume set train_dataloader.persistent_workers to False"
+            )
+        if not epoch_based and hasattr(runner.train_loop.dataloader_iterator, "skip_iter"):
+            runner.logger.warning(
+                "This mmengine does not load again what a resumed training has seen: images will "
+                "be augmented with other random numbers; for an exact resume train by epochs"
             )
 
     def before_train_epoch(self, runner: Runner) -> None:

@@ -108,11 +108,11 @@ def _read(path: str, trust: bool) -> Any:
                 return pickle.load(file, encoding="latin1")
             return _WeightsUnpickler(file).load()
     # Mapped into memory, so that a look at a file of some GB does not read all of it.
-    with _allowing_numpy():
+    with _allowing():
         return torch.load(path, map_location="cpu", weights_only=not trust, mmap=is_zip)
 
 
-def numpy_globals() -> list[Any]:
+def _numpy_globals() -> list[Any]:
     """List what ``torch.load`` needs for numpy's arrays and numbers; it runs nothing else."""
     array = np.zeros(1)
     make_array, make_number = array.__reduce__()[0], array[0].__reduce__()[0]
@@ -124,12 +124,17 @@ def numpy_globals() -> list[Any]:
     return harmless
 
 
-def _allowing_numpy() -> AbstractContextManager[None]:
-    """Let ``torch.load`` read a metric that a trainer saved as numpy computed it."""
+#: What a checkpoint may hold beside tensors and plain containers: a metric, as numpy computed it.
+#: A framework's side adds what its trainer saves.
+ALLOWED = _numpy_globals()
+
+
+def _allowing() -> AbstractContextManager[None]:
+    """Let ``torch.load`` read what is allowed, though another's loading took it off the list."""
     if TorchVersion(torch.__version__) < "2.6":
         return nullcontext()  # its list takes no names of an earlier numpy
     known = torch.serialization.get_safe_globals()  # which the context would take away at its end
-    return torch.serialization.safe_globals([g for g in numpy_globals() if g not in known])
+    return torch.serialization.safe_globals([g for g in ALLOWED if g not in known])
 
 
 class _WeightsUnpickler(pickle.Unpickler):

@@ -20,6 +20,7 @@ pytest.importorskip(
     "transformers", reason="transformers, which grounding detectors need, is absent"
 )
 
+from batchformer_detectors import skip_where_it_cannot_run
 from grounding_detectors import build, images, kind_of, loss, model_config, regularized, samples
 from mmdet.utils import register_all_modules
 from mmengine.logging import MessageHub
@@ -166,6 +167,7 @@ def step(rank: int, text_model: Path) -> tuple[list[str], dict[str, Tensor]]:
 
 
 def test_processes_train_together_though_one_has_no_phrases(tmp_path, text_models):
+    skip_where_it_cannot_run("grounding-dino")
     function = partial(step, text_model=text_models["grounding-dino"])
     (names, mine), (other_names, others) = two_processes.run(function, tmp_path)
     assert names == other_names, "of losses, which are averaged by name"

@@ -27,8 +27,9 @@ from mmengine.logging.history_buffer import HistoryBuffer
 from mmengine.model import BaseModel
 from mmengine.optim import OneCycleLR
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner
+from mmengine.runner.loops import _InfiniteDataloaderIterator
 
-from mm_plugins.resume import ExactResumeHook
+from mm_plugins.resume import ExactResumeHook, allow_mmengine_checkpoints
 from plugin_core.checkpoints.reading import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,6 +85,12 @@ def run(folder: Path, iterations: int, *, seed: int | None = 3, resume: bool = F
     )
     runner.train()
     return runner
+
+
+@pytest.fixture(autouse=True)
+def _allowed() -> None:
+    """Allow again what OneDL's mmengine takes back with each checkpoint that it loads."""
+    allow_mmengine_checkpoints()
 
 
 @pytest.fixture(scope="module")
@@ -226,12 +233,15 @@ def fake_runner(
     epoch: int = 0,
     loop: type = EpochBasedTrainLoop,
     persistent_workers: bool = False,
+    **iterator: Any,
 ) -> Any:
+    train_loop: Any = loop.__new__(loop)
+    train_loop.dataloader_iterator = SimpleNamespace(**iterator)
     return SimpleNamespace(
         seed=seed,
         iter=iteration,
         epoch=epoch,
-        train_loop=loop.__new__(loop),
+        train_loop=train_loop,
         train_dataloader=SimpleNamespace(persistent_workers=persistent_workers),
         _randomness_cfg={"seed": seed},
         logger=logging.getLogger("test_mm_resume"),
@@ -305,11 +315,23 @@ def test_persistent_workers_are_warned_of_where_they_matter(loop, persistent, ca
     assert warned == (persistent and loop is EpochBasedTrainLoop)
 
 
+@pytest.mark.parametrize("loop", [EpochBasedTrainLoop, IterBasedTrainLoop])
+def test_data_that_is_skipped_without_loading_it_is_warned_of(loop, caplog):
+    with caplog.at_level(logging.WARNING, logger="test_mm_resume"):
+        ExactResumeHook().before_train(fake_runner(loop=loop, skip_iter=None))
+    warned = any("does not load again" in r.getMessage() for r in caplog.records)
+    assert warned == (loop is IterBasedTrainLoop)
+
+
 def test_hook_is_registered_and_runs_before_others():
     hook = HOOKS.build({"type": "ExactResumeHook"})
     assert type(hook) is ExactResumeHook and hook.priority == "VERY_HIGH"
 
 
+@pytest.mark.skipif(
+    hasattr(_InfiniteDataloaderIterator, "skip_iter"),
+    reason="this mmengine does not load again what a resumed training has seen",
+)
 def test_resumed_training_ends_with_the_weights_of_one_that_was_not_interrupted(tmp_path):
     whole = run(tmp_path / "whole", 6).model.state_dict()
     run(tmp_path / "stopped", 2)
