@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 from triplet_results import FORMATS, FORMULA, TOLERANCE, attention, results
@@ -84,6 +86,28 @@ def test_image_that_threads_share_gives_the_formulas_values_and_gradients(
     x = torch.randn(batch, 64, 50, 6).round().to(memory_format=memory_format)
     # A weight's gradient adds up 38,400 products that nearly cancel out, in another order.
     assert_equal_to_formula(TripletAttention(kernel_size=3), x, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
+def test_gates_convolution_and_its_gradients_are_pytorchs(k, dtype, fast, threads):
+    threads(2)
+    operators = torch.ops.plugin_core
+
+    def whole(*shape: int) -> Tensor:  # their sums are exact in any order
+        return torch.randint(-3, 4, shape).to(dtype)
+
+    # Columns are worked on by 16 and by 64, and rows and columns exchanged where rows are longer.
+    for columns in (1, 16, 17, 48, 49, 65, 130):
+        for rows in (5, 131):
+            x, weight = whole(2, 2, rows, columns), whole(1, 2, k, k)
+            y = operators.correlate(x, weight)
+            assert torch.equal(y, F.conv2d(x, weight, padding=k // 2)) and y.is_contiguous()
+            g = whole(*y.shape)
+            found = operators.correlate_weight_gradient(g, x, k)
+            assert torch.equal(found, conv2d_weight(x, weight.shape, g, padding=k // 2))
+            gx = operators.correlate(g, weight.flip(2, 3).transpose(0, 1))
+            assert torch.equal(gx, conv2d_input(x.shape, weight, g, padding=k // 2))
 
 
 @pytest.mark.parametrize(
