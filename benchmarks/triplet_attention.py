@@ -40,7 +40,13 @@ x, the output and the gradients, in percent of x. It is bounded by the small map
 is 1/C + 1/H + 1/W of x, 7% at 2048x25x38: the convolutions' gradients need maximum and mean, the
 norms their input and the sigmoids their output, and all have gradients."""
 MINUTES = 3.5
-SHAPES = [(2, 256, 200, 304), (2, 512, 100, 152), (2, 1024, 50, 76), (2, 2048, 25, 38)]
+SHAPES = [
+    (16, 2048, 7, 7),
+    (2, 256, 200, 304),
+    (2, 512, 100, 152),
+    (2, 1024, 50, 76),
+    (2, 2048, 25, 38),
+]
 QUICK_SHAPES = [(1, 8, 12, 10)]
 OURS, PLAIN, TEXTBOOK = "TripletAttention", "plain", "textbook"
 # Least number of passes over memory

@@ -225,7 +225,8 @@ void NAME(grad)(const STORED *g, STORED *gx, Shape s, const REAL *const gates[3]
 #ifdef CONVOLVE
 
 /* A vector's worth of columns, and how many vectors and weights of a window's row are worked on side
-   by side: a sum would wait for the addition before it. */
+   by side: a sum would wait for the addition before it. Fewer columns than fill all vectors but one
+   are worked on one vector at a time, as the rest would be padding. */
 #define LANES 16
 #define VECTORS 4
 #define TAPS 7
@@ -291,23 +292,21 @@ INLINE void NAME(correlate_taps)(const REAL *restrict x, const REAL *restrict g,
     memcpy(sums, part, (size_t)(taps * LANES) * sizeof(REAL));
 }
 
-CLONES static void NAME(correlate_weights_of_rows)(const REAL *restrict x, const REAL *restrict g,
-                                                   int64_t inputs, int64_t plane, int64_t stride,
-                                                   int64_t k, int64_t rows, int64_t columns,
-                                                   REAL *restrict sums) {
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t channel = 0; channel < inputs; channel++)
-            for (int64_t i = 0; i < k; i++) {
-                const REAL *from = x + channel * plane + (row + i) * stride, *of = g + row * columns;
-                REAL *to = sums + (channel * k + i) * k * LANES;
-                if (k == TAPS)
-                    NAME(correlate_taps)(from, of, columns, TAPS, to);
-                else if (k == 3)
-                    NAME(correlate_taps)(from, of, columns, 3, to);
-                else
-                    for (int64_t j = 0; j < k; j++)
-                        NAME(correlate_taps)(from + j, of, columns, 1, to + j * LANES);
-            }
+CLONES static void NAME(correlate_weights_of_row)(const REAL *restrict x, const REAL *restrict g,
+                                                  int64_t inputs, int64_t plane, int64_t stride,
+                                                  int64_t k, int64_t columns, REAL *restrict sums) {
+    for (int64_t channel = 0; channel < inputs; channel++)
+        for (int64_t i = 0; i < k; i++) {
+            const REAL *from = x + channel * plane + i * stride;
+            REAL *to = sums + (channel * k + i) * k * LANES;
+            if (k == TAPS)
+                NAME(correlate_taps)(from, g, columns, TAPS, to);
+            else if (k == 3)
+                NAME(correlate_taps)(from, g, columns, 3, to);
+            else
+                for (int64_t j = 0; j < k; j++)
+                    NAME(correlate_taps)(from + j, g, columns, 1, to + j * LANES);
+        }
 }
 
 /* Gradient of the weights: g (batch, rows, columns), its rows filled with zeros up to a multiple of
@@ -316,16 +315,13 @@ CLONES static void NAME(correlate_weights_of_rows)(const REAL *restrict x, const
 void NAME(correlate_weights)(const REAL *x, const REAL *g, REAL *sums, int64_t batch, int64_t inputs,
                              int64_t rows, int64_t columns, int64_t stride, int64_t k, int64_t tasks,
                              int threads) {
-    int64_t plane = (rows + k - 1) * stride;
+    int64_t plane = (rows + k - 1) * stride, all = batch * rows;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t task = 0; task < tasks; task++)
-        for (int64_t b = 0; b < batch; b++) {
-            int64_t first = part_start(rows, tasks, task), last = part_start(rows, tasks, task + 1);
-            NAME(correlate_weights_of_rows)(x + b * inputs * plane + first * stride,
-                                            g + (b * rows + first) * columns, inputs, plane, stride,
-                                            k, last - first, columns,
-                                            sums + task * inputs * k * k * LANES);
-        }
+        for (int64_t i = part_start(all, tasks, task); i < part_start(all, tasks, task + 1); i++)
+            NAME(correlate_weights_of_row)(x + i / rows * inputs * plane + i % rows * stride,
+                                           g + i * columns, inputs, plane, stride, k, columns,
+                                           sums + task * inputs * k * k * LANES);
 }
 
 #undef LANES

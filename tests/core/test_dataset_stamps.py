@@ -73,8 +73,11 @@ def test_copy_lists_categories_by_the_detectors_classes(folder):
 def test_processes_check_one_after_the_other(folder):
     path = write(folder, content())
     code = (
-        "import sys, time; from plugin_core.datasets import stamps; real = stamps.check_dataset\n"
-        "def check(*a):\n    print('checks', flush=True); time.sleep(0.5); return real(*a)\n"
+        "import glob, os, sys, time; from plugin_core.datasets import stamps\n"
+        "def check(*a):\n    print('checks', flush=True)\n"
+        "    while len(glob.glob(sys.argv[1] + '.*')) < 2: time.sleep(0.01)\n"
+        "    time.sleep(0.2); return real(*a)\n"
+        "real = stamps.check_dataset; open(f'{sys.argv[1]}.{os.getpid()}', 'w').close()\n"
         "stamps.check_dataset = check\n"
         "stamps.checked_dataset(*sys.argv[1:], framework='detectron2')"
     )

@@ -54,11 +54,6 @@ TWO_STAGES = {
     "model.test_cfg.rcnn.score_thr": 0.0,
     "model.test_cfg.rcnn.max_per_img": 10,
 }
-FEW_BOXES = {
-    "model.test_cfg.nms_pre": 100,
-    "model.test_cfg.score_thr": 0.0,
-    "model.test_cfg.max_per_img": 10,
-}
 
 
 def options(

@@ -12,7 +12,7 @@ import torch
 from detectron2_sample import arguments, losses, results, weights
 
 CONFIG = "configs/d2/BatchFormer-Detection/detr_R_50_batchformer_50ep.yaml"
-# Two layers each in encoder and decoder, few queries, and random weights
+# Narrow, two layers each in encoder and decoder, few queries, and random weights
 OVERRIDES = {
     "model.type": "PluginDETR",
     "model.batchformer.insert_after": "(0,)",

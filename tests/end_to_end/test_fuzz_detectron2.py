@@ -16,6 +16,7 @@ from detectron2.config import CfgNode, get_cfg
 from d2_plugins import add_plugin_config
 
 CONFIG = "configs/d2/Synthetic-Detection/faster_rcnn_R_18_triplet_FPN.yaml"
+# Detectron2's ResNet-18 cannot be narrow.
 SMALL = (
     *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.STEM_OUT_CHANNELS", 8),
     *("MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.RESNETS.WIDTH_PER_GROUP", 8),

@@ -17,7 +17,7 @@ from detectron2.modeling import build_model
 from detectron2_sample import register
 from detectron2_sample import results as detectron2_results
 from mmdet.apis import init_detector
-from mmdet_sample import FEW_BOXES, options, results
+from mmdet_sample import options, results
 from published_triplet_attention import published, resnet_features
 from torch import Tensor, nn
 
@@ -185,9 +185,11 @@ def test_mmdetection_evaluates_a_published_checkpoint_as_one_of_ours(
     meta = {"mmdet_version": "2.3.0", "epoch": 12, "iter": 87960, "CLASSES": ("person", "car")}
     content = {"meta": meta, "state_dict": theirs}
     torch.save(content, tmp_path / "published.pth", _use_new_zipfile_serialization=False)
+    few = {"nms_pre": 100, "score_thr": 0.0, "max_per_img": 10}
+    model = {f"model.test_cfg.{key}": value for key, value in few.items()}
     tiny = "test_dataloader.dataset.pipeline.1.scale=(160,96)"
     for name in ("published", "ours"):
-        settings = options(photographs, tmp_path / name, tiny, model=FEW_BOXES)
+        settings = options(photographs, tmp_path / name, tiny, model=model)
         printed = run_tool("test_mmdet.py", config, tmp_path / f"{name}.pth", *settings).stdout
         assert f"Load checkpoint from {tmp_path / name}.pth" in printed
         assert "do not match exactly" not in printed
