@@ -46,6 +46,6 @@ param_scheduler = [
     dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=100),
     dict(type="MultiStepLR", by_epoch=False, begin=0, end=500, milestones=[333, 450], gamma=0.1),
 ]
-optim_wrapper = dict(optimizer=dict(lr=0.01), clip_grad=dict(max_norm=1.0))
+optim_wrapper = dict(optimizer=dict(lr=0.01), clip_grad=dict(type="value", clip_value=1.0))
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=250), logger=dict(interval=20))
 log_processor = dict(by_epoch=False)
