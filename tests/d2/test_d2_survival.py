@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from detectron2.engine import SimpleTrainer
 from detectron2.modeling import META_ARCH_REGISTRY
 from iopath.common.file_io import PathHandler, PathManager
 from torch import Tensor, nn
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from d2_plugins.checkpointer import PluginCheckpointer, check_weights, find_resumable
 from d2_plugins.command_line import check_amp, run
@@ -69,6 +70,21 @@ def small(cfg: CfgNode, tiny_coco: tuple[str, str], tmp_path: Path) -> CfgNode:
     cfg.SOLVER.BASE_LR = 0.1
     Path(cfg.OUTPUT_DIR).mkdir()
     return cfg
+
+
+@pytest.fixture(autouse=True)
+def _workers_end_with_their_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where the garbage collector finds a loader, PyTorch waits 5 s for each of its workers."""
+    loaders: list[Any] = []
+    start = _MultiProcessingDataLoaderIter.__init__
+    monkeypatch.setattr(
+        _MultiProcessingDataLoaderIter,
+        "__init__",
+        lambda self, *args: (loaders.append(self), start(self, *args))[1],
+    )
+    yield
+    for loader in loaders:
+        loader._shutdown_workers()
 
 
 def train(cfg: CfgNode, resume: bool = False, **settings: Any) -> PluginTrainer:
