@@ -13,6 +13,8 @@ PARTS = {"iter_400.pth": "iter_4.pth", "max_iters=600": "max_iters=6"}
 SHORT = {
     "my_detector.yaml": "SOLVER: {MAX_ITER: 4, STEPS: [3], WARMUP_ITERS: 1, IMS_PER_BATCH: 2}\n",
     "my_detector.py": "train_cfg = dict(max_iters=4, val_interval=4)\n"
+    "train_dataloader['batch_size'] = 2\n"
+    "model['backbone']['base_channels'], model['neck'] = 8, dict(in_channels=[8, 16, 32, 64])\n"
     "default_hooks = dict(checkpoint=dict(interval=4))\n",
 }
 
