@@ -30,6 +30,10 @@ NARROW_HEADS = (
     *("MODEL.FPN.OUT_CHANNELS", "32", "MODEL.ROI_BOX_HEAD.FC_DIM", "32"),
     *("MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS", "(32,)", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
 )
+NARROW = (
+    *("MODEL.RESNETS.STEM_OUT_CHANNELS", "8", "MODEL.RESNETS.RES2_OUT_CHANNELS", "32"),
+    *("MODEL.RESNETS.WIDTH_PER_GROUP", "8", *NARROW_HEADS),
+)
 FASTER_RCNN = "configs/d2/COCO-Detection/faster_rcnn_R_50_triplet_FPN_1x.yaml"
 
 
@@ -136,7 +140,7 @@ def test_every_tensor_of_a_detectron2_checkpoint_is_loaded(config, child, old_ga
 def test_detectron2_evaluates_a_published_checkpoint_as_one_of_ours(
     photographs, run_tool, tmp_path
 ):
-    model = detectron2_detector(FASTER_RCNN)
+    model = detectron2_detector(FASTER_RCNN, *NARROW)
     save_as_in_2020(model, tmp_path / "published.pth", "pcam")
     torch.save({"model": model.state_dict()}, tmp_path / "ours.pth")
     settings = {
@@ -148,7 +152,7 @@ def test_detectron2_evaluates_a_published_checkpoint_as_one_of_ours(
         "TEST.DETECTIONS_PER_IMAGE": "5",
     }
     pairs = [word for pair in settings.items() for word in pair]
-    line = ["--config-file", FASTER_RCNN, *register(photographs), "--eval-only", *pairs]
+    line = ["--config-file", FASTER_RCNN, *register(photographs), "--eval-only", *NARROW, *pairs]
     for name in ("published", "ours"):
         files = ["MODEL.WEIGHTS", tmp_path / f"{name}.pth", "OUTPUT_DIR", tmp_path / name]
         printed = run_tool("train_net.py", *line, *files).stdout
@@ -176,7 +180,9 @@ def test_mmdetection_evaluates_a_published_checkpoint_as_one_of_ours(
     photographs, run_tool, tmp_path
 ):
     config = "configs/mm/triplet_attention/retinanet_r50-triplet_fpn_1x_coco.py"
-    state = randomize(init_detector(ROOT / config, device="cpu")).state_dict()
+    narrow = {"model.backbone.base_channels": 8, "model.neck.in_channels": [32, 64, 128, 256]}
+    model = init_detector(ROOT / config, device="cpu", cfg_options=narrow)
+    state = randomize(model).state_dict()
     assert sum(name.endswith("triplet_attention.alpha") for name in state) == 16
     torch.save({"state_dict": state}, tmp_path / "ours.pth")
     theirs = published(state, "triplet")
@@ -186,10 +192,10 @@ def test_mmdetection_evaluates_a_published_checkpoint_as_one_of_ours(
     content = {"meta": meta, "state_dict": theirs}
     torch.save(content, tmp_path / "published.pth", _use_new_zipfile_serialization=False)
     few = {"nms_pre": 100, "score_thr": 0.0, "max_per_img": 10}
-    model = {f"model.test_cfg.{key}": value for key, value in few.items()}
+    small = {**narrow, **{f"model.test_cfg.{key}": value for key, value in few.items()}}
     tiny = "test_dataloader.dataset.pipeline.1.scale=(160,96)"
     for name in ("published", "ours"):
-        settings = options(photographs, tmp_path / name, tiny, model=model)
+        settings = options(photographs, tmp_path / name, tiny, model=small)
         printed = run_tool("test_mmdet.py", config, tmp_path / f"{name}.pth", *settings).stdout
         assert f"Load checkpoint from {tmp_path / name}.pth" in printed
         assert "do not match exactly" not in printed

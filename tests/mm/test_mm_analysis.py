@@ -46,11 +46,10 @@ def baseline(height: int, width: int) -> Report:
     return analyze(config(), (height, width))
 
 
-@pytest.mark.parametrize(("warm_start", "parameters"), [(False, 4_800), (True, 4_816)])
-def test_resnet50_gets_dearer_by_its_attention_and_nothing_else(warm_start, parameters):
-    report = analyze(config(warm_start=warm_start), (64, 64))
+def test_resnet50_gets_dearer_by_its_attention_and_nothing_else():
+    report = analyze(config(warm_start=True), (64, 64))
     plain = baseline(64, 64)
-    assert report.attention_modules == 16 and report.attention.parameters == parameters
+    assert report.attention_modules == 16 and report.attention.parameters == 4_800 + 16
     assert report.total - plain.total == report.attention
     assert plain.attention_modules == 0 and plain.attention == Cost()
     changed = {s for s, cost in report.stages.items() if cost != plain.stages[s]}
