@@ -28,7 +28,7 @@ def allow_mmengine_checkpoints() -> None:
     a OneCycleLR the function between its ends. The functions allowed here make numbers and run
     nothing else. A checkpoint with anything more is still refused.
 
-    Importing :mod:`mm_plugins` calls this. OneDL's mmengine takes it back when it loads a file.
+    Importing ``mm_plugins`` calls this. OneDL's mmengine takes it back when it loads a file.
     """
     if TorchVersion(torch.__version__) < "2.6":
         return  # an older PyTorch refuses nothing
