@@ -28,7 +28,8 @@ GFLOPs, and with weights the time an image and the memory on this machine.
 
 --iou-type panoptic compares panoptic quality: GT and the results are JSON files in COCO's panoptic
 format, each with its PNGs in the folder of its name without .json (PREFIX.panoptic.json and
-PREFIX.panoptic of MMDetection). Such a report has numbers and differences alone.
+PREFIX.panoptic of MMDetection). Such a report has numbers and differences alone, and what is
+published of the configs.
 
 As a gate, --fail-below X makes the exit status 1 if the AP or PQ of another detector (mean over its
 seeds) is below the baseline's + X percentage points; --fail-below -0.5 lets 0.5 be lost. The report
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None, trained: Sequence[Section] = ()) -> 
     new = not args.out.exists()
     try:
         files = named_files(args.detector)
-        check(args, len(files))
+        check(args, [*files])
         compare = of_segments if args.iou_type == "panoptic" else of_objects
         measured, analyse = compare(files, args)
         sections = [accuracy_section(measured)]
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None, trained: Sequence[Section] = ()) -> 
         "score_threshold": args.score_threshold,
         "fail_below": args.fail_below,
     }
-    for name in ("gt_masks", "images", "config", "pairs", "train_annotations"):
+    for name in ("control", "gt_masks", "images", "config", "pairs", "train_annotations"):
         if given := getattr(args, name):
             settings[name] = given if isinstance(given, list) else str(given)
     report = Report(f"Comparison on {args.annotations}", measured.verdict, sections, settings)
@@ -137,12 +138,17 @@ def main(argv: Sequence[str] | None = None, trained: Sequence[Section] = ()) -> 
         sys.exit("\n".join(failed))
 
 
-def check(args: argparse.Namespace, detectors: int) -> None:
+def check(args: argparse.Namespace, detectors: Sequence[str]) -> None:
     """Check the arguments that are no files of detectors; raises ValueError."""
     if args.resamples < 100:
         raise ValueError(f"--resamples {args.resamples}: expected at least 100")
-    if args.fail_below is not None and (math.isnan(args.fail_below) or detectors < 2):
+    if args.fail_below is not None and (math.isnan(args.fail_below) or len(detectors) < 2):
         raise ValueError("--fail-below: expected a number, and a detector beside the baseline")
+    if args.control and (args.control not in detectors[1:] or len(detectors) < 3):
+        raise ValueError(
+            f"--control {args.control}: expected the name of a --detector that is not the first, "
+            "and another one beside it"
+        )
     if not 0 <= args.score_threshold <= 1:
         raise ValueError(f"--score-threshold {args.score_threshold}: expected a number from 0 to 1")
     if args.images and not args.images.is_dir():
@@ -159,14 +165,16 @@ def check(args: argparse.Namespace, detectors: int) -> None:
 
 def of_segments(files: Files, args: argparse.Namespace) -> tuple[Measured, Analyse]:
     """Compare panoptic segments; raises ValueError for wrong input."""
-    if args.config or any(
-        isinstance(s, Checkpoint) for of in read_seeds(files).values() for s in of
-    ):
-        raise ValueError("--iou-type panoptic: takes results files, no configs and checkpoints")
+    seeds = read_seeds(files)
+    models = read_models(args.config, seeds)
+    if any(model.weights for model in models.values()):
+        raise ValueError("--iou-type panoptic: takes results files and configs, no checkpoints")
     segments = panoptic.read_truth(Source("annotations", args.annotations), args.gt_masks)
     predictions = panoptic.read_detectors(files, segments)
     make_folder("--out", args.out)  # before the work, as it may fail
-    return panoptic.measure(segments, predictions, args.resamples), list
+    measured = panoptic.measure(segments, predictions, args.resamples, args.control)
+    beside = papers(seeds, models, segments.content, measured, args.iou_type)
+    return measured, lambda: [beside] if beside else []
 
 
 def of_objects(files: Files, args: argparse.Namespace) -> tuple[Measured, Analyse]:
@@ -205,7 +213,7 @@ def of_objects(files: Files, args: argparse.Namespace) -> tuple[Measured, Analys
         given = enumerate(files[name])
         found[name] = read(name, [listed[k].results if k in listed else f for k, f in given])
     detectors = [found[name] for name in files]
-    measured = measure(detectors, args.resamples)
+    measured = measure(detectors, args.resamples, args.control)
     if doubt := doubts(detectors):
         print(f"warning: {doubt}", file=sys.stderr)
         measured = replace(measured, doubt=doubt)
@@ -305,7 +313,7 @@ def below(measured: Measured, margin: float) -> list[str]:
         f"failed: {measured.main} of {name} is {measured.mean(name):.2f}, below {baseline}'s "
         f"{measured.mean(baseline):.2f} {margin:+g} (--fail-below)"
         for name in measured.compared
-        if not measured.mean(name) >= bound
+        if name != measured.control and not measured.mean(name) >= bound
     ]
 
 
@@ -321,6 +329,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="NAME=RESULTS[,RESULTS…]",
         help="a detector's COCO-format detections, one file for each seed; or NAME=CONFIG:WEIGHTS"
         "[,WEIGHTS…], which evaluates checkpoints; the baseline first",
+    )
+    parser.add_argument(
+        "--control",
+        metavar="NAME",
+        help="a --detector that costs as much as the others but has no plugin: it is no candidate, "
+        "and the others are compared with it as well",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the report")
     parser.add_argument(

@@ -223,6 +223,9 @@ def test_measurement_takes_the_median_step_of_each_variant_and_leaves_nothing(ma
     with pytest.raises(RunError, match=r"simam cannot be trained:\nerror: it diverged"):
         failing = Scripted(tmp_path, failing="simam")
         trials.measure(plan, failing, out, trials.LocalLauncher(), poll=0.02)
+    without = make_plan(labels=["plain", "ida"], steps=100)
+    trials.measure(without, Scripted(tmp_path), out, trials.LocalLauncher(), poll=0.02)
+    assert not list(out.iterdir())  # nor anything of the measurement that failed
 
 
 def test_budget_leaves_out_seeds_first_then_steps(make_plan):

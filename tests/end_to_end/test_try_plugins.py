@@ -8,12 +8,17 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import compare_detectors
 import pytest
 import try_plugins
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tool_server import script_and_arguments
+
+from plugin_core.evaluation.comparison.sections import Section
+from plugin_core.training.trials import Plan
 
 CONFIG = """
 _BASE_: "model_zoo://COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
@@ -76,6 +81,19 @@ def test_killed_trial_goes_on_and_collects_the_results(tool_server, run_tool, ar
     assert all(len(cost["seconds"]["1"]) >= 3 for cost in costs.values())
     with pytest.raises(SystemExit, match=r"another plan \(plugins was \['simam'\] and is "):
         try_plugins.main([*map(str, command), "--with", "ida"])
+
+
+@pytest.mark.parametrize(("finished", "given"), [(3, True), (2, False)])
+def test_control_is_none_of_the_plugins_that_are_compared(monkeypatch, tmp_path, finished, given):
+    commands: list[list[str]] = []
+    monkeypatch.setattr(compare_detectors, "main", lambda argv, _: commands.append(argv))
+    labels = ["plain", "control", "simam"]
+    parameters = dict.fromkeys(labels, 10)
+    plan = Plan({}, "val.json", labels, 2, 1, parameters, batch_size=1, test_images=0)
+    framework = SimpleNamespace(images=None, suffix=".yaml", weights=lambda *_: "model.pth")
+    names = [run.name for run in plan.runs(tmp_path)][:finished]
+    assert try_plugins.compare(framework, plan, tmp_path, names, Section("Training", ""))
+    assert ("--control control" in " ".join(commands[0])) is given
 
 
 @pytest.mark.parametrize(

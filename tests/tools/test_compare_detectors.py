@@ -228,6 +228,25 @@ def test_the_noise_of_the_baseline_comes_first(inputs):
     assert of_both[0]["p_holm"] == pytest.approx(2 * of_both[0]["p"])
 
 
+@pytest.mark.usefixtures("numbers_alone")
+def test_control_is_compared_with_but_no_candidate(inputs):
+    detectors = ("plain=poor", "triplet=good", "wide=other_poor")
+    compare_detectors.main([*inputs.options(*detectors), "--control", "wide"])
+    report = report_of(inputs)
+    assert report["verdict"].startswith("In these trainings triplet is better than plain: AP ")
+    section = report["sections"][1]
+    beside = next(t for t in section["tables"] if t["title"] == "AP less that of wide")
+    assert [row[0] for row in beside["rows"]] == ["triplet"]
+    found = section["data"]["triplet"]["difference_from_control"]
+    expected = of_boxes(inputs.truth, inputs.good).metrics["AP"]
+    expected -= of_boxes(inputs.truth, inputs.other_poor).metrics["AP"]
+    assert found["difference"] == beside["rows"][0][1] == pytest.approx(expected)
+    assert found["low"] < expected < found["high"] and found["p_holm"] == found["p"]
+    assert section["data"]["wide"]["difference_from_control"] is None
+    gate = ["--control", "wide", "--fail-below", "10"]  # which the control alone would not pass
+    compare_detectors.main([*inputs.options(*detectors), *gate])
+
+
 def test_one_detector_is_measured_without_a_comparison(inputs, capsys):
     compare_detectors.main(inputs.options("plain=poor"))
     titles = [section["title"] for section in report_of(inputs)["sections"]]
@@ -377,6 +396,8 @@ def test_masks_of_another_size_are_of_another_dataset(inputs):
         (["--gt-masks", "."], "--gt-masks: not of --iou-type bbox"),
         (["--out", "/proc/none/x"], "--out /proc/none/x: No such file or directory"),
         (["--fail-below", "1"], "--fail-below: expected a number, and a detector beside"),
+        (["--control", "plain"], "--control plain: expected the name of a --detector that is not"),
+        (["--control", "none"], "--control none: expected the name of a --detector that is not"),
     ],
 )
 def test_bad_options_are_named(inputs, options, expected):

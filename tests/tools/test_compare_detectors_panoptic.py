@@ -12,12 +12,14 @@ import pytest
 
 from plugin_core.evaluation.coco_files import Source
 from plugin_core.evaluation.comparison import panoptic
+from plugin_core.evaluation.comparison.published import published_results
 from plugin_core.evaluation.panoptic_quality import (
     PanopticPrediction,
     encode_png,
     panoptic_quality,
 )
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 THING, OTHER, STUFF, UNUSED = 1, 2, 8, 9
 SIZE = (24, 30)
 
@@ -159,6 +161,23 @@ def test_bad_predictions_are_named(inputs, change, expected):
     assert message.startswith("error: --detector b ") and "\n" not in message
     assert expected in message
     assert not (inputs.folder / "out").exists()
+
+
+def test_config_with_published_numbers_has_them_beside(inputs):
+    config = next(
+        path for one in published_results() if "panoptic" in one.results for path in one.configs
+    )
+    for image in inputs.contents["truth"]["images"]:
+        image["file_name"] = f"{image['id']}.jpg"
+    given = ["--config", f"b={CONFIGS / config}", "--out", str(inputs.folder / "out")]
+    compare_detectors.main([*inputs.write(), *given])
+    *_, section = json.loads((inputs.folder / "out" / "report.json").read_text())["sections"]
+    assert section["title"] == "Beside the papers" and "not COCO val2017" in section["text"]
+    (((metric, here, published, difference), *_),) = (t["rows"] for t in section["tables"])
+    assert (metric, published, difference) == ("PQ", 45.1, None) and here > 50
+    given[1] += f":{inputs.folder / 'b.json'}"
+    with pytest.raises(SystemExit, match="takes results files and configs, no checkpoints"):
+        compare_detectors.main([*inputs.write(), *given])
 
 
 def test_pngs_of_the_ground_truth_may_be_elsewhere(inputs, capsys):

@@ -232,6 +232,7 @@ def _draw(costs: Mapping[str, Cost], accuracy: Mapping[str, float], metric: str)
         "million parameters": {},
         "GFLOPs": {},
         "ms an image": {},
+        "peak MiB": {},
     }
     for name, cost in costs.items():
         if cost.parameters is not None:
@@ -240,6 +241,8 @@ def _draw(costs: Mapping[str, Cost], accuracy: Mapping[str, float], metric: str)
             values["GFLOPs"][name] = cost.flops / 1e9
         if times := cost.milliseconds():
             values["ms an image"][name] = times[0]
+        if cost.memory is not None:
+            values["peak MiB"][name] = cost.memory / 2**20
     panels = {label: of for label, of in values.items() if len(of) > 1}
     if not panels:
         return None

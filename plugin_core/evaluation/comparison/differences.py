@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,9 @@ class Measured:
     Attributes:
         accuracies: detector → one for each seed; the baseline is first.
         compared: every other detector → its comparison with the baseline.
+        beside_control: every detector but the baseline and the control → its difference in AP or PQ
+            from the control.
+        control: name of the detector that costs as much as the others but has no plugin, if any.
         images: number of images.
         classes: class → number of its objects that are to be found.
         resamples: number of resamples.
@@ -66,6 +69,8 @@ class Measured:
     classes: Mapping[str, int]
     resamples: int
     doubt: str = ""
+    control: str | None = None
+    beside_control: Mapping[str, Difference] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -76,7 +81,7 @@ class Measured:
         values = [one.metrics[self.main] for one in self.accuracies[baseline]]
         noise = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
         differences = {name: one.main for name, one in self.compared.items()}
-        first = overall(baseline, len(values), differences, noise)
+        first = overall(baseline, len(values), differences, noise, self.control)
         return "\n".join([first, *(one.verdict for one in self.compared.values())]).strip()
 
     @property
@@ -89,12 +94,13 @@ class Measured:
         return float(np.mean([one.metrics[metric or self.main] for one in self.accuracies[name]]))
 
 
-def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
-    """Evaluate detectors and compare each with the first.
+def measure(detectors: Sequence[Detector], resamples: int, control: str | None = None) -> Measured:
+    """Evaluate detectors and compare each with the first, and with the control.
 
     Args:
         detectors: the baseline first.
         resamples: number of resamples of the bootstrap.
+        control: name of the detector that costs as much as the others but has no plugin, if any.
     """
     truth = detectors[0].seeds[0].truth
     weights = draw_weights(len(truth.images), resamples)
@@ -111,7 +117,7 @@ def measure(detectors: Sequence[Detector], resamples: int) -> Measured:
             images = images_with_objects(matches[0])
     objects = truth.objects_of_class(truth.wanted[0]).tolist()
     classes = dict(zip(truth.names, objects, strict=True))
-    return measured_of(accuracies, values, images, classes, weights)
+    return measured_of(accuracies, values, images, classes, weights, control)
 
 
 def measured_of(
@@ -120,8 +126,9 @@ def measured_of(
     images: np.ndarray,
     classes: Mapping[str, int],
     weights: np.ndarray,
+    control: str | None = None,
 ) -> Measured:
-    """Compare each detector with the first.
+    """Compare each detector with the first, and with the control.
 
     Args:
         accuracies: detector → one for each seed.
@@ -130,16 +137,36 @@ def measured_of(
         images: number of images that each row is measured on.
         classes: class → number of its objects that are to be found.
         weights: of the images in the resamples (resamples, images).
+        control: its name, if there is one.
     """
     resamples, num_images = weights.shape
-    measured = Measured(accuracies, {}, num_images, classes, resamples)
+    measured = Measured(accuracies, {}, num_images, classes, resamples, control=control)
     baseline, *others = accuracies
     metrics = list(accuracies[baseline][0].metrics)
-    pairs = {
-        name: compare(values[baseline], values[name], metrics, [*classes], images)
-        for name in others
+
+    def compared_with(
+        name: str, names: Sequence[str]
+    ) -> dict[str, tuple[list[Difference], Spread]]:
+        return {
+            other: compare(values[name], values[other], metrics, [*classes], images)
+            for other in names
+        }
+
+    beside = {}
+    if control:
+        pairs = compared_with(control, [name for name in others if name != control])
+        beside = _corrected({name: differences[0] for name, (differences, _) in pairs.items()})
+    compared = judge(measured, compared_with(baseline, others))
+    return replace(measured, compared=compared, beside_control=beside)
+
+
+def _corrected(differences: Mapping[str, Difference]) -> dict[str, Difference]:
+    """Correct the p-values of detectors' differences for their number."""
+    p_values = holm(np.array([one.p for one in differences.values()])).tolist()
+    return {
+        name: replace(one, p_holm=p)
+        for (name, one), p in zip(differences.items(), p_values, strict=True)
     }
-    return replace(measured, compared=judge(measured, pairs))
 
 
 def _row(known: Accuracy) -> list[float]:
@@ -152,10 +179,10 @@ def judge(
 ) -> dict[str, Compared]:
     """Correct the p-values of AP for the number of detectors, and say what each difference is."""
     baseline = next(iter(measured.accuracies))
-    corrected = holm(np.array([differences[0].p for differences, _ in pairs.values()]))
+    corrected = _corrected({name: differences[0] for name, (differences, _) in pairs.items()})
     compared = {}
-    for (name, (differences, spread)), p in zip(pairs.items(), corrected.tolist(), strict=True):
-        differences[0] = replace(differences[0], p_holm=p)
+    for name, (differences, spread) in pairs.items():
+        differences[0] = corrected[name]
         means = measured.mean(name), measured.mean(baseline)
         sentence = verdict(name, baseline, means, differences[0], spread, len(pairs))
         compared[name] = Compared(differences, spread, sentence)
@@ -201,21 +228,22 @@ def differences_section(measured: Measured) -> Section:
     """Lay out the noise between the baseline's seeds, and the differences with their intervals."""
     baseline = next(iter(measured.accuracies))
     headers = ["difference", "low", "high", "p"]
+    points = "In percentage points; low and high are a 95% interval."
     tables = _seeds_table(baseline, measured.accuracies[baseline])
-    note = points = "In percentage points; low and high are a 95% interval."
-    if len(measured.compared) > 1:
-        note += f" p (Holm) is corrected for {len(measured.compared)} comparisons."
-    tables.append(
-        Table(
-            f"{measured.main} less that of {baseline}",
-            ["detector", *headers, "p (Holm)"],
-            [
-                [name, *_numbers(one.main), _p(one.main.p_holm)]
-                for name, one in measured.compared.items()
-            ],
-            note,
-        )
-    )
+    apart: dict[str, Mapping[str, Difference]] = {
+        baseline: {name: one.main for name, one in measured.compared.items()}
+    }
+    if measured.control and measured.beside_control:
+        apart[measured.control] = measured.beside_control
+    for other, differences in apart.items():
+        note = points
+        if len(differences) > 1:
+            note += f" p (Holm) is corrected for {len(differences)} comparisons."
+        if other == measured.control:
+            note += f" {other} costs as much without a plugin: what it gains is no plugin's merit."
+        rows = [[name, *_numbers(one), _p(one.p_holm)] for name, one in differences.items()]
+        title = f"{measured.main} less that of {other}"
+        tables.append(Table(title, ["detector", *headers, "p (Holm)"], rows, note))
     for name, one in measured.compared.items():
         overall = [d for d in one.differences if d.class_name is None]
         classes = [(d.class_name, d) for d in one.differences if d.class_name is not None]
@@ -244,6 +272,9 @@ def differences_section(measured: Measured) -> Section:
             "verdict": one.verdict,
             "spread": asdict(one.spread),
             "differences": [asdict(d) for d in one.differences],
+            "difference_from_control": (
+                asdict(measured.beside_control[name]) if name in measured.beside_control else None
+            ),
         }
         for name, one in measured.compared.items()
     }

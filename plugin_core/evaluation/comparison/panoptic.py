@@ -289,14 +289,18 @@ def qualities(counts: np.ndarray, things: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def measure(
-    truth: Segments, predictions: Mapping[str, Sequence[Segments]], resamples: int
+    truth: Segments,
+    predictions: Mapping[str, Sequence[Segments]],
+    resamples: int,
+    control: str | None = None,
 ) -> Measured:
-    """Evaluate detectors and compare each with the first.
+    """Evaluate detectors and compare each with the first, and with the control.
 
     Args:
         truth: annotations.
         predictions: of each seed of named detectors; the baseline first.
         resamples: number of resamples of the bootstrap.
+        control: name of the detector that costs as much as the others but has no plugin, if any.
 
     Raises:
         ValueError: if a PNG cannot be used.
@@ -325,4 +329,4 @@ def measure(
     chosen = [objects[:, some].any(axis=1).sum() for some in (things | True, things, ~things)]
     images = np.concatenate([np.repeat(chosen, 3), objects.sum(axis=0)])
     classes = dict(zip(names, annotated.sum(axis=0).astype(int).tolist(), strict=True))
-    return measured_of(accuracies, values, images, classes, weights)
+    return measured_of(accuracies, values, images, classes, weights, control)

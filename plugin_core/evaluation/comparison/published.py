@@ -27,7 +27,7 @@ class Published:
         method: in the detector, such as "BatchFormerV2".
         detector: with its backbone.
         schedule: of the training.
-        results: metrics in percent by "bbox", "segm" or "keypoints".
+        results: metrics in percent by "bbox", "segm", "keypoints" or "panoptic".
         configs: paths below ``configs``, each with the SHA-256 of the file.
     """
 
@@ -74,7 +74,7 @@ def published_section(
     Args:
         configs: of the detectors, by their names.
         metrics: of the detectors, in percent: the mean over seeds.
-        iou_type: "bbox", "segm" or "keypoints".
+        iou_type: "bbox", "segm", "keypoints" or "panoptic".
         content: of the annotation file. Differences are shown on COCO val2017 alone.
     """
     is_val2017 = _is_val2017(content["images"])

@@ -45,9 +45,10 @@ def measure(
         RunError: if one of them fails.
     """
     overheads = []
+    measured = out / "measured"
+    shutil.rmtree(measured, ignore_errors=True)  # of a measurement that was stopped or failed
     for label in tqdm(plan.labels, f"timing {MEASURED_STEPS} steps", unit="variant"):
-        folder = out / "measured" / label
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = measured / label
         folder.mkdir(parents=True)
         config = folder / f"measured{framework.suffix}"
         base = config_path(framework, out, label)
@@ -67,7 +68,7 @@ def measure(
         overheads.append(time.monotonic() - began - MEASURED_STEPS * plan.seconds_a_step[label])
         shutil.rmtree(folder)  # checkpoints are large
     plan.overhead = max(0.0, statistics.median(overheads))
-    (out / "measured").rmdir()
+    measured.rmdir()
 
 
 @dataclass
