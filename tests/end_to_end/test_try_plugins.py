@@ -36,6 +36,23 @@ SOLVER: {IMS_PER_BATCH: 2, BASE_LR: 0.001}
 DATALOADER: {NUM_WORKERS: 0}
 """
 
+MMDETECTION = """
+_base_ = "mm_plugins::synthetic/faster-rcnn_r18_fpn_demo.py"
+model = dict(
+    backbone=dict(base_channels=8),
+    neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    rpn_head=dict(in_channels=16, feat_channels=16),
+    roi_head=dict(
+        bbox_roi_extractor=dict(out_channels=16),
+        bbox_head=dict(in_channels=16, fc_out_channels=32),
+    ),
+    test_cfg=dict(rpn=dict(nms_pre=20, max_per_img=20)),
+)
+train_dataloader = dict(dataset=dict(data_root="{root}"))
+val_dataloader = dict(dataset=dict(data_root="{root}"))
+val_evaluator = dict(ann_file="{root}annotations/instances_val2017.json")
+"""
+
 
 @pytest.fixture
 def arguments(drawn_coco: Path, tmp_path: Path) -> Iterator[list[Any]]:
@@ -81,6 +98,25 @@ def test_killed_trial_goes_on_and_collects_the_results(tool_server, run_tool, ar
     assert all(len(cost["seconds"]["1"]) >= 3 for cost in costs.values())
     with pytest.raises(SystemExit, match=r"another plan \(plugins was \['simam'\] and is "):
         try_plugins.main([*map(str, command), "--with", "ida"])
+
+
+def test_trial_in_mmdetection_trains_and_compares(run_tool, drawn_coco, tmp_path):
+    config, out = tmp_path / "mine.py", tmp_path / "trial"
+    config.write_text(MMDETECTION.format(root=f"{drawn_coco}/"))
+    words = [config, "--out", out, "--with", "simam", "--control", "--seeds", 1, "--steps", 1]
+    printed = run_tool("../tests/end_to_end/forking_try_plugins.py", *words).stdout
+    assert "3 variants × 1 seed = 3 runs of 1 steps" in printed
+    runs = json.loads((out / "plan.json").read_text())["runs"]
+    assert [run["label"] for run in runs if run["finished"]["AP"] >= 0] == [
+        "plain",
+        "simam",
+        "control",
+    ]
+    report = json.loads((out / "comparison/report.json").read_text())
+    assert report["settings"]["control"] == "control"
+    assert report["verdict"].startswith("simam and plain are not told apart")
+    (costs,) = (s["data"] for s in report["sections"] if s["title"] == "What it costs")
+    assert all(len(cost["seconds"]["1"]) >= 3 for cost in costs.values())
 
 
 @pytest.mark.parametrize(("finished", "given"), [(3, True), (2, False)])
