@@ -15,7 +15,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg $(BIN)/python -m py
 
 help:
 	@echo "make setup  set up .venv, or bring it up to date (first time: about 6 minutes)"
-	@echo "make demo   run the demo (about 12 minutes; goes on where it was stopped)"
+	@echo "make demo   run the demo (12 to 16 minutes; goes on where it was stopped)"
 	@echo "make test   lint, types, documentation and tests"
 	@echo "make lint   lint and types"
 	@echo "make docs   build the documentation: docs/_build/html/index.html"

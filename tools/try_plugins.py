@@ -233,22 +233,19 @@ def compare(
     Returns whether they could be compared.
     """
     words: list[str] = []
-    compared: list[str] = []
     if not any(run.label == PLAIN and run.name in finished for run in plan.runs(out)):
         print(f"not compared: no run of {PLAIN} has finished")
         return False
     for label in plan.labels:
         runs = [run for run in plan.runs(out) if run.label == label and run.name in finished]
         if runs:
-            compared.append(label)
             words += ["--detector", f"{label}={','.join(str(run.results) for run in runs)}"]
             config = str(config_path(framework, out, label))
             weights = framework.weights(runs[0].folder, plan.steps)
             words += ["--config", f"{label}={config}:{weights}" if weights else f"{label}={config}"]
+            words += ["--control", CONTROL] * (label == CONTROL)
     if framework.images and Path(framework.images).is_dir():
         words += ["--images", framework.images]
-    if CONTROL in compared and len(compared) > 2:
-        words += ["--control", CONTROL]
     words += ["--iou-type", plan.iou_type, "--out", str(out / "comparison")]
     try:
         compare_detectors.main([plan.annotations, *words], [trained])
@@ -302,7 +299,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="option of sbatch, such as gpus_per_node=1 or timeout_min=600; several times",
+        help="parameter of submitit's, such as gpus_per_node=1 or timeout_min=600; several times",
     )
     parser.add_argument(
         "--iou-type",

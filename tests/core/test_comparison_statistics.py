@@ -274,14 +274,6 @@ def test_the_first_sentence_says_whether_any_detector_beats_the_noise(seeds, num
     assert overall("plain", seeds, corrected(*numbers), 0.8) == expected
 
 
-def test_control_is_no_candidate_of_the_first_sentence():
-    better, worse = (1, 0.01, 0.02), (-1, 0.01, 0.02)
-    one = corrected(worse, better)
-    assert overall("plain", 3, one, 0.8, control="b") == f"a does not beat {NOISE}."
-    two = corrected(worse, better, better)
-    assert overall("plain", 3, two, 0.8, control="b") == f"1 of 2 detectors beats {NOISE}: c."
-
-
 def test_so_many_seeds_find_the_difference_in_80_percent_of_cases():
     # Few seeds tell their spread badly, so that Student's distribution asks for more of them
     rng, apart, images = np.random.default_rng(0), (0.5, 0.7), 0.1

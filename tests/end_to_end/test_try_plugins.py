@@ -119,8 +119,8 @@ def test_trial_in_mmdetection_trains_and_compares(run_tool, drawn_coco, tmp_path
     assert all(len(cost["seconds"]["1"]) >= 3 for cost in costs.values())
 
 
-@pytest.mark.parametrize(("finished", "given"), [(3, True), (2, False)])
-def test_control_is_none_of_the_plugins_that_are_compared(monkeypatch, tmp_path, finished, given):
+@pytest.mark.parametrize(("finished", "given"), [(3, True), (2, True), (1, False)])
+def test_control_is_told_to_the_comparison(monkeypatch, tmp_path, finished, given):
     commands: list[list[str]] = []
     monkeypatch.setattr(compare_detectors, "main", lambda argv, _: commands.append(argv))
     labels = ["plain", "control", "simam"]

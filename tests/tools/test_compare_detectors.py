@@ -229,8 +229,8 @@ def test_the_noise_of_the_baseline_comes_first(inputs):
 
 
 @pytest.mark.usefixtures("numbers_alone")
-def test_control_is_compared_with_but_no_candidate(inputs):
-    detectors = ("plain=poor", "triplet=good", "wide=other_poor")
+def test_control_is_compared_with_but_not_counted(inputs):
+    detectors = ("plain=poor", "wide=other_poor", "triplet=good")
     compare_detectors.main([*inputs.options(*detectors), "--control", "wide"])
     report = report_of(inputs)
     assert report["verdict"].startswith("In these trainings triplet is better than plain: AP ")
@@ -243,8 +243,18 @@ def test_control_is_compared_with_but_no_candidate(inputs):
     assert found["difference"] == beside["rows"][0][1] == pytest.approx(expected)
     assert found["low"] < expected < found["high"] and found["p_holm"] == found["p"]
     assert section["data"]["wide"]["difference_from_control"] is None
+    for name in ("wide", "triplet"):  # one comparison, so that Holm's correction changes nothing
+        ap = section["data"][name]["differences"][0]
+        assert ap["p_holm"] == ap["p"] > 0
     gate = ["--control", "wide", "--fail-below", "10"]  # which the control alone would not pass
     compare_detectors.main([*inputs.options(*detectors), *gate])
+    alone = inputs.options("plain=poor", "wide=good")
+    compare_detectors.main([*alone, "--control", "wide"])
+    assert report_of(inputs)["verdict"].startswith("In these trainings wide is better than plain")
+    compare_detectors.main([*inputs.options("plain=poor,other_poor", "wide=good"), *gate[:2]])
+    assert "noise" not in report_of(inputs)["verdict"]
+    with pytest.raises(SystemExit, match="--fail-below: expected a number, and a detector beside"):
+        compare_detectors.main([*alone, *gate])
 
 
 def test_one_detector_is_measured_without_a_comparison(inputs, capsys):

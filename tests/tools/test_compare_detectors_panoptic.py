@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -167,8 +168,6 @@ def test_config_with_published_numbers_has_them_beside(inputs):
     config = next(
         path for one in published_results() if "panoptic" in one.results for path in one.configs
     )
-    for image in inputs.contents["truth"]["images"]:
-        image["file_name"] = f"{image['id']}.jpg"
     given = ["--config", f"b={CONFIGS / config}", "--out", str(inputs.folder / "out")]
     compare_detectors.main([*inputs.write(), *given])
     *_, section = json.loads((inputs.folder / "out" / "report.json").read_text())["sections"]
@@ -178,6 +177,21 @@ def test_config_with_published_numbers_has_them_beside(inputs):
     given[1] += f":{inputs.folder / 'b.json'}"
     with pytest.raises(SystemExit, match="takes results files and configs, no checkpoints"):
         compare_detectors.main([*inputs.write(), *given])
+
+
+def test_control_is_compared_with(inputs):
+    command = inputs.write()
+    shutil.copytree(inputs.folder / "a", inputs.folder / "c")
+    shutil.copy(inputs.folder / "a.json", inputs.folder / "c.json")
+    given = [f"--detector=c={inputs.folder / 'c.json'}", "--control", "c"]
+    compare_detectors.main([*command, *given, "--out", str(inputs.folder / "out")])
+    report = json.loads((inputs.folder / "out" / "report.json").read_text())
+    assert report["verdict"].startswith("In these trainings b is better than a: PQ ")
+    beside, from_control = (
+        next(t for t in report["sections"][1]["tables"] if t["title"] == f"PQ less that of {name}")
+        for name in ("a", "c")
+    )
+    assert from_control["rows"] == [row for row in beside["rows"] if row[0] == "b"]
 
 
 def test_pngs_of_the_ground_truth_may_be_elsewhere(inputs, capsys):

@@ -74,15 +74,16 @@ class Measured:
 
     @property
     def verdict(self) -> str:
-        """Whether any detector beats the baseline, then a line for each."""
+        """Whether any detector but the control beats the baseline, then a line for each."""
         if not self.compared:
             return ""
         baseline, *_ = self.accuracies
         values = [one.metrics[self.main] for one in self.accuracies[baseline]]
         noise = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        differences = {name: one.main for name, one in self.compared.items()}
-        first = overall(baseline, len(values), differences, noise, self.control)
-        return "\n".join([first, *(one.verdict for one in self.compared.values())]).strip()
+        others = sorted(self.compared, key=lambda name: name == self.control)  # the control is last
+        tried = {name: self.compared[name].main for name in others if name != self.control}
+        first = overall(baseline, len(values), tried, noise) if tried else ""
+        return "\n".join([first, *(self.compared[name].verdict for name in others)]).strip()
 
     @property
     def main(self) -> str:
@@ -177,14 +178,19 @@ def _row(known: Accuracy) -> list[float]:
 def judge(
     measured: Measured, pairs: Mapping[str, tuple[list[Difference], Spread]]
 ) -> dict[str, Compared]:
-    """Correct the p-values of AP for the number of detectors, and say what each difference is."""
+    """Correct the p-values of AP for the number of detectors, and say what each difference is.
+
+    The control is none of those that were tried, so that its p-value stays and does not count.
+    """
     baseline = next(iter(measured.accuracies))
-    corrected = _corrected({name: differences[0] for name, (differences, _) in pairs.items()})
+    tried = {n: differences[0] for n, (differences, _) in pairs.items() if n != measured.control}
+    corrected = _corrected(tried)
     compared = {}
     for name, (differences, spread) in pairs.items():
-        differences[0] = corrected[name]
+        known = replace(differences[0], p_holm=differences[0].p)
+        differences[0] = corrected.get(name, known)
         means = measured.mean(name), measured.mean(baseline)
-        sentence = verdict(name, baseline, means, differences[0], spread, len(pairs))
+        sentence = verdict(name, baseline, means, differences[0], spread, len(tried))
         compared[name] = Compared(differences, spread, sentence)
     return compared
 
@@ -237,8 +243,8 @@ def differences_section(measured: Measured) -> Section:
         apart[measured.control] = measured.beside_control
     for other, differences in apart.items():
         note = points
-        if len(differences) > 1:
-            note += f" p (Holm) is corrected for {len(differences)} comparisons."
+        if (tried := len(differences.keys() - {measured.control})) > 1:
+            note += f" p (Holm) is corrected for {tried} comparisons."
         if other == measured.control:
             note += f" {other} costs as much without a plugin: what it gains is no plugin's merit."
         rows = [[name, *_numbers(one), _p(one.p_holm)] for name, one in differences.items()]

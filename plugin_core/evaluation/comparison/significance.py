@@ -32,7 +32,7 @@ LEVEL = 0.05  # p below is a difference
 
 @dataclass(frozen=True)
 class Difference:
-    """A detector's number less the baseline's, in percentage points; NaN where not measured.
+    """A detector's number less another one's, in percentage points; NaN where not measured.
 
     Attributes:
         metric: such as "AP50".
@@ -42,7 +42,7 @@ class Difference:
         high: its upper end.
         p: two-sided, of no difference; below 0.05 where the interval leaves out 0.
         p_holm: p with Holm's correction: of a class over the classes, of AP or PQ over the
-            detectors that are compared with the baseline; None for the other metrics.
+            detectors that are compared; None for the other metrics.
     """
 
     metric: str

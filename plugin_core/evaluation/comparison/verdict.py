@@ -14,29 +14,20 @@ POWER = 0.8  # share of cases in which so many seeds tell the difference
 MANY = 1000  # seeds that nobody trains
 
 
-def overall(
-    baseline: str,
-    seeds: int,
-    differences: Mapping[str, Difference],
-    noise: float,
-    control: str | None = None,
-) -> str:
-    """Say whether any detector, but the control, is better than the baseline.
+def overall(baseline: str, seeds: int, differences: Mapping[str, Difference], noise: float) -> str:
+    """Say whether any detector is better than the baseline, however many were tried.
 
-    It holds however many were tried. It is empty for one detector and one seed, where
-    :func:`verdict` says it all.
+    It is empty for one detector and one seed, where :func:`verdict` says it all.
 
     Args:
         baseline: its name.
         seeds: number of the baseline's.
         differences: of each other detector in AP or PQ, corrected for the number of detectors.
         noise: standard deviation between the baseline's seeds.
-        control: name of the detector that costs as much as the others but has no plugin.
     """
-    tried = [name for name in differences if name != control]
-    better = [n for n in tried if differences[n].difference > 0 and _holds(differences[n])]
-    count, end = len(tried), "."
-    metric = differences[tried[0]].metric
+    better = [name for name, d in differences.items() if d.difference > 0 and _holds(d)]
+    count, end = len(differences), "."
+    metric = next(iter(differences.values())).metric
     if seeds > 1:
         verbs = ("beats", "beat", "does not beat")
         what = f"the noise of {baseline}, whose {metric} varies by {noise:.1f} "
@@ -48,7 +39,7 @@ def overall(
         what = f"better than {baseline} on these images by more than chance"
         end = f". {baseline} has one seed, so its noise between seeds is not known."
     if count == 1:
-        return f"{tried[0]} {verbs[0 if better else 2]} {what}{end}"
+        return f"{next(iter(differences))} {verbs[0 if better else 2]} {what}{end}"
     if not better:
         return f"None of the {count} detectors {verbs[0]} {what}{end}"
     verb = verbs[min(len(better), 2) - 1]

@@ -63,7 +63,7 @@ class SlurmLauncher:
 
     Args:
         folder: of submitit's files, which all nodes see.
-        options: of sbatch or submitit, such as ``{"partition": "gpu", "gpus_per_node": "1"}``.
+        options: submitit's of Slurm, such as ``{"partition": "gpu", "gpus_per_node": "1"}``.
         cluster: submitit's name of it; "local" are processes, for a try.
 
     Raises:
