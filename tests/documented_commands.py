@@ -28,7 +28,10 @@ def commands(page: Path) -> list[Command]:
         quoted = re.sub(r'"[^"]*"', lambda m: " ".join(m[0].split()), block.replace("\\\n", " "))
         for line in quoted.splitlines():
             for name, value in variables.items():
-                line = line.replace(f"${name}", value)
+                line = line.replace(f'"${{{name}[@]}}"', value).replace(f"${name}", value)
+            if array := re.fullmatch(r"(\w+)=\((.*)\)", line):
+                variables[array[1]] = array[2]
+                continue
             words = shlex.split(line, comments=True)
             assigned = re.match(r"^(\w+)=(.*)$", words[0]) if len(words) == 1 else None
             if assigned and "$(" not in line:
